@@ -1,0 +1,1 @@
+"""The live-model side of model-surgery, installed as `surgery.hooks`."""

@@ -1,0 +1,49 @@
+"""model-surgery: published regularizers for any checkpoint and any training script."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.errors import OutputError as OutputError
+    from surgery.errors import SettingError as SettingError
+    from surgery.errors import SourceError as SourceError
+    from surgery.errors import SurgeryError as SurgeryError
+    from surgery.live import perturb_model as perturb_model
+    from surgery.live import perturb_state_dict as perturb_state_dict
+    from surgery.perturb import perturb_checkpoint as perturb_checkpoint
+    from surgery.recipe import Recipe as Recipe
+
+    __version__: str
+
+_HOMES = {
+    "OutputError": "surgery.errors",
+    "Recipe": "surgery.recipe",
+    "SettingError": "surgery.errors",
+    "SourceError": "surgery.errors",
+    "SurgeryError": "surgery.errors",
+    "perturb_checkpoint": "surgery.perturb",
+    "perturb_model": "surgery.live",
+    "perturb_state_dict": "surgery.live",
+}
+__all__ = sorted(_HOMES)
+
+# In a source checkout hooks/ lies beside this package, in an installation inside it: Python started in the checkout's
+# root finds this folder first, whatever is installed.
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "hooks").is_dir():
+    __path__.append(str(_CHECKOUT))
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("model-surgery")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

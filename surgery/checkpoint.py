@@ -1,0 +1,164 @@
+"""What a checkpoint is: a Hub id, a folder or a file, resolved to weight files that can be read and companions."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from surgery.errors import SourceError
+from surgery.layout import JOURNAL, Layout, WeightSet, arrange
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine.
+
+    Args:
+        id: the Hub id, or the absolute path of the folder or file.
+        commit: the Hub commit's sha, or None for a local checkpoint.
+        root: the folder that file names are relative to.
+        layout: its files; every weight set names all of its shards.
+    """
+
+    id: str
+    commit: str | None
+    root: Path
+    layout: Layout
+
+    @property
+    def short_name(self) -> str:
+        name = self.id.rstrip("/").rpartition("/")[2]
+        return name.removesuffix(Path(name).suffix) if Path(name).suffix in _SUFFIXES else name
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+
+def resolve(
+    source: str | Path, *, revision: str | None = None, variant: str | None = None, token: str | None = None
+) -> Checkpoint:
+    """Find a checkpoint and check that it is one we can perturb, fetching it from the Hub if it is an id.
+
+    Args:
+        source: a folder, a .safetensors or PyTorch file, or a Hub id.
+        revision: branch, tag or commit; Hub only.
+        variant: as in from_pretrained.
+        token: Hub token; default: the one `hf auth login` stored, or HF_TOKEN.
+    Raises:
+        SourceError: not found, unsafe, incomplete or quantized.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _from_file(path.absolute())
+    if path.is_dir():
+        return _from_folder(path.resolve(), str(path.resolve()), None, variant)
+    name = str(source)
+    if not _REPO_ID.fullmatch(name) or name.endswith(_SUFFIXES) or isinstance(source, Path):
+        raise SourceError(f"{name}: expected a folder, a file or a Hub id, got a path that does not exist. Check it.")
+    from surgery.hub import fetch
+
+    root, commit = fetch(name, revision=revision, variant=variant, token=token)
+    return _from_folder(root, name, commit, variant)
+
+
+def _from_file(path: Path) -> Checkpoint:
+    if path.suffix not in _SUFFIXES:
+        what = "GGUF" if path.suffix == ".gguf" else f"{path.suffix or 'no'} suffix"
+        raise SourceError(f"{path}: expected {', '.join(_SUFFIXES)}, got {what}. Convert it to safetensors first.")
+    stem = path.name.removesuffix(path.suffix)
+    weights = WeightSet("", stem, None, path.suffix, (path.name,))
+    return Checkpoint(str(path), None, path.parent, Layout((weights,), (), ()))
+
+
+def _from_folder(root: Path, id: str, commit: str | None, variant: str | None) -> Checkpoint:
+    if (root / JOURNAL).exists():
+        raise SourceError(
+            f"{root}: expected a finished checkpoint, got one that `surgery perturb` did not finish. "
+            f"{JOURNAL} there has the command that finishes it."
+        )
+    names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if not path.is_dir()]
+    for name in names:
+        _refuse_escape(root, name)
+    layout = arrange(names, variant=variant, what=id)
+    weights = tuple(_with_shards(root, weight_set) for weight_set in layout.weights)
+    for folder in {weight_set.folder for weight_set in weights}:
+        _refuse_quantized(root / folder)
+    indexes = {weight_set.index for weight_set in weights}
+    companions = tuple(name for name in layout.companions if name not in indexes)
+    return Checkpoint(id, commit, root, Layout(weights, companions, layout.left_out))
+
+
+def _refuse_escape(root: Path, name: str) -> None:
+    """Refuse a link that leaves the checkpoint; the Hub cache's own links into its blobs folder are fine."""
+    real = (root / name).resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(folder.resolve()) for folder in allowed):
+        raise SourceError(f"{root / name}: expected a file of the checkpoint, got a link out of it. Replace it by a copy.")
+    if not real.exists():
+        raise SourceError(f"{root / name}: expected a file, got a link to nothing. Fetch the checkpoint again.")
+
+
+def _with_shards(root: Path, weight_set: WeightSet) -> WeightSet:
+    """Complete a set with the shards its index names, and check that all of them are there."""
+    files: Sequence[str]
+    if weight_set.index:
+        files = _shards_of(root, weight_set)
+    else:
+        files = weight_set.files
+        if counts := {match[1] for name in files if (match := re.search(r"-of-(\d{5})\.", name))}:
+            if counts != {f"{len(files):05}"}:
+                raise SourceError(
+                    f"{root / files[0]}: expected {int(max(counts))} shards, got {len(files)}. Fetch the missing ones."
+                )
+    return WeightSet(
+        weight_set.folder, weight_set.stem, weight_set.variant, weight_set.suffix, tuple(files), weight_set.index
+    )
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Read the weight_map of an index: tensor name to shard, both as written."""
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SourceError(f"{path}: expected a JSON index with a weight_map, got another thing. Fetch it again.") from error
+    return weight_map
+
+
+def _shards_of(root: Path, weight_set: WeightSet) -> list[str]:
+    index = root / str(weight_set.index)
+    shards = []
+    for shard in sorted(set(read_weight_map(index).values())):
+        parts = PurePosixPath(shard).parts
+        if PurePosixPath(shard).is_absolute() or ".." in parts or "\\" in shard or not shard.endswith(weight_set.suffix):
+            raise SourceError(f"{index}: expected shards of its own folder, got {shard!r}. Do not trust this checkpoint.")
+        name = (PurePosixPath(weight_set.folder) / shard).as_posix()
+        if not (root / name).is_file():
+            raise SourceError(f"{index}: expected shard {shard}, got no such file. Fetch the missing shard.")
+        shards.append(name)
+    return shards
+
+
+def _refuse_quantized(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        return
+    try:
+        loaded = json.loads(config.read_bytes())
+    except ValueError as error:
+        raise SourceError(f"{config}: expected JSON, got {error}. Repair it.") from error
+    nested = [loaded, *loaded.values()] if isinstance(loaded, dict) else []
+    for part in nested:
+        if isinstance(part, dict) and (settings := part.get("quantization_config")):
+            method = settings.get("quant_method", "quantized") if isinstance(settings, dict) else "quantized"
+            raise SourceError(
+                f"{config}: expected unquantized weights, got quantization_config ({method}). "
+                "Perturb the original checkpoint and quantize the result."
+            )

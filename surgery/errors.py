@@ -1,0 +1,17 @@
+"""What surgery raises for input it cannot work with: one line each, `<what>: expected X, got Y. <What to do>.`"""
+
+
+class SurgeryError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it as one line and exits 1."""
+
+
+class SettingError(SurgeryError):
+    """A setting is out of range, or cannot take effect on this checkpoint."""
+
+
+class SourceError(SurgeryError):
+    """The checkpoint is missing, malformed, unsafe or of a kind that cannot be perturbed."""
+
+
+class OutputError(SurgeryError):
+    """The output folder cannot be used, or writing to it failed."""

@@ -1,0 +1,177 @@
+"""NoisyTune: which tensors get noise, and how much.
+
+    w' = w + U(-lam/2, lam/2) * std(w)      per parameter matrix
+
+Wu, Wu, Qi, Huang: NoisyTune: A Little Noise Can Help You Finetune Pretrained Language Models Better, ACL 2022,
+arXiv 2202.12024, eq. 1. The paper finds lam of 0.1 to 0.15 best, and 0.3 too much.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from surgery.errors import SettingError, SourceError
+from surgery.globs import matches
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes that can be perturbed, in safetensors' names."""
+
+NOISES = ("uniform", "normal")
+SCALES = ("matrix", "global")
+ROUNDINGS = ("nearest", "stochastic")
+
+# Buffers as transformers, torch and their ancestors name them. A checkpoint file does not tell a buffer from a
+# parameter, and noise in a statistic, a frequency table or a mask breaks the model.
+_BUFFERS = frozenset(
+    "running_mean running_var num_batches_tracked inv_freq original_inv_freq inv_timescales position_ids token_type_ids "
+    "masked_bias causal_mask attn_mask attn_mask_probs relative_position_index relative_coords_table "
+    "relative_position_bucket e_score_correction_bias expert_bias balancing_biases final_logits_bias empty_weight "
+    "cluster_size cluster_usage embed_avg embed_sum inited initialized mup_vector rotary_pos_emb_cache cos_cached "
+    "sin_cached logits_mask latent_mean latent_std global_mean global_invstd".split()
+)
+
+
+@dataclass(frozen=True)
+class NoisyTune:
+    """What to do to a checkpoint. Validated when made; raises SettingError.
+
+    Args:
+        lam: noise intensity, in [0, 1]; the noise's full width in units of std(w). Paper: 0.1 to 0.15.
+        seed: in [0, 2^64).
+        noise: "uniform" (the paper's) or "normal", with the same standard deviation, lam * std(w) / sqrt(12).
+        scale: "matrix" (the paper's), std of each tensor; or "global", one std of all perturbed elements together.
+        rounding: "nearest", or "stochastic", which keeps the mean of noise too small for float16 or bfloat16.
+        include: globs of tensor names; if any, only these are perturbed. `*` stays within one dotted part of a name,
+            `**` spans any number of them.
+        exclude: globs of tensor names that are not perturbed.
+    """
+
+    lam: float = 0.15
+    seed: int = 0
+    noise: str = "uniform"
+    scale: str = "matrix"
+    rounding: str = "nearest"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam <= 1:  # also false for NaN
+            raise SettingError(f"lam: expected a number from 0 to 1, got {self.lam}. The paper uses 0.1 to 0.15.")
+        if not 0 <= self.seed < 2**64:
+            raise SettingError(f"seed: expected an integer from 0 to 2^64 - 1, got {self.seed}. Choose another.")
+        for name, known in (("noise", NOISES), ("scale", SCALES), ("rounding", ROUNDINGS)):
+            if (given := getattr(self, name)) not in known:
+                raise SettingError(f"{name}: expected {' or '.join(known)}, got {given!r}. Choose one of them.")
+
+    def reason_to_copy(self, name: str, dtype: str, shape: Sequence[int]) -> str | None:
+        """Say why this tensor is copied unchanged, as far as its header tells, or None if it is perturbed."""
+        if dtype not in FLOATS:
+            return f"{dtype}, not floating point"
+        if _is_buffer(name, shape):
+            return "a buffer, not a parameter"
+        if math.prod(shape) == 0:
+            return "empty"
+        if math.prod(shape) == 1:
+            return "one element, no spread"
+        if self.include and not any(matches(glob, name) for glob in self.include):
+            return "not in --include"
+        if any(matches(glob, name) for glob in self.exclude):
+            return "in --exclude"
+        return "lam is 0" if self.lam == 0 else None
+
+    def check_globs(self, names: Iterable[str]) -> None:
+        """Raise SettingError for an include or exclude glob that matches no tensor: it would do nothing in silence."""
+        names = list(names)
+        for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
+            for glob in globs:
+                if not any(matches(glob, name) for name in names):
+                    raise SettingError(
+                        f"{option} {glob!r}: expected a glob that matches a tensor, got none of {len(names)}, such as "
+                        f"{names[0]!r}. `*` stays within one dotted part of a name, `**` spans several."
+                    )
+
+    def noise_scale(self, std: float, dtype: str) -> float:
+        """Return lam * std as the kernels take it: float64, rounded to float32 for all but F64 tensors."""
+        scale = self.lam * std
+        return scale if dtype == "F64" else float(np.float32(scale))
+
+
+def _is_buffer(name: str, shape: Sequence[int]) -> bool:
+    last = name.rpartition(".")[2]
+    # GPT-2, GPT-J and GPT-NeoX keep their causal mask as attn.bias, (1, 1, positions, positions)
+    is_mask = last == "bias" and len(shape) == 4 and shape[0] == shape[1] == 1 and shape[2] == shape[3]
+    return last in _BUFFERS or is_mask
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations of a tensor's elements, float64."""
+
+    n: int
+    mean: float
+    m2: float
+
+    @property
+    def std(self) -> float:
+        """Unbiased standard deviation, as torch.std; 0 for fewer than two elements."""
+        return math.sqrt(self.m2 / (self.n - 1)) if self.n > 1 else 0.0
+
+
+def merge_blocks(blocks: np.ndarray, n: int, shift: float, *, what: str) -> Moments:
+    """Merge a tensor's block sums, shape (blocks, 2), in the contract's order-free way.
+
+    Args:
+        n: number of elements in the tensor.
+        shift: its first element.
+        what: tensor and file, for the error.
+    Raises:
+        SourceError: the tensor holds NaN or Inf, or values too large for a finite standard deviation.
+    """
+    if not np.isfinite(blocks).all():
+        raise SourceError(
+            f"{what}: expected finite values, got NaN, Inf or values whose spread overflows. Repair the checkpoint, or "
+            "leave the tensor out with --exclude."
+        )
+    s1, s2 = math.fsum(blocks[:, 0]), math.fsum(blocks[:, 1])
+    return Moments(n, shift + s1 / n, max(s2 - s1 * s1 / n, 0.0))
+
+
+def pool(parts: Iterable[Moments]) -> Moments:
+    """Merge the moments of several tensors into those of all their elements together, whatever their order."""
+    parts = list(parts)
+    n = sum(part.n for part in parts)
+    mean = math.fsum(part.n * part.mean for part in parts) / n
+    m2 = math.fsum([part.m2 for part in parts] + [part.n * (part.mean - mean) ** 2 for part in parts])
+    return Moments(n, mean, m2)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What the noise did to one tensor, measured on the first 1024 elements of each block of 4096.
+
+    Args:
+        noise_over_std: rms of (w' - w), over std(w); lam / sqrt(12) when nothing is lost.
+        survived: share of the noise that is still there after rounding to the tensor's dtype: the regression
+            coefficient of w' - w on the noise drawn. 1 when nothing is lost, 0 when all of it is.
+    """
+
+    noise_over_std: float
+    survived: float
+
+
+def merge_effect(blocks: np.ndarray, n: int, std: float, *, what: str) -> Effect:
+    """Merge a tensor's block sums, shape (blocks, 4), of change * noise, noise^2, change^2 and overflows.
+
+    Raises:
+        SourceError: a perturbed element is too large for the tensor's dtype.
+    """
+    if overflowed := int(blocks[:, 3].sum()):
+        raise SourceError(
+            f"{what}: expected perturbed values that fit its dtype, got {overflowed} that overflow. Lower --lam, or "
+            "leave the tensor out with --exclude."
+        )
+    sampled = n // 4096 * 1024 + min(n % 4096, 1024)
+    product, drawn, changed = (math.fsum(blocks[:, column]) for column in range(3))
+    return Effect(math.sqrt(changed / sampled) / std, product / drawn if drawn else 0.0)

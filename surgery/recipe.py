@@ -1,0 +1,156 @@
+"""surgery.json, the recipe: what was done to which source, enough to do it again bit for bit."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import SourceError
+from surgery.noise import CONTRACT
+from surgery.noisytune import Effect, NoisyTune
+
+FORMAT = "surgery-recipe-1"
+_FILE_FIELDS = ("name", "sha256", "source", "source_sha256", "tied")
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What was done to one tensor.
+
+    Args:
+        dtype: in safetensors' names.
+        std: of the source tensor, float64; None where it was not measured.
+        copied: why the tensor is unchanged, or None if it was perturbed.
+        effect: what the noise did to it, None if copied.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    std: float | None
+    copied: str | None
+    effect: Effect | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        entry["perturbed"] = self.copied is None
+        optional = {"why": self.copied, "std": _hex(self.std), **(asdict(self.effect) if self.effect else {})}
+        return entry | {key: value for key, value in optional.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "TensorRecord":
+        effect = Effect(entry["noise_over_std"], entry["survived"]) if "survived" in entry else None
+        std = _from_hex(entry.get("std"))
+        return cls(entry["name"], entry["dtype"], tuple(entry["shape"]), std, entry.get("why"), effect)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One weight file: its name, digests, and tensors in the order of their bytes.
+
+    Args:
+        name: relative to the output folder.
+        source: the file it was made from, relative to the source.
+        tied: names in a pickle that repeat another tensor's storage and were not written, and that tensor's name.
+    """
+
+    name: str
+    sha256: str
+    source: str
+    source_sha256: str
+    tensors: tuple[TensorRecord, ...]
+    tied: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        tensors = [tensor.to_json() for tensor in self.tensors]
+        return {name: getattr(self, name) for name in _FILE_FIELDS} | {"tensors": tensors}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "FileRecord":
+        tensors = tuple(TensorRecord.from_json(tensor) for tensor in entry["tensors"])
+        return cls(**{name: entry[name] for name in _FILE_FIELDS}, tensors=tensors)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one run of NoisyTune did.
+
+    Args:
+        source: Hub id, or absolute path of a local checkpoint, or the class of a live model.
+        commit: Hub commit sha; None for a local checkpoint, which its files' source_sha256 identify.
+        settings: what was asked for.
+        pooled_std: the one std of scale="global", else None.
+        files: the weight files; for a live model, one record without file names.
+        companions: sha256 of every other file, by name.
+        left_out: files of the source that were not copied, with the reason.
+    """
+
+    source: str
+    commit: str | None
+    settings: NoisyTune
+    files: tuple[FileRecord, ...]
+    pooled_std: float | None = None
+    variant: str | None = None
+    companions: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    contract: str = CONTRACT
+
+    @property
+    def tensors(self) -> tuple[TensorRecord, ...]:
+        return tuple(tensor for file in self.files for tensor in file.tensors)
+
+    def to_json(self) -> str:
+        """Return the text of surgery.json. Floats that matter to the bits are hexadecimal."""
+        settings = asdict(self.settings)
+        document = {
+            "format": FORMAT,
+            "contract": self.contract,
+            "source": {"id": self.source, "commit": self.commit, "variant": self.variant},
+            "settings": settings | {"lam_hex": float(settings["lam"]).hex()},
+            "pooled_std": _hex(self.pooled_std),
+            "files": [file.to_json() for file in self.files],
+            "companions": self.companions,
+            "left_out": self.left_out,
+        }
+        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, what: str = "surgery.json") -> "Recipe":
+        """Read a recipe.
+
+        Raises:
+            SourceError: not a recipe, or one of a newer version.
+        """
+        try:
+            document = json.loads(text)
+            if document["format"] != FORMAT or document["contract"] != CONTRACT:
+                found = f"{document['format']} of {document['contract']}"
+                raise SourceError(f"{what}: expected {FORMAT} of {CONTRACT}, got {found}. Update model-surgery.")
+            settings = dict(document["settings"])
+            settings["lam"] = float.fromhex(settings.pop("lam_hex"))
+            settings["include"], settings["exclude"] = tuple(settings["include"]), tuple(settings["exclude"])
+            return cls(
+                source=document["source"]["id"],
+                commit=document["source"]["commit"],
+                variant=document["source"]["variant"],
+                settings=NoisyTune(**settings),
+                pooled_std=_from_hex(document["pooled_std"]),
+                files=tuple(FileRecord.from_json(file) for file in document["files"]),
+                companions=document["companions"],
+                left_out=document["left_out"],
+                contract=document["contract"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SourceError(f"{what}: expected a recipe, got another or a damaged file. Fetch it again.") from error
+
+    @classmethod
+    def read(cls, path: Path) -> "Recipe":
+        return cls.from_json(path.read_text(encoding="utf-8"), what=str(path))
+
+
+def _hex(value: float | None) -> str | None:
+    return None if value is None else value.hex()
+
+
+def _from_hex(value: str | None) -> float | None:
+    return None if value is None else float.fromhex(value)

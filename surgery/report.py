@@ -1,0 +1,160 @@
+"""What was done, or would be, as rows first, then as a table for people or as JSON."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.noise import UNIT_STD
+from surgery.perturb import Plan
+from surgery.recipe import Recipe
+
+_VANISHED = 0.01
+
+
+def plan_rows(plan: Plan) -> dict[str, Any]:
+    """Describe a plan: counts, bytes and, per tensor, whether it is perturbed or why not."""
+    tensors = [
+        {
+            "name": tensor.name,
+            "file": shard.name,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "perturbed": tensor.name not in shard.copied,
+            **({"why": shard.copied[tensor.name]} if tensor.name in shard.copied else {}),
+        }
+        for shard in plan.shards
+        for tensor in shard.header.tensors
+    ]
+    return {
+        "source": plan.checkpoint.id,
+        "commit": plan.checkpoint.commit,
+        "out": str(plan.out),
+        "bytes": sum(plan.sizes.values()),
+        "shards": len(plan.shards),
+        "parameters": _parameters(tensors),
+        "command": plan.command,
+        "companions": list(plan.checkpoint.layout.companions),
+        "left_out": dict(plan.checkpoint.layout.left_out),
+        "tied": {name: kept for shard in plan.shards for name, kept in shard.tied.items()},
+        "tensors": tensors,
+    }
+
+
+def result_rows(recipe: Recipe, plan: Plan, seconds: float) -> dict[str, Any]:
+    """Describe a finished run: counts, what the noise did, time and, per tensor, the recipe's record."""
+    tensors = [{"file": file.name, **tensor.to_json()} for file in recipe.files for tensor in file.tensors]
+    effects = [(math.prod(t.shape), t.effect) for t in recipe.tensors if t.effect]
+    nbytes = sum(plan.sizes.values())
+    weight = sum(size for size, _ in effects)
+    return {
+        "source": recipe.source,
+        "commit": recipe.commit,
+        "out": str(plan.out),
+        "lam": recipe.settings.lam,
+        "seed": recipe.settings.seed,
+        "parameters": _parameters(tensors),
+        "noise_over_std": sum(e.noise_over_std for _, e in effects) / len(effects) if effects else 0.0,
+        "noise_over_std_expected": recipe.settings.lam * UNIT_STD,
+        "survived": sum(size * e.survived for size, e in effects) / weight if weight else 0.0,
+        "vanished": [t.name for t in recipe.tensors if t.effect and t.effect.survived < _VANISHED],
+        "bytes": nbytes,
+        "seconds": seconds,
+        "gb_per_second": nbytes / 1e9 / seconds,
+        "notes": _notes(recipe),
+        "left_out": recipe.left_out,
+        "tied": {name: kept for file in recipe.files for name, kept in file.tied.items()},
+        "tensors": tensors,
+    }
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    """Name settings that had nothing to act on."""
+    perturbed = [tensor for tensor in recipe.tensors if tensor.copied is None]
+    notes = []
+    if recipe.settings.rounding == "stochastic" and not any(t.dtype in ("F16", "BF16") for t in perturbed):
+        notes.append("--rounding stochastic had nothing to do: no 16-bit tensor was perturbed")
+    if recipe.settings.lam == 0:
+        notes.append("lam is 0: the copy equals the source")
+    return notes
+
+
+def _parameters(tensors: list[dict[str, Any]]) -> int:
+    return sum(math.prod(tensor["shape"]) for tensor in tensors if tensor["perturbed"])
+
+
+def plan_table(rows: Mapping[str, Any]) -> str:
+    """Lay out plan_rows for people."""
+    lines = [
+        _title(rows, "would be perturbed into"),
+        *_tensor_lines(rows),
+        _line("bytes", f"{_bytes(rows['bytes'])} in {rows['shards']} shard{'s' * (rows['shards'] > 1)} and "
+              f"{len(rows['companions'])} companion files"),
+        *_left_out_lines(rows),
+        f"run: {rows['command']}",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def result_table(rows: Mapping[str, Any]) -> str:
+    """Lay out result_rows for people, with the next command to try."""
+    expected = rows["noise_over_std_expected"]
+    lines = [
+        _title(rows, "perturbed into"),
+        *_tensor_lines(rows),
+        _line("noise / std", f"{rows['noise_over_std']:.4f}   (lam / sqrt(12) = {expected:.4f})"),
+        _line("survived", f"{rows['survived']:.2%} of the noise, after rounding"),
+    ]
+    if vanished := rows["vanished"]:
+        hint = "--rounding stochastic keeps its mean"
+        lines.append(_line("vanished", f"noise lost in {len(vanished)} tensors ({_some(vanished)}); {hint}"))
+    lines += [_line("note", note) for note in rows["notes"]]
+    lines += [
+        _line("written", f"{_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"),
+        *_left_out_lines(rows),
+        f"next: python -c \"from transformers import AutoModel; print(AutoModel.from_pretrained('{rows['out']}'))\"",
+    ]
+    return "\n".join(lines)
+
+
+def as_json(rows: Mapping[str, Any]) -> str:
+    return json.dumps(rows, indent=1, ensure_ascii=False)
+
+
+def _title(rows: Mapping[str, Any], verb: str) -> str:
+    commit = f"@{rows['commit'][:12]}" if rows["commit"] else ""
+    return f"{rows['source']}{commit} {verb} {rows['out']}"
+
+
+def _tensor_lines(rows: Mapping[str, Any]) -> list[str]:
+    tensors = rows["tensors"]
+    perturbed = sum(tensor["perturbed"] for tensor in tensors)
+    lines = [
+        _line("tensors", f"{perturbed} perturbed, {len(tensors) - perturbed} copied"),
+        _line("parameters", f"{rows['parameters']:,} perturbed"),
+    ]
+    by_reason: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if not tensor["perturbed"]:
+            by_reason.setdefault(tensor["why"], []).append(tensor["name"])
+    lines += [_line("copied", f"{len(names)} ({_some(names)}): {why}") for why, names in by_reason.items()]
+    return lines + [_line("tied", f"{name} is {kept}, written once") for name, kept in rows["tied"].items()]
+
+
+def _left_out_lines(rows: Mapping[str, Any]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for name, why in rows["left_out"].items():
+        by_reason.setdefault(why, []).append(name)
+    return [_line("left out", f"{len(names)} ({_some(names)}): {why}") for why, names in by_reason.items()]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+
+
+def _line(label: str, value: str) -> str:
+    return f"  {label:<12} {value}"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

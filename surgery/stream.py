@@ -1,0 +1,389 @@
+"""Stream shards through memory, a few pieces at a time: read, hash, measure, add noise, hash again, write.
+
+Several threads share the pieces of one shard. Noise is a function of position, so pieces may be computed in any order;
+only the two sha256 digests want them in file order, and a `_Turnstile` sees to that. A tensor of several pieces is
+read twice: once for its std, once for the noise. Memory is one piece per thread, whatever the size of a tensor.
+"""
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from surgery.kernels import cpu
+from surgery.noise import BLOCK, key
+from surgery.noisytune import Effect, Moments, NoisyTune, merge_blocks, merge_effect
+from surgery.tensorfile import Header, Tensor
+
+_MEMORY = 128 << 20
+_LARGEST_PIECE = 8 << 20
+_ALIGNMENT = BLOCK * 8  # whole blocks of the noise contract in every dtype
+
+
+class Source(Protocol):
+    """What a shard is read from: a TensorFile or a PickleFile."""
+
+    header: Header
+    tied: dict[str, str]
+
+    def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None: ...
+    def sha256(self) -> str | None: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Task:
+    """One shard's work, and its results once `run` hands it to `on_done`.
+
+    Args:
+        name: the shard's name in the output.
+        label: the shard's name in errors.
+        open_source: opens the shard to read.
+        open_target: opens the file to write and returns its descriptor, which on_done closes; None: measure only.
+        copied: names of the tensors to copy unchanged.
+        pooled_std: if given, the std that scales every tensor's noise, none of which is then measured.
+    """
+
+    name: str
+    label: str
+    open_source: Callable[[], Source]
+    open_target: Callable[[], int] | None
+    copied: frozenset[str]
+    pooled_std: float | None = None
+    target: int = -1
+    moments: dict[str, Moments] = field(default_factory=dict)
+    effects: dict[str, Effect] = field(default_factory=dict)
+    source_sha256: str = ""
+    sha256: str = ""
+
+
+def run(
+    tasks: Iterable[Task],
+    settings: NoisyTune,
+    *,
+    workers: int,
+    on_done: Callable[[Task], None],
+    on_bytes: Callable[[int], object],
+) -> None:
+    """Do all tasks with `workers` threads; call `on_done` from a worker as each task ends, `on_bytes` as bytes pass.
+
+    A shard is bound by its sequential digests, so there are two threads to a shard and as many shards at once as that
+    allows. The first error of any thread stops all of them and is raised; so is KeyboardInterrupt.
+    """
+    crew = _Crew(tasks, settings, _piece_size(workers), on_done, on_bytes)
+    lanes = [crew.lane() for _ in range(max(1, workers // 2))]
+    threads = [
+        threading.Thread(target=crew.work, args=(lanes[i % len(lanes)],), daemon=True, name=f"surgery-{i}")
+        for i in range(workers)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.5)  # a join without a timeout would hold up Ctrl-C
+    finally:
+        crew.stop.set()
+        deadline = time.monotonic() + 0.5
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if not any(thread.is_alive() for thread in threads):
+            crew.abandon()  # else a straggler would write to whatever file gets its descriptor next
+    if crew.error:
+        raise crew.error
+
+
+def _piece_size(workers: int) -> int:
+    return max(_ALIGNMENT, min(_LARGEST_PIECE, _MEMORY // workers) // _ALIGNMENT * _ALIGNMENT)
+
+
+class _Stopped(Exception):
+    """Another thread failed, or the user interrupted the run."""
+
+
+class _Turnstile:
+    """Lets numbered pieces through one at a time, in order."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._condition = threading.Condition()
+        self._next = 0
+        self._stop = stop
+
+    @contextmanager
+    def turn(self, number: int) -> Iterator[None]:
+        with self._condition:
+            while self._next != number:
+                if self._stop.is_set():
+                    raise _Stopped
+                self._condition.wait(0.1)
+        yield
+        with self._condition:
+            self._next += 1
+            self._condition.notify_all()
+
+
+class _Perturbed:
+    """A tensor that gets noise: its pieces' block sums come in, and the last of them settles its std."""
+
+    def __init__(self, tensor: Tensor, pieces: int, std: float | None) -> None:
+        self.tensor = tensor
+        self.moments: dict[int, np.ndarray] = {}
+        self.effects: dict[int, np.ndarray] = {}
+        self.pieces = pieces
+        self.std = std
+        self.shift: float | None = None
+        self.is_settled = threading.Event()
+        self.lock = threading.Lock()
+        if std is not None:
+            self.is_settled.set()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A run of one tensor's bytes, and what is to be done with it."""
+
+    shard: "_Shard"
+    tensor: Tensor
+    state: _Perturbed | None
+    index: int
+    start: int
+    nbytes: int
+    is_measured: bool
+    hash_turn: int | None
+    write_turn: int | None
+
+
+class _Shard:
+    """A task under way: its open files, digests and turnstiles, and what is done with each of its pieces."""
+
+    def __init__(self, task: Task, settings: NoisyTune, piece_size: int, stop: threading.Event) -> None:
+        self.task = task
+        self.left = 0
+        self.lock = threading.Lock()
+        self._settings = settings
+        self._piece_size = piece_size
+        self._stop = stop
+        self._read_digest, self._written_digest = hashlib.sha256(), hashlib.sha256()
+        self._read_turns, self._write_turns = _Turnstile(stop), _Turnstile(stop)
+        self._source = task.open_source()
+        self._header = self._source.header
+        self._is_second_pass = task.pooled_std is not None
+        own_sha256 = None if self._is_second_pass else self._source.sha256()
+        self._hashes_reads = own_sha256 is None and not self._is_second_pass
+        task.source_sha256 = own_sha256 or ""
+        self._read_digest.update(self._header.raw)
+        self._written_digest.update(self._header.raw)
+        if task.open_target:
+            task.target = task.open_target()
+            _write(task.target, memoryview(self._header.raw), 0)
+
+    def pieces(self) -> list[_Piece]:
+        """List the work in an order in which no piece waits for a later one."""
+        plan: list[_Piece] = []
+        reads = writes = 0
+        for tensor in self._header.tensors:
+            starts = range(0, tensor.nbytes, self._piece_size)
+            state = None
+            if tensor.name not in self.task.copied:
+                state = _Perturbed(tensor, len(starts), self.task.pooled_std)
+            measures = state is not None and not self._is_second_pass
+            is_read_twice = measures and len(starts) > 1 and self.task.open_target is not None
+            for is_first, is_last in [(True, False), (False, True)] if is_read_twice else [(True, True)]:
+                is_hashed = is_first and self._hashes_reads
+                is_written = is_last and self.task.open_target is not None
+                is_measured = is_first and measures
+                if not (is_hashed or is_written or is_measured):
+                    continue
+                for index, start in enumerate(starts):
+                    nbytes = min(self._piece_size, tensor.nbytes - start)
+                    turns = reads if is_hashed else None, writes if is_written else None
+                    plan.append(_Piece(self, tensor, state, index, start, nbytes, is_measured, *turns))
+                    reads += is_hashed
+                    writes += is_written
+        self.left = len(plan)
+        return plan
+
+    def process(self, piece: _Piece, buffer: memoryview) -> None:
+        """Do one piece's work; `buffer` holds it meanwhile."""
+        data = buffer[: piece.nbytes]
+        self._source.read_into(piece.tensor, piece.start, data)
+        if piece.hash_turn is not None:
+            with self._read_turns.turn(piece.hash_turn):
+                self._read_digest.update(data)
+        if piece.is_measured:
+            self._measure(piece, data)
+        if piece.write_turn is not None:
+            if piece.state:
+                self._perturb(piece, piece.state, data)
+            with self._write_turns.turn(piece.write_turn):
+                self._written_digest.update(data)
+            _write(self.task.target, data, piece.tensor.begin + piece.start)
+
+    def _measure(self, piece: _Piece, data: memoryview) -> None:
+        state = piece.state
+        assert state is not None
+        w = np.frombuffer(data, cpu.STORAGE[piece.tensor.dtype])
+        with state.lock:
+            if state.shift is None:
+                state.shift = self._first_element(piece.tensor)
+        sums = cpu.moments(w, piece.tensor.dtype, state.shift)
+        with state.lock:
+            state.moments[piece.index] = sums
+            if len(state.moments) < state.pieces:
+                return
+        blocks = np.concatenate([state.moments[i] for i in range(state.pieces)])
+        moments = merge_blocks(blocks, piece.tensor.size, state.shift, what=self._name(piece.tensor))
+        self.task.moments[piece.tensor.name] = moments
+        state.moments.clear()
+        state.std = moments.std
+        state.is_settled.set()
+
+    def _perturb(self, piece: _Piece, state: _Perturbed, data: memoryview) -> None:
+        while not state.is_settled.wait(0.1):
+            if self._stop.is_set():
+                raise _Stopped
+        if not state.std:
+            return
+        tensor = piece.tensor
+        sums = cpu.add_noise(
+            np.frombuffer(data, cpu.STORAGE[tensor.dtype]),
+            tensor.dtype,
+            first_block=piece.start * 8 // _bits(tensor.dtype) // BLOCK,
+            key=key(self._settings.seed, tensor.name),
+            scale=self._settings.noise_scale(state.std, tensor.dtype),
+            normal=self._settings.noise == "normal",
+            stochastic=self._settings.rounding == "stochastic",
+        )
+        with state.lock:
+            state.effects[piece.index] = sums
+            if len(state.effects) < state.pieces:
+                return
+        blocks = np.concatenate([state.effects[i] for i in range(state.pieces)])
+        self.task.effects[tensor.name] = merge_effect(blocks, tensor.size, state.std, what=self._name(tensor))
+        state.effects.clear()
+
+    def _first_element(self, tensor: Tensor) -> float:
+        w = np.empty(1, cpu.STORAGE[tensor.dtype])
+        self._source.read_into(tensor, 0, memoryview(w).cast("B"))
+        return cpu.to_float(w, tensor.dtype)
+
+    def _name(self, tensor: Tensor) -> str:
+        return f"{self.task.label}: {tensor.name!r}"
+
+    def finish(self) -> None:
+        """Settle the digests and release the source."""
+        if self._hashes_reads:
+            self.task.source_sha256 = self._read_digest.hexdigest()
+        self.task.sha256 = self._written_digest.hexdigest()
+        self._source.close()
+
+    def abandon(self) -> None:
+        self._source.close()
+        if self.task.target >= 0:
+            os.close(self.task.target)
+
+
+class _Crew:
+    """The threads' common state: the tasks to take, the first error, and the signal to stop."""
+
+    def __init__(
+        self,
+        tasks: Iterable[Task],
+        settings: NoisyTune,
+        piece_size: int,
+        on_done: Callable[[Task], None],
+        on_bytes: Callable[[int], object],
+    ) -> None:
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self._tasks = iter(tasks)
+        self._settings = settings
+        self._piece_size = piece_size
+        self._on_done = on_done
+        self._on_bytes = on_bytes
+        self._open: list[_Shard] = []
+        self._lock = threading.Lock()
+
+    def lane(self) -> "_Lane":
+        return _Lane(self)
+
+    def next_task(self) -> Task | None:
+        with self._lock:
+            return next(self._tasks, None)
+
+    def start(self, task: Task) -> _Shard:
+        shard = _Shard(task, self._settings, self._piece_size, self.stop)
+        with self._lock:
+            self._open.append(shard)
+        return shard
+
+    def close(self, shard: _Shard) -> None:
+        """Hand on a shard whose pieces are all done."""
+        shard.finish()
+        with self._lock:
+            self._open.remove(shard)
+        self._on_done(shard.task)
+
+    def abandon(self) -> None:
+        """Release the files of shards that were not finished."""
+        for shard in self._open:
+            shard.abandon()
+
+    def work(self, lane: "_Lane") -> None:
+        """Take pieces until there are none left. The body of every thread."""
+        buffer = memoryview(bytearray(self._piece_size))
+        try:
+            while not self.stop.is_set() and (piece := lane.next_piece()):
+                piece.shard.process(piece, buffer)
+                if piece.write_turn is not None or not piece.shard.task.open_target:
+                    self._on_bytes(piece.nbytes)
+                with piece.shard.lock:
+                    piece.shard.left -= 1
+                    is_last = piece.shard.left == 0
+                if is_last:
+                    self.close(piece.shard)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            with self._lock:
+                self.error = self.error or error
+            self.stop.set()
+
+
+class _Lane:
+    """The pieces of one shard after another, for the threads that share them."""
+
+    def __init__(self, crew: _Crew) -> None:
+        self._lock = threading.Lock()
+        self._pieces = self._all(crew)
+
+    def _all(self, crew: _Crew) -> Iterator[_Piece]:
+        while task := crew.next_task():
+            shard = crew.start(task)
+            pieces = shard.pieces()
+            if not pieces:
+                crew.close(shard)
+            yield from pieces
+
+    def next_piece(self) -> _Piece | None:
+        with self._lock:
+            return next(self._pieces, None)
+
+
+def _bits(dtype: str) -> int:
+    return np.dtype(cpu.STORAGE[dtype]).itemsize * 8
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data`, and start its way to the disk now, so that the fsync at the end finds little left to do."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, len(data), os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,184 @@
+"""One safetensors file: read and validate its header, stream its tensors' bytes, build a header to write.
+
+Format (huggingface/safetensors README): 8 bytes, little-endian, the header's length N; N bytes of JSON, one entry
+per tensor with dtype, shape and the begin and end of its bytes; then the bytes, without gaps or overlaps.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from surgery.errors import SourceError
+
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Bits per element of every dtype of safetensors 0.8."""
+
+_MAX_HEADER = 100_000_000  # safetensors refuses more, and so do we before reading that much
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file: its entry in the header, with begin and end as offsets in the file, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """A validated header: its exact bytes, length prefix included, and its tensors in the order of their bytes."""
+
+    raw: bytes
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def file_size(self) -> int:
+        return self.tensors[-1].end if self.tensors else len(self.raw)
+
+
+class TensorFile:
+    """Reads one safetensors file. The header is read when made; close() releases the file."""
+
+    tied: dict[str, str] = {}
+    """Names that repeat another tensor: the format cannot hold any."""
+
+    def __init__(self, path: Path, *, label: str) -> None:
+        self.path = path
+        self.header = read_header(path, label=label)
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from `start` on.
+
+        Raises:
+            SourceError: the file has become shorter since its header was read.
+        """
+        done = 0
+        while done < len(buffer):
+            n = os.preadv(self._fd, [buffer[done:]], tensor.begin + start + done)
+            if n == 0:
+                raise SourceError(f"{self.path}: expected {tensor.end} bytes, got fewer: it changed while being read.")
+            done += n
+
+    def sha256(self) -> str | None:
+        """None: the bytes read in order are the file, so the reader hashes them as they pass."""
+        return None
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def read_header(path: Path, *, label: str) -> Header:
+    """Read and validate a safetensors header; safetensors' own parser has the last word.
+
+    Args:
+        label: the file's name in messages.
+    Raises:
+        SourceError: truncated, malformed, duplicate names, overlapping or missing ranges, unknown dtype.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
+            raise SourceError(
+                f"{label}: expected a safetensors header within its {size} bytes, got one of {length} bytes. "
+                "The file is truncated or not safetensors; fetch it again."
+            )
+        raw = prefix + file.read(length)
+    tensors = _parse(raw, label)
+    if tensors and tensors[-1].end != size:
+        raise SourceError(
+            f"{label}: expected {tensors[-1].end} bytes, as its header says, got {size}. "
+            "The file is truncated or damaged; fetch it again."
+        )
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise SourceError(f"{label}: expected a valid safetensors file, got {error}. Fetch it again.") from error
+    return Header(raw, tensors)
+
+
+def _parse(raw: bytes, label: str) -> tuple[Tensor, ...]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise SourceError(f"{label}: expected each name once in the header, got {twice!r} twice. Fetch it again.")
+        return entries
+
+    try:
+        entries = json.loads(raw[8:], object_pairs_hook=refuse_duplicates)
+        entries.pop("__metadata__", None)
+        tensors = [_tensor(name, entry, len(raw), label) for name, entry in entries.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise SourceError(f"{label}: expected a JSON header of tensors, got a malformed one. Fetch it again.") from error
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    position = len(raw)
+    for tensor in tensors:
+        if tensor.begin != position:
+            fault = "overlaps the one before it" if tensor.begin < position else "leaves a gap before it"
+            raise SourceError(f"{label}: expected tensors back to back, got {tensor.name!r}, which {fault}. Fetch it again.")
+        position = tensor.end
+    return tuple(tensors)
+
+
+def _tensor(name: str, entry: Mapping[str, Any], data_start: int, label: str) -> Tensor:
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in BITS:
+        raise SourceError(f"{label}: {name!r}: expected a safetensors dtype, got {dtype!r}. Fetch it again.")
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        raise SourceError(f"{label}: {name!r}: expected whole, positive numbers for shape and range. Fetch it again.")
+    if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
+        raise SourceError(
+            f"{label}: {name!r}: expected {math.prod(shape) * BITS[dtype] // 8} bytes for {dtype} {list(shape)}, "
+            f"got {end - begin}. Fetch it again."
+        )
+    return Tensor(name, dtype, shape, data_start + begin, data_start + end)
+
+
+def build_header(entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
+    """Lay out a new file the way safetensors does: widest dtype first, then by name, so that every tensor is aligned.
+
+    Args:
+        entries: (name, dtype, shape) of each tensor.
+        metadata: the file's `__metadata__`.
+    """
+    ordered = sorted(entries, key=lambda entry: (-BITS[entry[1]], entry[0]))
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, dtype, shape in ordered:
+        end = position + math.prod(shape) * BITS[dtype] // 8
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    body = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-len(body) % 8)
+    raw = len(body).to_bytes(8, "little") + body
+    return Header(raw, _parse(raw, "new file"))
