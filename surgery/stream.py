@@ -170,7 +170,7 @@ class _Shard:
         self._piece_size = piece_size
         self._stop = stop
         self._read_digest, self._written_digest = hashlib.sha256(), hashlib.sha256()
-        self._read_turns, self._write_turns = _Turnstile(stop), _Turnstile(stop)
+        self._read_turns, self._hash_turns, self._write_turns = _Turnstile(stop), _Turnstile(stop), _Turnstile(stop)
         self._source = task.open_source()
         self._header = self._source.header
         self._is_second_pass = task.pooled_std is not None
@@ -221,9 +221,10 @@ class _Shard:
         if piece.write_turn is not None:
             if piece.state:
                 self._perturb(piece, piece.state, data)
-            with self._write_turns.turn(piece.write_turn):
+            with self._hash_turns.turn(piece.write_turn):
                 self._written_digest.update(data)
-            _write(self.task.target, data, piece.tensor.begin + piece.start)
+            with self._write_turns.turn(piece.write_turn):
+                _write(self.task.target, data, piece.tensor.begin + piece.start)
 
     def _measure(self, piece: _Piece, data: memoryview) -> None:
         state = piece.state
