@@ -73,7 +73,7 @@ def _fail(message: str, *, as_json: bool, debug: bool) -> None:
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--variant", help="Weights' variant, such as fp16.")
 @click.option("--token", help="Hub token.  [default: the one of `hf auth login`]")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one per core, at most 16]")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: two per core, at most 16]")
 @click.option("--overwrite", is_flag=True, help="Replace what a former run wrote to the folder.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
 @_command

@@ -25,6 +25,8 @@ CONTRACT = "surgery-noise-1"
 BLOCK = 4096
 LANES = 1024
 NOISE_STREAM, SECOND_STREAM, ROUNDING_STREAM = 0, 1, 2
+SAMPLED_BLOCKS = 16
+"""What the noise did is measured on the first LANES elements of every 16th block: the sums cost more than the noise."""
 UNIT_STD = 12**-0.5
 """Standard deviation of u, for both kinds of noise: that of the uniform distribution on [-0.5, 0.5)."""
 

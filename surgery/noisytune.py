@@ -14,6 +14,7 @@ import numpy as np
 
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
+from surgery.noise import BLOCK, LANES, SAMPLED_BLOCKS
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes that can be perturbed, in safetensors' names."""
@@ -149,7 +150,7 @@ def pool(parts: Iterable[Moments]) -> Moments:
 
 @dataclass(frozen=True)
 class Effect:
-    """What the noise did to one tensor, measured on the first 1024 elements of each block of 4096.
+    """What the noise did to one tensor, measured on one element in 64, and on all if there are up to 1024.
 
     Args:
         noise_over_std: rms of (w' - w), over std(w); lam / sqrt(12) when nothing is lost.
@@ -167,11 +168,12 @@ def merge_effect(blocks: np.ndarray, n: int, std: float, *, what: str) -> Effect
     Raises:
         SourceError: a perturbed element is too large for the tensor's dtype.
     """
-    if overflowed := int(blocks[:, 3].sum()):
+    if blocks[:, 3].any():
         raise SourceError(
-            f"{what}: expected perturbed values that fit its dtype, got {overflowed} that overflow. Lower --lam, or "
+            f"{what}: expected perturbed values that fit its dtype, got some that overflow. Lower --lam, or "
             "leave the tensor out with --exclude."
         )
-    sampled = n // 4096 * 1024 + min(n % 4096, 1024)
+    stride = BLOCK * SAMPLED_BLOCKS
+    sampled = n // stride * LANES + min(n % stride, LANES)
     product, drawn, changed = (math.fsum(blocks[:, column]) for column in range(3))
     return Effect(math.sqrt(changed / sampled) / std, product / drawn if drawn else 0.0)

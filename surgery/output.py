@@ -18,6 +18,7 @@ from typing import Any
 
 from surgery.errors import OutputError
 from surgery.layout import JOURNAL, RECIPE
+from surgery.partfile import PartFile
 
 _PART = ".surgery-part"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -122,19 +123,15 @@ class OutputFolder:
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def open_part(self, name: str) -> int:
-        """Open a file to be written under a temporary name; its mode follows the umask."""
+    def open_part(self, name: str) -> PartFile:
+        """Open a file to be written under a temporary name."""
         path = self.path / (name + _PART)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        return PartFile(path)
 
-    def finish_part(self, name: str, fd: int) -> int:
-        """Put a complete part on the disk and give it its name. Closes fd; returns the file's size."""
-        try:
-            os.fsync(fd)
-            size = os.fstat(fd).st_size
-        finally:
-            os.close(fd)
+    def finish_part(self, name: str, part: PartFile) -> int:
+        """Put a complete part on the disk and give it its name; return its size in bytes."""
+        size = part.finish()
         path = self.path / name
         os.replace(path.with_name(path.name + _PART), path)
         _sync_folder(path.parent)
@@ -153,10 +150,9 @@ class OutputFolder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file, whole or not at all."""
-        fd = self.open_part(name)
-        with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(data)
-        self.finish_part(name, fd)
+        part = self.open_part(name)
+        part.append(memoryview(data))
+        self.finish_part(name, part)
 
     def finish(self, recipe: str) -> None:
         """Write the recipe, then drop the journal: the checkpoint is complete."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from surgery import stream
 from surgery.checkpoint import Checkpoint, read_weight_map, resolve
+from surgery.digests import sha256_of
 from surgery.errors import SettingError, SourceError
 from surgery.layout import RECIPE, WeightSet
 from surgery.noise import CONTRACT
@@ -115,7 +116,7 @@ def perturb_checkpoint(
         variant: as in from_pretrained, such as "fp16".
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
-        workers: threads; default: one per core, at most 16. The bytes written do not depend on it.
+        workers: threads; default: two per core, at most 16. The bytes written do not depend on it.
     Returns:
         What was done to every tensor.
     Raises:
@@ -171,7 +172,7 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
     """Do what the plan says, or finish it, and return the recipe that was written. Raises as perturb_checkpoint."""
     if not overwrite and (recipe := _already_done(plan)):
         return recipe
-    workers = workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+    workers = workers or default_workers()
     folder = OutputFolder(plan.out, _job(plan), plan.command, plan.sizes)
     with folder.claim(overwrite=overwrite):
         todo = [shard for shard in plan.shards if shard.name not in folder.finished]
@@ -329,6 +330,7 @@ def _finish_shard(task: stream.Task, shard: ShardPlan, folder: OutputFolder, mea
         tensors.append(TensorRecord(tensor.name, tensor.dtype, tensor.shape, std, reason, effect))
     source_sha256 = measured["source_sha256"] if measured else task.source_sha256
     record = FileRecord(shard.name, task.sha256, shard.source, source_sha256, tuple(tensors), shard.tied)
+    assert task.target is not None
     size = folder.finish_part(shard.name, task.target)
     folder.record(shard.name, {"size": size, **record.to_json()})
 
@@ -338,12 +340,12 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
     digests = {}
     for name in plan.checkpoint.layout.companions:
         digest = hashlib.sha256()
-        fd = folder.open_part(name)
-        with plan.checkpoint.path(name).open("rb") as source, os.fdopen(os.dup(fd), "wb") as target:
+        part = folder.open_part(name)
+        with plan.checkpoint.path(name).open("rb") as source:
             while chunk := source.read(1 << 20):
                 digest.update(chunk)
-                target.write(chunk)
-        folder.finish_part(name, fd)
+                part.append(memoryview(chunk))
+        folder.finish_part(name, part)
         digests[name] = digest.hexdigest()
     for name, data in plan.indexes.items():
         folder.write(name, data)
@@ -387,6 +389,7 @@ def _already_done(plan: Plan) -> Recipe | None:
     return recipe
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def default_workers() -> int:
+    """Two threads per core, so that one computes while another waits for the disk or its turn; at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(2 * cores, 16)

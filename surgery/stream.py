@@ -1,17 +1,18 @@
 """Stream shards through memory, a few pieces at a time: read, hash, measure, add noise, hash again, write.
 
 Several threads share the pieces of one shard. Noise is a function of position, so pieces may be computed in any order;
-only the two sha256 digests want them in file order, and a `_Turnstile` sees to that. A tensor of several pieces is
+only the two sha256 digests and the disk want them in file order, and a `_Turnstile` sees to each. A tensor of several pieces is
 read twice: once for its std, once for the noise. Memory is one piece per thread, whatever the size of a tensor.
 """
 
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from surgery.kernels import cpu
 from surgery.noise import BLOCK, key
 from surgery.noisytune import Effect, Moments, NoisyTune, merge_blocks, merge_effect
+from surgery.partfile import PartFile
 from surgery.tensorfile import Header, Tensor
 
 _MEMORY = 128 << 20
@@ -34,6 +36,7 @@ class Source(Protocol):
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None: ...
     def sha256(self) -> str | None: ...
+    def learn(self, sha256: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -45,7 +48,7 @@ class Task:
         name: the shard's name in the output.
         label: the shard's name in errors.
         open_source: opens the shard to read.
-        open_target: opens the file to write and returns its descriptor, which on_done closes; None: measure only.
+        open_target: opens the file to write, which on_done finishes; None: measure only.
         copied: names of the tensors to copy unchanged.
         pooled_std: if given, the std that scales every tensor's noise, none of which is then measured.
     """
@@ -53,10 +56,10 @@ class Task:
     name: str
     label: str
     open_source: Callable[[], Source]
-    open_target: Callable[[], int] | None
+    open_target: Callable[[], PartFile] | None
     copied: frozenset[str]
     pooled_std: float | None = None
-    target: int = -1
+    target: PartFile | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
     effects: dict[str, Effect] = field(default_factory=dict)
     source_sha256: str = ""
@@ -131,8 +134,7 @@ class _Turnstile:
 class _Perturbed:
     """A tensor that gets noise: its pieces' block sums come in, and the last of them settles its std."""
 
-    def __init__(self, tensor: Tensor, pieces: int, std: float | None) -> None:
-        self.tensor = tensor
+    def __init__(self, pieces: int, std: float | None) -> None:
         self.moments: dict[int, np.ndarray] = {}
         self.effects: dict[int, np.ndarray] = {}
         self.pieces = pieces
@@ -155,7 +157,7 @@ class _Piece:
     start: int
     nbytes: int
     is_measured: bool
-    hash_turn: int | None
+    read_turn: int | None
     write_turn: int | None
 
 
@@ -173,6 +175,7 @@ class _Shard:
         self._read_turns, self._hash_turns, self._write_turns = _Turnstile(stop), _Turnstile(stop), _Turnstile(stop)
         self._source = task.open_source()
         self._header = self._source.header
+        self._read_numbers, self._write_numbers = count(), count()
         self._is_second_pass = task.pooled_std is not None
         own_sha256 = None if self._is_second_pass else self._source.sha256()
         self._hashes_reads = own_sha256 is None and not self._is_second_pass
@@ -181,40 +184,53 @@ class _Shard:
         self._written_digest.update(self._header.raw)
         if task.open_target:
             task.target = task.open_target()
-            _write(task.target, memoryview(self._header.raw), 0)
+            task.target.append(memoryview(self._header.raw))
 
     def pieces(self) -> list[_Piece]:
-        """List the work in an order in which no piece waits for a later one."""
+        """List the work in an order in which no piece waits for a later one.
+
+        While one large tensor is written the next is measured: two threads that both wait for the same digest would
+        leave a core idle.
+        """
         plan: list[_Piece] = []
-        reads = writes = 0
+        second_pass: list[_Piece] = []
         for tensor in self._header.tensors:
             starts = range(0, tensor.nbytes, self._piece_size)
             state = None
             if tensor.name not in self.task.copied:
-                state = _Perturbed(tensor, len(starts), self.task.pooled_std)
+                state = _Perturbed(len(starts), self.task.pooled_std)
             measures = state is not None and not self._is_second_pass
-            is_read_twice = measures and len(starts) > 1 and self.task.open_target is not None
-            for is_first, is_last in [(True, False), (False, True)] if is_read_twice else [(True, True)]:
-                is_hashed = is_first and self._hashes_reads
-                is_written = is_last and self.task.open_target is not None
-                is_measured = is_first and measures
-                if not (is_hashed or is_written or is_measured):
-                    continue
-                for index, start in enumerate(starts):
-                    nbytes = min(self._piece_size, tensor.nbytes - start)
-                    turns = reads if is_hashed else None, writes if is_written else None
-                    plan.append(_Piece(self, tensor, state, index, start, nbytes, is_measured, *turns))
-                    reads += is_hashed
-                    writes += is_written
+            writes = self.task.open_target is not None
+            cut = partial(self._cut, tensor, state, starts)
+            if measures and writes and len(starts) > 1:
+                measured = cut(reads=True, measures=True, writes=False)
+                plan += [piece for pair in zip_longest(measured, second_pass) for piece in pair if piece]
+                second_pass = cut(reads=False, measures=False, writes=True)
+            elif writes or measures or self._hashes_reads:
+                plan += second_pass + cut(reads=True, measures=measures, writes=writes)
+                second_pass = []
+        plan += second_pass
         self.left = len(plan)
         return plan
+
+    def _cut(
+        self, tensor: Tensor, state: "_Perturbed | None", starts: range, *, reads: bool, measures: bool, writes: bool
+    ) -> list[_Piece]:
+        """Cut one pass over a tensor into pieces; `reads` says whether it is the first."""
+        pieces = []
+        for index, start in enumerate(starts):
+            read_turn = next(self._read_numbers) if reads and self._hashes_reads else None
+            write_turn = next(self._write_numbers) if writes else None
+            nbytes = min(self._piece_size, tensor.nbytes - start)
+            pieces.append(_Piece(self, tensor, state, index, start, nbytes, measures, read_turn, write_turn))
+        return pieces
 
     def process(self, piece: _Piece, buffer: memoryview) -> None:
         """Do one piece's work; `buffer` holds it meanwhile."""
         data = buffer[: piece.nbytes]
         self._source.read_into(piece.tensor, piece.start, data)
-        if piece.hash_turn is not None:
-            with self._read_turns.turn(piece.hash_turn):
+        if piece.read_turn is not None:
+            with self._read_turns.turn(piece.read_turn):
                 self._read_digest.update(data)
         if piece.is_measured:
             self._measure(piece, data)
@@ -223,8 +239,9 @@ class _Shard:
                 self._perturb(piece, piece.state, data)
             with self._hash_turns.turn(piece.write_turn):
                 self._written_digest.update(data)
+            assert self.task.target is not None
             with self._write_turns.turn(piece.write_turn):
-                _write(self.task.target, data, piece.tensor.begin + piece.start)
+                self.task.target.append(data)
 
     def _measure(self, piece: _Piece, data: memoryview) -> None:
         state = piece.state
@@ -258,8 +275,8 @@ class _Shard:
             first_block=piece.start * 8 // _bits(tensor.dtype) // BLOCK,
             key=key(self._settings.seed, tensor.name),
             scale=self._settings.noise_scale(state.std, tensor.dtype),
-            normal=self._settings.noise == "normal",
-            stochastic=self._settings.rounding == "stochastic",
+            is_normal=self._settings.noise == "normal",
+            is_stochastic=self._settings.rounding == "stochastic",
         )
         with state.lock:
             state.effects[piece.index] = sums
@@ -281,13 +298,14 @@ class _Shard:
         """Settle the digests and release the source."""
         if self._hashes_reads:
             self.task.source_sha256 = self._read_digest.hexdigest()
+            self._source.learn(self.task.source_sha256)
         self.task.sha256 = self._written_digest.hexdigest()
         self._source.close()
 
     def abandon(self) -> None:
         self._source.close()
-        if self.task.target >= 0:
-            os.close(self.task.target)
+        if self.task.target:
+            self.task.target.close()
 
 
 class _Crew:
@@ -379,12 +397,3 @@ class _Lane:
 
 def _bits(dtype: str) -> int:
     return np.dtype(cpu.STORAGE[dtype]).itemsize * 8
-
-
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data`, and start its way to the disk now, so that the fsync at the end finds little left to do."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, len(data), os.POSIX_FADV_DONTNEED)

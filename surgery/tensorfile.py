@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from surgery.digests import recall, remember
 from surgery.errors import SourceError
 
 BITS = {
@@ -71,6 +72,7 @@ class TensorFile:
         self.path = path
         self.header = read_header(path, label=label)
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._stat = os.fstat(self._fd)
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on.
@@ -86,8 +88,12 @@ class TensorFile:
             done += n
 
     def sha256(self) -> str | None:
-        """None: the bytes read in order are the file, so the reader hashes them as they pass."""
-        return None
+        """Return the file's digest if it is known; else the reader hashes the bytes as they pass, which are the file."""
+        return recall(self.path)
+
+    def learn(self, sha256: str) -> None:
+        """Remember the digest that the reader came to."""
+        remember(self.path, sha256, self._stat)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -8,13 +8,13 @@ import numpy as np
 
 from surgery.kernels.halves import narrow, narrow_stochastic, widen
 from surgery.kernels.jit import kernel
-from surgery.kernels.philox import draw, philox_block
-from surgery.noise import BLOCK, LANES, ROUNDING_STREAM
+from surgery.kernels.philox import normal, philox_block, to_uniform
+from surgery.noise import BLOCK, LANES, NOISE_STREAM, ROUNDING_STREAM, SAMPLED_BLOCKS, SECOND_STREAM
 
 STORAGE = {"F64": np.float64, "F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
 """Floating-point dtypes, in safetensors' names, and the numpy dtype in which their kernels take them."""
 
-_SAMPLE_LANES = 128
+_SUM_LANES = 128
 
 
 @kernel
@@ -67,71 +67,99 @@ def _moments_half(w, is_bfloat, shift, out):
 
 
 @kernel
-def _measure(old, new, noise, n, lanes, out):
-    """Sum (change * noise, noise^2, change^2) over the first 1024 elements of a block, a quarter of it."""
+def _measure(old, new, u, scale, lanes, out):
+    """Sum (change * noise, noise^2, change^2) over the first row of a block."""
     lanes[:] = 0.0
     a, b, c = lanes[0], lanes[1], lanes[2]
-    sample = min(n, LANES)
-    whole = sample - sample % _SAMPLE_LANES
-    for j in range(0, whole, _SAMPLE_LANES):
-        for i in range(_SAMPLE_LANES):
-            change, drawn = np.float64(new[j + i] - old[j + i]), np.float64(noise[j + i])
-            a[i] += change * drawn
-            b[i] += drawn * drawn
+    for j in range(0, old.size, _SUM_LANES):
+        for i in range(min(_SUM_LANES, old.size - j)):
+            change, noise = np.float64(new[j + i] - old[j + i]), np.float64(u[j + i] * scale)
+            a[i] += change * noise
+            b[i] += noise * noise
             c[i] += change * change
-    for i in range(sample - whole):
-        change, drawn = np.float64(new[whole + i] - old[whole + i]), np.float64(noise[whole + i])
-        a[i] += change * drawn
-        b[i] += drawn * drawn
-        c[i] += change * change
     out[0] = np.sum(a)
     out[1] = np.sum(b)
     out[2] = np.sum(c)
 
 
 @kernel
-def _add_noise(w, first_block, k0, k1, scale, normal, out):
-    words, more_words = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
-    u, noise, old = np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
-    lanes = np.empty((3, _SAMPLE_LANES))
-    for b in range(out.shape[0]):
-        block = w[b * BLOCK : (b + 1) * BLOCK]
-        draw(first_block + b, normal, k0, k1, words, more_words, u)
-        overflowed = 0
-        for i in range(block.size):
-            old[i] = block[i]
-            noise[i] = u[i] * scale
-            block[i] = old[i] + noise[i]
-            overflowed += not np.isfinite(block[i])
-        _measure(old, block, noise, block.size, lanes, out[b])
-        out[b, 3] = overflowed
+def _draw_block(block, is_normal, is_stochastic, k0, k1, words):
+    """Write the words that one block needs: a row of `words` for each stream."""
+    philox_block(block, NOISE_STREAM, k0, k1, words[0])
+    if is_normal:
+        philox_block(block, SECOND_STREAM, k0, k1, words[1])
+    if is_stochastic:
+        philox_block(block, ROUNDING_STREAM, k0, k1, words[2])
 
 
 @kernel
-def _add_noise_half(w, is_bfloat, first_block, k0, k1, scale, normal, stochastic, out):
-    words, more_words = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
-    u, noise = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    old, new = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    lanes = np.empty((3, _SAMPLE_LANES))
+def _add(before, words, more_words, is_normal, scale, u, after):
+    """Write before + u * scale of one row, and for normal noise u too."""
+    if is_normal:
+        normal(words, more_words, u)
+        for i in range(before.size):
+            after[i] = before[i] + u[i] * scale
+    else:
+        for i in range(before.size):
+            after[i] = before[i] + to_uniform(words[i]) * scale
+
+
+@kernel
+def _measure_row(before, after, words, is_normal, u, scale, lanes, out):
+    if not is_normal:
+        for i in range(u.size):
+            u[i] = to_uniform(words[i])
+    _measure(before, after, u, scale, lanes, out)
+
+
+@kernel
+def _add_noise(w, first_block, k0, k1, scale, is_normal, out):
+    words = np.empty((3, BLOCK), np.uint32)
+    u, old = np.empty(LANES, w.dtype), np.empty(LANES, w.dtype)
+    lanes = np.empty((3, _SUM_LANES))
+    for b in range(out.shape[0]):
+        is_sampled = (first_block + b) % SAMPLED_BLOCKS == 0
+        _draw_block(first_block + b, is_normal, False, k0, k1, words)
+        out[b] = 0.0
+        for row in range(0, min(BLOCK, w.size - b * BLOCK), LANES):
+            after = w[b * BLOCK + row : min(b * BLOCK + row + LANES, w.size)]
+            before, drawn = old[: after.size], u[: after.size]
+            before[:] = after
+            _add(before, words[0, row:], words[1, row:], is_normal, scale, drawn, after)
+            overflowed = 0
+            for i in range(after.size):
+                overflowed += not abs(after[i]) < np.inf
+            out[b, 3] += overflowed
+            if row == 0 and is_sampled:
+                _measure_row(before, after, words[0], is_normal, drawn, scale, lanes, out[b])
+
+
+@kernel
+def _add_noise_half(w, is_bfloat, first_block, k0, k1, scale, is_normal, is_stochastic, out):
+    words = np.empty((3, BLOCK), np.uint32)
+    u, old, new = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    lanes = np.empty((3, _SUM_LANES))
     exponent = np.uint16(0x7F80 if is_bfloat else 0x7C00)
     for b in range(out.shape[0]):
-        half = w[b * BLOCK : (b + 1) * BLOCK]
-        draw(first_block + b, normal, k0, k1, words, more_words, u)
-        widen(half, old.view(np.uint32), is_bfloat)
-        for i in range(half.size):
-            noise[i] = u[i] * scale
-            new[i] = old[i] + noise[i]
-        if stochastic:
-            philox_block(first_block + b, ROUNDING_STREAM, k0, k1, words)
-            narrow_stochastic(new.view(np.uint32), half, is_bfloat, words)
-        else:
-            narrow(new.view(np.uint32), half, is_bfloat)
-        widen(half[:LANES], new.view(np.uint32), is_bfloat)
-        _measure(old, new, noise, half.size, lanes, out[b])
-        overflowed = 0
-        for i in range(half.size):
-            overflowed += (half[i] & exponent) == exponent
-        out[b, 3] = overflowed
+        is_sampled = (first_block + b) % SAMPLED_BLOCKS == 0
+        _draw_block(first_block + b, is_normal, is_stochastic, k0, k1, words)
+        out[b] = 0.0
+        for row in range(0, min(BLOCK, w.size - b * BLOCK), LANES):
+            half = w[b * BLOCK + row : min(b * BLOCK + row + LANES, w.size)]
+            before, after, drawn = old[: half.size], new[: half.size], u[: half.size]
+            widen(half, before.view(np.uint32), is_bfloat)
+            _add(before, words[0, row:], words[1, row:], is_normal, scale, drawn, after)
+            if is_stochastic:
+                narrow_stochastic(after.view(np.uint32), half, is_bfloat, words[2, row:])
+            else:
+                narrow(after.view(np.uint32), half, is_bfloat)
+            largest = np.uint16(0)
+            for i in range(half.size):
+                largest = max(largest, np.uint16(half[i] & exponent))
+            out[b, 3] += largest == exponent
+            if row == 0 and is_sampled:
+                widen(half, after.view(np.uint32), is_bfloat)
+                _measure_row(before, after, words[0], is_normal, drawn, scale, lanes, out[b])
 
 
 def moments(w: np.ndarray, dtype: str, shift: float) -> np.ndarray:
@@ -159,8 +187,8 @@ def add_noise(
     first_block: int,
     key: tuple[int, int],
     scale: float,
-    normal: bool = False,
-    stochastic: bool = False,
+    is_normal: bool = False,
+    is_stochastic: bool = False,
 ) -> np.ndarray:
     """Replace w by w + u * scale, in place, rounded once to its dtype.
 
@@ -170,19 +198,19 @@ def add_noise(
         first_block: index in the tensor of w's first block.
         key: the tensor's key, `noise.key(seed, name)`.
         scale: lam * std, already rounded to the precision of the addition.
-        normal: draw u from the normal distribution instead of the uniform one.
-        stochastic: round to 16 bits stochastically. No effect on F32 and F64, which are not rounded again.
+        is_normal: draw u from the normal distribution instead of the uniform one.
+        is_stochastic: round to 16 bits stochastically. No effect on F32 and F64, which are not rounded again.
     Returns:
-        float64, shape (blocks, 4): sums of change * noise, noise^2 and change^2 over the first 1024 elements of each
-        block, and the number of elements that overflowed.
+        float64, shape (blocks, 4): sums of change * noise, noise^2 and change^2 over the sample (see
+        noise.SAMPLED_BLOCKS), and more than 0 if an element overflowed.
     """
     out = np.empty((-(-w.size // BLOCK), 4))
     k0, k1 = np.uint32(key[0]), np.uint32(key[1])
     if w.dtype == np.uint16:
         is_bfloat = dtype == "BF16"
-        _add_noise_half(w, is_bfloat, first_block, k0, k1, np.float32(scale), normal, stochastic, out)
+        _add_noise_half(w, is_bfloat, first_block, k0, k1, np.float32(scale), is_normal, is_stochastic, out)
     else:
-        _add_noise(w, first_block, k0, k1, w.dtype.type(scale), normal, out)
+        _add_noise(w, first_block, k0, k1, w.dtype.type(scale), is_normal, out)
     return out
 
 

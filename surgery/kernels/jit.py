@@ -1,33 +1,25 @@
 """Compiling the CPU kernels once per machine, not once per run."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from numba import config, njit
 
+from surgery.caches import cache_folder
 
-def _cache_folder() -> Path | None:
-    """Return a writable user folder for machine code of exactly these sources, or None.
 
-    Never beside the source: site-packages may be read-only. Named by a digest of the sources, because numba notices a
-    change in the file of the kernel it compiles, but not in those of the kernels which that one calls.
-    """
+def _sources_digest() -> str:
+    """Digest these sources: numba notices a change in the file of a kernel, but not in those it calls into."""
     digest = hashlib.blake2b(digest_size=8)
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        folder = base / "model-surgery" / f"kernels-{digest.hexdigest()}"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return None
-    return folder if os.access(folder, os.W_OK) else None
+    return digest.hexdigest()
 
 
-_FOLDER = config.CACHE_DIR or _cache_folder()
+# never beside the source: site-packages may be read-only, or shared by machines of different kinds
+_FOLDER = config.CACHE_DIR or cache_folder(f"kernels-{_sources_digest()}")
 
 
 def kernel(function: Callable[..., Any]) -> Any:

@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 
 from surgery.kernels.jit import kernel
-from surgery.noise import LANES, NOISE_STREAM, SECOND_STREAM, UNIT_STD
+from surgery.noise import LANES, UNIT_STD
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
@@ -132,15 +132,15 @@ def _inverse_normal(p):
     return -(a / b) if q < 0.0 else a / b
 
 
+@njit(inline="always")
+def to_uniform(word):
+    """Return u of an element from its word of the noise stream. Exact in float32."""
+    return np.float32(word >> np.uint32(8)) * np.float32(2.0**-24) - np.float32(0.5)
+
+
 @kernel
-def draw(block, normal, k0, k1, words, more_words, u):
-    """Write u of one block, in u's own precision."""
-    philox_block(block, NOISE_STREAM, k0, k1, words)
-    if normal:
-        philox_block(block, SECOND_STREAM, k0, k1, more_words)
-        for i in range(u.size):
-            bits = (np.uint64(words[i]) << np.uint64(20)) + np.uint64(more_words[i] >> np.uint32(12))
-            u[i] = _inverse_normal((np.float64(bits) + 0.5) * 2.0**-52) * UNIT_STD
-    else:
-        for i in range(u.size):
-            u[i] = np.float32(words[i] >> np.uint32(8)) * np.float32(2.0**-24) - np.float32(0.5)
+def normal(words, more_words, u):
+    """Write u of a run of elements from their words of both noise streams."""
+    for i in range(u.size):
+        bits = (np.uint64(words[i]) << np.uint64(20)) + np.uint64(more_words[i] >> np.uint32(12))
+        u[i] = _inverse_normal((np.float64(bits) + 0.5) * 2.0**-52) * UNIT_STD

@@ -1,0 +1,59 @@
+"""sha256 digests of source files, remembered between runs: ten seeds of one checkpoint hash it once.
+
+A digest is kept under the file's identity: path, device, inode, size, and the times of its last change to the
+nanosecond. A file changed within the last seconds is not remembered, since a change after it might bear the same time.
+"""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from surgery.caches import cache_folder
+
+_SETTLED_NS = 2_000_000_000
+
+
+def sha256_of(path: Path) -> str:
+    """Return the file's sha256, from memory if it has not changed since."""
+    known = recall(path)
+    if known is None:
+        stat = path.stat()
+        with path.open("rb") as file:
+            known = hashlib.file_digest(file, "sha256").hexdigest()
+        remember(path, known, stat)
+    return known
+
+
+def recall(path: Path) -> str | None:
+    """Return the sha256 of a file that has not changed since it was remembered, or None."""
+    entry = _entry(path, path.stat())
+    try:
+        return entry.read_text() if entry else None
+    except OSError:
+        return None
+
+
+def remember(path: Path, sha256: str, stat: os.stat_result) -> None:
+    """Keep a file's sha256, unless it changed since `stat` was taken or may yet change unseen."""
+    is_settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS
+    entry = _entry(path, stat)
+    if not entry or not is_settled or _identity(path, stat) != _identity(path, path.stat()):
+        return
+    part = entry.with_name(f"{entry.name}.{os.getpid()}")
+    try:
+        part.write_text(sha256)
+        os.replace(part, entry)
+    except OSError:  # a full or read-only cache only costs time
+        part.unlink(missing_ok=True)
+
+
+def _identity(path: Path, stat: os.stat_result) -> str:
+    parts = (path.resolve(), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return "\0".join(map(str, parts))
+
+
+def _entry(path: Path, stat: os.stat_result) -> Path | None:
+    folder = cache_folder("digests")
+    name = hashlib.blake2b(_identity(path, stat).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return folder / name if folder else None
