@@ -99,7 +99,9 @@ def _refuse_escape(root: Path, name: str) -> None:
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     if not any(real.is_relative_to(folder.resolve()) for folder in allowed):
-        raise SourceError(f"{root / name}: expected a file of the checkpoint, got a link out of it. Replace it by a copy.")
+        raise SourceError(
+            f"{root / name}: expected a file of the checkpoint, got a link out of it. Replace it by a copy."
+        )
     if not real.exists():
         raise SourceError(f"{root / name}: expected a file, got a link to nothing. Fetch the checkpoint again.")
 
@@ -128,7 +130,9 @@ def read_weight_map(path: Path) -> dict[str, str]:
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{path}: expected a JSON index with a weight_map, got another thing. Fetch it again.") from error
+        raise SourceError(
+            f"{path}: expected a JSON index with a weight_map, got another thing. Fetch it again."
+        ) from error
     return weight_map
 
 
@@ -137,8 +141,15 @@ def _shards_of(root: Path, weight_set: WeightSet) -> list[str]:
     shards = []
     for shard in sorted(set(read_weight_map(index).values())):
         parts = PurePosixPath(shard).parts
-        if PurePosixPath(shard).is_absolute() or ".." in parts or "\\" in shard or not shard.endswith(weight_set.suffix):
-            raise SourceError(f"{index}: expected shards of its own folder, got {shard!r}. Do not trust this checkpoint.")
+        if (
+            PurePosixPath(shard).is_absolute()
+            or ".." in parts
+            or "\\" in shard
+            or not shard.endswith(weight_set.suffix)
+        ):
+            raise SourceError(
+                f"{index}: expected shards of its own folder, got {shard!r}. Do not trust this checkpoint."
+            )
         name = (PurePosixPath(weight_set.folder) / shard).as_posix()
         if not (root / name).is_file():
             raise SourceError(f"{index}: expected shard {shard}, got no such file. Fetch the missing shard.")

@@ -60,7 +60,9 @@ def _fail(message: str, *, as_json: bool, debug: bool) -> None:
 
 @main.command(context_settings={"show_default": True})
 @click.argument("model")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-noisytune-lam…-seed…]")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-noisytune-lam…-seed…]"
+)
 @click.option("--lam", type=float, default=0.15, help="Noise intensity, from 0 to 1; the paper uses 0.1 to 0.15.")
 @click.option("--seed", type=int, default=0, help="The same seed gives the same bytes.")
 @click.option("--noise", type=click.Choice(["uniform", "normal"]), default="uniform", help="Shape of the noise.")
@@ -68,7 +70,9 @@ def _fail(message: str, *, as_json: bool, debug: bool) -> None:
 @click.option(
     "--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", help="How to round to 16 bits."
 )
-@click.option("--include", multiple=True, metavar="GLOB", help="Perturb only tensors whose name matches; `**` spans dots.")
+@click.option(
+    "--include", multiple=True, metavar="GLOB", help="Perturb only tensors whose name matches; `**` spans dots."
+)
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Copy tensors whose name matches.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--variant", help="Weights' variant, such as fp16.")

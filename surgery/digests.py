@@ -43,7 +43,7 @@ def remember(path: Path, sha256: str, stat: os.stat_result) -> None:
     part = entry.with_name(f"{entry.name}.{os.getpid()}")
     try:
         part.write_text(sha256)
-        os.replace(part, entry)
+        part.replace(entry)
     except OSError:  # a full or read-only cache only costs time
         part.unlink(missing_ok=True)
 

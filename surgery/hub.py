@@ -38,14 +38,18 @@ def fetch(repo_id: str, *, revision: str | None, variant: str | None, token: str
     try:
         return _download(repo_id, revision=revision, variant=variant, token=token)
     except GatedRepoError as error:
-        raise SourceError(f"{what}: expected access, got a gated model. Ask for access at {url}, then `hf auth login`.") from error
+        raise SourceError(
+            f"{what}: expected access, got a gated model. Ask for access at {url}, then `hf auth login`."
+        ) from error
     except RepositoryNotFoundError as error:
         raise SourceError(
             f"{what}: expected a path or a model on {constants.ENDPOINT}, got neither. "
             "Check the name; if it is private, `hf auth login` first."
         ) from error
     except RevisionNotFoundError as error:
-        raise SourceError(f"{what}: expected a branch, tag or commit, got none of that name. See {url}/commits.") from error
+        raise SourceError(
+            f"{what}: expected a branch, tag or commit, got none of that name. See {url}/commits."
+        ) from error
     except HFValidationError as error:
         raise SourceError(f"{what}: expected a path or a Hub id, got neither. Check the name.") from error
     except HfHubHTTPError as error:

@@ -26,11 +26,13 @@ ROUNDINGS = ("nearest", "stochastic")
 # Buffers as transformers, torch and their ancestors name them. A checkpoint file does not tell a buffer from a
 # parameter, and noise in a statistic, a frequency table or a mask breaks the model.
 _BUFFERS = frozenset(
-    "running_mean running_var num_batches_tracked inv_freq original_inv_freq inv_timescales position_ids token_type_ids "
-    "masked_bias causal_mask attn_mask attn_mask_probs relative_position_index relative_coords_table "
-    "relative_position_bucket e_score_correction_bias expert_bias balancing_biases final_logits_bias empty_weight "
-    "cluster_size cluster_usage embed_avg embed_sum inited initialized mup_vector rotary_pos_emb_cache cos_cached "
-    "sin_cached logits_mask latent_mean latent_std global_mean global_invstd".split()
+    """
+    running_mean running_var num_batches_tracked inv_freq original_inv_freq inv_timescales rotary_pos_emb_cache
+    cos_cached sin_cached position_ids token_type_ids masked_bias causal_mask attn_mask attn_mask_probs logits_mask
+    relative_position_index relative_coords_table relative_position_bucket e_score_correction_bias expert_bias
+    balancing_biases final_logits_bias empty_weight cluster_size cluster_usage embed_avg embed_sum inited initialized
+    mup_vector latent_mean latent_std global_mean global_invstd
+    """.split()
 )
 
 

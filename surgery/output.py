@@ -80,7 +80,9 @@ class OutputFolder:
             ) from error
 
     def _prepare(self, *, overwrite: bool) -> None:
-        present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir() or p.is_symlink()}
+        present = {
+            p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir() or p.is_symlink()
+        }
         former = _read_json(self.path / JOURNAL) or {}
         recipe = _read_json(self.path / RECIPE)
         self._owned = set(former.get("owned", ())) | set(self._planned)
@@ -88,7 +90,9 @@ class OutputFolder:
         if recipe and not former:
             former_names = _names_in(recipe)
             self._owned |= former_names
-        strangers = sorted(n for n in present if n.removesuffix(_PART) not in self._owned and n not in (JOURNAL, RECIPE))
+        strangers = sorted(
+            n for n in present if n.removesuffix(_PART) not in self._owned and n not in (JOURNAL, RECIPE)
+        )
         if former and not is_same and not overwrite:
             raise OutputError(
                 f"{self.path}: expected a new or empty folder, got one that another command did not finish. "
@@ -133,7 +137,7 @@ class OutputFolder:
         """Put a complete part on the disk and give it its name; return its size in bytes."""
         size = part.finish()
         path = self.path / name
-        os.replace(path.with_name(path.name + _PART), path)
+        path.with_name(path.name + _PART).replace(path)
         _sync_folder(path.parent)
         return size
 
@@ -211,7 +215,9 @@ def _as_output_error(path: Path, resume: str) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             reason = os.strerror(error.errno)
-            raise OutputError(f"{path}: expected a folder to write to, got {reason}. Choose another with -o.") from error
+            raise OutputError(
+                f"{path}: expected a folder to write to, got {reason}. Choose another with -o."
+            ) from error
         raise
 
 
@@ -229,7 +235,9 @@ def refuse_output(out: Path, source_root: Path) -> None:
 
     out, root = out.resolve(), source_root.resolve()
     if out == root or out.is_relative_to(root):
-        raise OutputError(f"{out}: expected a folder outside the source, got one inside {root}. Choose another with -o.")
+        raise OutputError(
+            f"{out}: expected a folder outside the source, got one inside {root}. Choose another with -o."
+        )
     cache = Path(constants.HF_HUB_CACHE).resolve()
-    if out.is_relative_to(cache) or "snapshots" in out.parts and any(p.startswith("models--") for p in out.parts):
+    if out.is_relative_to(cache) or ("snapshots" in out.parts and any(p.startswith("models--") for p in out.parts)):
         raise OutputError(f"{out}: expected a folder of your own, got one in the Hub's cache. Choose another with -o.")

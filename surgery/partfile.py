@@ -64,7 +64,7 @@ class PartFile:
         done = 0
         while done < nbytes:
             try:
-                done += os.pwrite(self._fd, self._buffer[done:nbytes], self._flushed + done)
+                done += os.pwrite(self._fd, self._buffer.data[done:nbytes], self._flushed + done)
             except OSError as error:
                 flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
                 if error.errno != errno.EINVAL or not flags & _DIRECT:

@@ -219,7 +219,9 @@ def _plan_shard(checkpoint: Checkpoint, weight_set: WeightSet, name: str, settin
     header = source.header
     copied: dict[str, str] = {}
     for tensor in header.tensors:
-        if tensor.dtype.startswith(("F8", "F6", "F4")) or tensor.name.endswith((".qweight", ".absmax", ".weight_packed")):
+        if tensor.dtype.startswith(("F8", "F6", "F4")) or tensor.name.endswith(
+            (".qweight", ".absmax", ".weight_packed")
+        ):
             raise SourceError(
                 f"{checkpoint.path(name)}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
                 "Perturb the original checkpoint and quantize the result."
@@ -257,9 +259,11 @@ def _plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[Sha
     weight_map = read_weight_map(index)
     tied = {name for shard in members for name in shard.tied}
     for name, file in weight_map.items():
-        shard = where.get(name)
-        if name not in tied and (shard is None or shard.source.rpartition("/")[2] != file.rpartition("/")[2]):
-            raise SourceError(f"{index}: expected tensor {name!r} in {file}, got no such tensor. Fetch the checkpoint again.")
+        found = where.get(name)
+        if name not in tied and (found is None or found.source.rpartition("/")[2] != file.rpartition("/")[2]):
+            raise SourceError(
+                f"{index}: expected tensor {name!r} in {file}, got no such tensor. Fetch the checkpoint again."
+            )
     if not weight_set.is_pickle:
         return {weight_set.index: index.read_bytes()}
     document = json.loads(index.read_bytes())
@@ -366,7 +370,9 @@ def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled
         left_out=dict(plan.checkpoint.layout.left_out),
     )
     if plan.settings.lam and not any(tensor.copied is None for tensor in recipe.tensors):
-        raise SourceError(f"{plan.checkpoint.id}: expected a tensor with spread, got none. There is nothing to perturb.")
+        raise SourceError(
+            f"{plan.checkpoint.id}: expected a tensor with spread, got none. There is nothing to perturb."
+        )
     return recipe
 
 

@@ -76,7 +76,9 @@ def _load(path: Path, label: str) -> Any:
             f"{label}: expected a pickle of nothing but tensors, got {found}. It was not run; get safetensors instead."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SourceError(f"{label}: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again.") from error
+        raise SourceError(
+            f"{label}: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again."
+        ) from error
 
 
 def _state_dict(loaded: Any, label: str) -> dict[str, torch.Tensor]:
@@ -88,7 +90,9 @@ def _state_dict(loaded: Any, label: str) -> dict[str, torch.Tensor]:
         loaded = loaded[nest]
     found = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)} if isinstance(loaded, Mapping) else {}
     if not found or not all(isinstance(name, str) for name in found):
-        raise SourceError(f"{label}: expected a state_dict, got none, also not under {', '.join(_NESTS)}. Save one with torch.save.")
+        raise SourceError(
+            f"{label}: expected a state_dict, got none, also not under {', '.join(_NESTS)}. Save one with torch.save."
+        )
     return {name: tensor.detach() for name, tensor in found.items()}
 
 

