@@ -17,8 +17,10 @@ def widen(half, bits, is_bfloat):
         magnitude = np.uint32(half[i]) & np.uint32(0x7FFF)
         if magnitude < np.uint32(0x400):  # subnormal: an integer multiple of 2^-24
             values[i] = np.float32(magnitude) * np.float32(2.0**-24)
-        else:
+        elif magnitude < np.uint32(0x7C00):
             bits[i] = (magnitude << np.uint32(13)) + np.uint32(112 << 23)
+        else:  # Inf or NaN
+            bits[i] = (magnitude << np.uint32(13)) | np.uint32(0x7F800000)
         bits[i] |= (np.uint32(half[i]) & np.uint32(0x8000)) << np.uint32(16)
 
 
