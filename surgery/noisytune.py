@@ -60,6 +60,8 @@ class NoisyTune:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lam", float(self.lam))  # an int, or a number of numpy's, is as good
+        object.__setattr__(self, "seed", int(self.seed))
         if not 0 <= self.lam <= 1:  # also false for NaN
             raise SettingError(f"lam: expected a number from 0 to 1, got {self.lam}. The paper uses 0.1 to 0.15.")
         if not 0 <= self.seed < 2**64:

@@ -17,13 +17,14 @@ from surgery.digests import sha256_of
 from surgery.errors import SettingError, SourceError
 from surgery.layout import RECIPE, WeightSet
 from surgery.noise import CONTRACT
-from surgery.noisytune import Moments, NoisyTune, pool
+from surgery.noisytune import FLOATS, Moments, NoisyTune, pool
 from surgery.output import OutputFolder, is_finished, refuse_output
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, TensorRecord
 from surgery.tensorfile import Header, TensorFile
 
 NO_SPREAD = "all elements equal, no spread"
+_PACKED_NAMES = (".qweight", ".qzeros", ".absmax", ".weight_packed")  # GPTQ and AWQ, bitsandbytes, compressed-tensors
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,8 @@ def _plan_shard(checkpoint: Checkpoint, weight_set: WeightSet, name: str, settin
     header = source.header
     copied: dict[str, str] = {}
     for tensor in header.tensors:
-        if tensor.dtype.startswith(("F8", "F6", "F4")) or tensor.name.endswith(
-            (".qweight", ".absmax", ".weight_packed")
-        ):
+        is_packed = tensor.dtype.startswith("F") and tensor.dtype not in FLOATS
+        if is_packed or tensor.name.endswith(_PACKED_NAMES):
             raise SourceError(
                 f"{checkpoint.path(name)}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
                 "Perturb the original checkpoint and quantize the result."

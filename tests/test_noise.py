@@ -51,4 +51,8 @@ def test_key_equals_reference(seed, name):
 def test_key_and_words_are_pinned():
     """A change here breaks every recipe there is: it needs a new CONTRACT."""
     assert key(0, "embeddings.word_embeddings.weight") == (837310289, 4105233846)
-    assert [int(w) for w in reference.words(0, "embeddings.word_embeddings.weight", 3)] == [411998317, 4222997926, 3488111050]
+    assert [int(w) for w in reference.words(0, "embeddings.word_embeddings.weight", 3)] == [
+        411998317,
+        4222997926,
+        3488111050,
+    ]
