@@ -35,7 +35,7 @@ def loaded_after(code: str, tmp_path: Path) -> set[str]:
         "import surgery",
         "import surgery.hooks",
         "import surgery\nsurgery.SurgeryError, surgery.__version__, dir(surgery)",
-        "from click.testing import CliRunner\nfrom surgery.cli import main\nCliRunner().invoke(main, ['--help']).output",
+        "from click.testing import CliRunner\nfrom surgery.cli import main\nCliRunner().invoke(main, ['-h']).output",
     ],
     ids=["surgery", "hooks", "names", "help"],
 )
