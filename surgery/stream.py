@@ -23,9 +23,8 @@ from surgery.noisytune import Effect, Moments, NoisyTune, merge_blocks, merge_ef
 from surgery.partfile import PartFile
 from surgery.tensorfile import Header, Tensor
 
-_MEMORY = 128 << 20
-_LARGEST_PIECE = 8 << 20
-_ALIGNMENT = BLOCK * 8  # whole blocks of the noise contract in every dtype
+# Bytes at a time: small enough for a core's cache, whole blocks of the noise contract in every dtype.
+_PIECE = 2 << 20
 
 
 class Source(Protocol):
@@ -79,7 +78,7 @@ def run(
     A shard is bound by its sequential digests, so there are two threads to a shard and as many shards at once as that
     allows. The first error of any thread stops all of them and is raised; so is KeyboardInterrupt.
     """
-    crew = _Crew(tasks, settings, _piece_size(workers), on_done, on_bytes)
+    crew = _Crew(tasks, settings, on_done, on_bytes)
     lanes = [crew.lane() for _ in range(max(1, workers // 2))]
     threads = [
         threading.Thread(target=crew.work, args=(lanes[i % len(lanes)],), daemon=True, name=f"surgery-{i}")
@@ -100,10 +99,6 @@ def run(
             crew.abandon()  # else a straggler would write to whatever file gets its descriptor next
     if crew.error:
         raise crew.error
-
-
-def _piece_size(workers: int) -> int:
-    return max(_ALIGNMENT, min(_LARGEST_PIECE, _MEMORY // workers) // _ALIGNMENT * _ALIGNMENT)
 
 
 class _StoppedError(Exception):
@@ -164,12 +159,11 @@ class _Piece:
 class _Shard:
     """A task under way: its open files, digests and turnstiles, and what is done with each of its pieces."""
 
-    def __init__(self, task: Task, settings: NoisyTune, piece_size: int, stop: threading.Event) -> None:
+    def __init__(self, task: Task, settings: NoisyTune, stop: threading.Event) -> None:
         self.task = task
         self.left = 0
         self.lock = threading.Lock()
         self._settings = settings
-        self._piece_size = piece_size
         self._stop = stop
         self._read_digest, self._written_digest = hashlib.sha256(), hashlib.sha256()
         self._read_turns, self._hash_turns, self._write_turns = _Turnstile(stop), _Turnstile(stop), _Turnstile(stop)
@@ -195,7 +189,7 @@ class _Shard:
         plan: list[_Piece] = []
         second_pass: list[_Piece] = []
         for tensor in self._header.tensors:
-            starts = range(0, tensor.nbytes, self._piece_size)
+            starts = range(0, tensor.nbytes, _PIECE)
             state = None
             if tensor.name not in self.task.copied:
                 state = _Perturbed(len(starts), self.task.pooled_std)
@@ -221,7 +215,7 @@ class _Shard:
         for index, start in enumerate(starts):
             read_turn = next(self._read_numbers) if reads and self._hashes_reads else None
             write_turn = next(self._write_numbers) if writes else None
-            nbytes = min(self._piece_size, tensor.nbytes - start)
+            nbytes = min(_PIECE, tensor.nbytes - start)
             pieces.append(_Piece(self, tensor, state, index, start, nbytes, measures, read_turn, write_turn))
         return pieces
 
@@ -315,7 +309,6 @@ class _Crew:
         self,
         tasks: Iterable[Task],
         settings: NoisyTune,
-        piece_size: int,
         on_done: Callable[[Task], None],
         on_bytes: Callable[[int], object],
     ) -> None:
@@ -323,7 +316,6 @@ class _Crew:
         self.error: BaseException | None = None
         self._tasks = iter(tasks)
         self._settings = settings
-        self._piece_size = piece_size
         self._on_done = on_done
         self._on_bytes = on_bytes
         self._open: list[_Shard] = []
@@ -337,7 +329,7 @@ class _Crew:
             return next(self._tasks, None)
 
     def start(self, task: Task) -> _Shard:
-        shard = _Shard(task, self._settings, self._piece_size, self.stop)
+        shard = _Shard(task, self._settings, self.stop)
         with self._lock:
             self._open.append(shard)
         return shard
@@ -356,7 +348,7 @@ class _Crew:
 
     def work(self, lane: "_Lane") -> None:
         """Take pieces until there are none left. The body of every thread."""
-        buffer = memoryview(bytearray(self._piece_size))
+        buffer = memoryview(bytearray(_PIECE))
         try:
             while not self.stop.is_set() and (piece := lane.next_piece()):
                 piece.shard.process(piece, buffer)
