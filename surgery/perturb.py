@@ -21,6 +21,7 @@ from surgery.noisytune import FLOATS, Moments, NoisyTune, pool
 from surgery.output import OutputFolder, is_finished, refuse_output
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, TensorRecord
+from surgery.shard import Source, Task
 from surgery.tensorfile import Header, TensorFile
 
 NO_SPREAD = "all elements equal, no spread"
@@ -202,7 +203,7 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
 # -- planning -----------------------------------------------------------------------------------------------------
 
 
-def _open(checkpoint: Checkpoint, name: str) -> stream.Source:
+def _open(checkpoint: Checkpoint, name: str) -> Source:
     path = checkpoint.path(name)
     try:
         if path.suffix == ".safetensors":
@@ -296,16 +297,17 @@ def _settings_to_json(settings: NoisyTune) -> dict[str, Any]:
 
 def _task(
     plan: Plan, shard: ShardPlan, folder: OutputFolder | None, measured: dict[str, Any] | None, pooled: Moments | None
-) -> stream.Task:
+) -> Task:
     moments = measured["moments"] if measured else {}
     flat = {name for name, numbers in moments.items() if not Moments(*numbers).std}
-    return stream.Task(
+    return Task(
         name=shard.name,
         label=str(plan.checkpoint.path(shard.source)),
         open_source=partial(_open, plan.checkpoint, shard.source),
         open_target=partial(folder.open_part, shard.name) if folder else None,
         copied=frozenset(shard.copied.keys() | flat),
         pooled_std=pooled.std if pooled else None,
+        source_sha256=measured["source_sha256"] if measured else "",
     )
 
 
@@ -313,7 +315,7 @@ def _measure(plan: Plan, workers: int) -> dict[str, Any]:
     """Read everything once for scale="global": each shard's digest, and each tensor's count, mean and spread."""
     measured: dict[str, Any] = {}
 
-    def keep(task: stream.Task) -> None:
+    def keep(task: Task) -> None:
         moments = {name: [m.n, m.mean, m.m2] for name, m in task.moments.items()}
         measured[task.name] = {"source_sha256": task.source_sha256, "moments": moments}
 
@@ -323,7 +325,7 @@ def _measure(plan: Plan, workers: int) -> dict[str, Any]:
     return measured
 
 
-def _finish_shard(task: stream.Task, shard: ShardPlan, folder: OutputFolder, measured: dict[str, Any] | None) -> None:
+def _finish_shard(task: Task, shard: ShardPlan, folder: OutputFolder, measured: dict[str, Any] | None) -> None:
     """Give a complete shard its name and note in the journal what was done to it."""
     moments = {name: Moments(*m) for name, m in measured["moments"].items()} if measured else task.moments
     tensors = []
@@ -332,8 +334,7 @@ def _finish_shard(task: stream.Task, shard: ShardPlan, folder: OutputFolder, mea
         reason = shard.copied.get(tensor.name) or (None if std else NO_SPREAD)
         effect = task.effects.get(tensor.name)
         tensors.append(TensorRecord(tensor.name, tensor.dtype, tensor.shape, std, reason, effect))
-    source_sha256 = measured["source_sha256"] if measured else task.source_sha256
-    record = FileRecord(shard.name, task.sha256, shard.source, source_sha256, tuple(tensors), shard.tied)
+    record = FileRecord(shard.name, task.sha256, shard.source, task.source_sha256, tuple(tensors), shard.tied)
     assert task.target is not None
     size = folder.finish_part(shard.name, task.target)
     folder.record(shard.name, {"size": size, **record.to_json()})

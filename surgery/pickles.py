@@ -54,8 +54,16 @@ class PickleFile:
         """Hash the file: its bytes are not those that pass when its tensors are read."""
         return sha256_of(self.path)
 
-    def learn(self, sha256: str) -> None:
-        """Nothing to learn: sha256() always knows."""
+    def settle(self, sha256: str) -> None:
+        """Check that the file is still what it was when opened.
+
+        Raises:
+            SourceError: it has been written to meanwhile.
+        """
+        if sha256 != sha256_of(self.path):
+            raise SourceError(
+                f"{self.path}: expected a file at rest, got one that changed while it was read. Run again."
+            )
 
     def close(self) -> None:
         self._tensors = {}

@@ -84,15 +84,26 @@ class TensorFile:
         while done < len(buffer):
             n = os.preadv(self._fd, [buffer[done:]], tensor.begin + start + done)
             if n == 0:
-                raise SourceError(f"{self.path}: expected {tensor.end} bytes, got fewer: it changed while being read.")
+                raise SourceError(
+                    f"{self.path}: expected {tensor.end} bytes, got fewer. It changed while it was read; run again."
+                )
             done += n
 
     def sha256(self) -> str | None:
         """Return the file's digest if it is known; else the reader hashes the bytes as they pass: they are the file."""
         return recall(self.path)
 
-    def learn(self, sha256: str) -> None:
-        """Remember the digest that the reader came to."""
+    def settle(self, sha256: str) -> None:
+        """Check that the file is still what it was when opened, and remember its digest.
+
+        Raises:
+            SourceError: it has been written to meanwhile.
+        """
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
+            raise SourceError(
+                f"{self.path}: expected a file at rest, got one that changed while it was read. Run again."
+            )
         remember(self.path, sha256, self._stat)
 
     def close(self) -> None:

