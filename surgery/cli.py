@@ -98,16 +98,17 @@ def perturb(
 
     MODEL is a Hub id, a folder, or a .safetensors or PyTorch file. An interrupted run is resumed by the same command.
     """
-    from surgery import perturb as job
     from surgery import report
     from surgery.noisytune import NoisyTune
+    from surgery.perturb import execute
+    from surgery.plan import make_plan
 
     start = time.perf_counter()
-    plan = job.make_plan(model, out, NoisyTune(**settings), revision=revision, variant=variant, token=token)
+    plan = make_plan(model, out, NoisyTune(**settings), revision=revision, variant=variant, token=token)
     if dry_run:
         rows = report.plan_rows(plan)
         click.echo(report.as_json(rows) if as_json else report.plan_table(rows))
         return
-    recipe = job.execute(plan, overwrite=overwrite, workers=workers)
+    recipe = execute(plan, overwrite=overwrite, workers=workers)
     rows = report.result_rows(recipe, plan, time.perf_counter() - start)
     click.echo(report.as_json(rows) if as_json else report.result_table(rows))

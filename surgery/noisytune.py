@@ -19,6 +19,9 @@ from surgery.noise import BLOCK, LANES, SAMPLED_BLOCKS
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes that can be perturbed, in safetensors' names."""
 
+NO_SPREAD = "all elements equal, no spread"
+"""Why a tensor is copied whose std turned out to be 0."""
+
 NOISES = ("uniform", "normal")
 SCALES = ("matrix", "global")
 ROUNDINGS = ("nearest", "stochastic")

@@ -1,90 +1,23 @@
-"""NoisyTune on checkpoint files: plan from headers alone, then stream every shard into the output folder."""
+"""NoisyTune on checkpoint files: stream every shard into the output folder, then its companions and the recipe."""
 
 import hashlib
-import json
 import os
-import re
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from surgery import stream
-from surgery.checkpoint import Checkpoint, read_weight_map, resolve
 from surgery.digests import sha256_of
-from surgery.errors import SettingError, SourceError
-from surgery.layout import RECIPE, WeightSet
+from surgery.errors import SourceError
+from surgery.layout import RECIPE
 from surgery.noise import CONTRACT
-from surgery.noisytune import FLOATS, Moments, NoisyTune, pool
-from surgery.output import OutputFolder, is_finished, refuse_output
+from surgery.noisytune import NO_SPREAD, Moments, NoisyTune, pool
+from surgery.output import OutputFolder, is_finished
+from surgery.plan import Plan, ShardPlan, make_plan, open_source
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, TensorRecord
-from surgery.shard import Source, Task
-from surgery.tensorfile import Header, TensorFile
-
-NO_SPREAD = "all elements equal, no spread"
-_PACKED_NAMES = (".qweight", ".qzeros", ".absmax", ".weight_packed")  # GPTQ and AWQ, bitsandbytes, compressed-tensors
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One weight file: where it comes from, what it becomes, and why tensors are copied.
-
-    Args:
-        source: name relative to the source.
-        name: name relative to the output.
-        header: of the file to write.
-        copied: reason by tensor name, for the tensors that will be copied.
-        tied: names in a pickle that repeat another tensor's storage, and that tensor's name; they are not written.
-    """
-
-    source: str
-    name: str
-    header: Header
-    copied: dict[str, str]
-    tied: dict[str, str]
-
-    @property
-    def nbytes(self) -> int:
-        return self.header.file_size
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `surgery perturb` will do, before it does anything."""
-
-    checkpoint: Checkpoint
-    settings: NoisyTune
-    out: Path
-    shards: tuple[ShardPlan, ...]
-    indexes: dict[str, bytes]
-    variant: str | None
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file that will be written, by name."""
-        sizes = {shard.name: shard.nbytes for shard in self.shards}
-        sizes |= {name: len(data) for name, data in self.indexes.items()}
-        return sizes | {name: self.checkpoint.path(name).stat().st_size for name in self.checkpoint.layout.companions}
-
-    @property
-    def command(self) -> str:
-        """The shell command that does this."""
-        s, c = self.settings, self.checkpoint
-        words = ["surgery", "perturb", c.id, "--lam", f"{s.lam:g}", "--seed", str(s.seed)]
-        words += ["--revision", c.commit] if c.commit else []
-        words += ["--variant", self.variant] if self.variant else []
-        for option, value, default in (
-            ("--noise", s.noise, "uniform"),
-            ("--scale", s.scale, "matrix"),
-            ("--rounding", s.rounding, "nearest"),
-        ):
-            words += [option, value] if value != default else []
-        for option, globs in (("--include", s.include), ("--exclude", s.exclude)):
-            words += [word for glob in globs for word in (option, glob)]
-        return shlex.join([*words, "-o", str(self.out)])
+from surgery.shard import Task
 
 
 def perturb_checkpoint(
@@ -131,45 +64,6 @@ def perturb_checkpoint(
     return execute(plan, overwrite=overwrite, workers=workers)
 
 
-def make_plan(
-    source: str | Path,
-    out: str | Path | None,
-    settings: NoisyTune,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    token: str | None = None,
-) -> Plan:
-    """Read the source's headers and settle what happens to every tensor. Writes nothing.
-
-    Raises:
-        SettingError, SourceError, OutputError: as perturb_checkpoint.
-    """
-    checkpoint = resolve(source, revision=revision, variant=variant, token=token)
-    out = Path(out or f"{checkpoint.short_name}-noisytune-lam{settings.lam:g}-seed{settings.seed}").expanduser()
-    if Path(checkpoint.id).is_file():
-        refuse_output(out, Path(checkpoint.id))
-    else:
-        refuse_output(out, checkpoint.root)
-    shards: list[ShardPlan] = []
-    indexes: dict[str, bytes] = {}
-    for weight_set in checkpoint.layout.weights:
-        members = [_plan_shard(checkpoint, weight_set, name, settings) for name in weight_set.files]
-        indexes |= _plan_index(checkpoint, weight_set, members)
-        shards += members
-    names = [tensor.name for shard in shards for tensor in shard.header.tensors]
-    if not names:
-        raise SourceError(f"{checkpoint.id}: expected tensors, got weight files without any. Fetch it again.")
-    settings.check_globs(names)
-    if settings.lam and not any(len(shard.copied) < len(shard.header.tensors) for shard in shards):
-        reasons = sorted({reason for shard in shards for reason in shard.copied.values()})
-        raise SettingError(
-            f"{checkpoint.id}: expected a tensor to perturb, got {len(names)} to copy ({'; '.join(reasons)}). "
-            "Correct --include and --exclude."
-        )
-    return Plan(checkpoint, settings, out.absolute(), tuple(shards), indexes, variant)
-
-
 def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) -> Recipe:
     """Do what the plan says, or finish it, and return the recipe that was written. Raises as perturb_checkpoint."""
     if not overwrite and (recipe := _already_done(plan)):
@@ -200,82 +94,6 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
     return recipe
 
 
-# -- planning -----------------------------------------------------------------------------------------------------
-
-
-def _open(checkpoint: Checkpoint, name: str) -> Source:
-    path = checkpoint.path(name)
-    try:
-        if path.suffix == ".safetensors":
-            return TensorFile(path, label=str(path))
-        from surgery.pickles import PickleFile
-
-        return PickleFile(path, label=str(path))
-    except OSError as error:
-        raise SourceError(f"{path}: expected a file to read, got {error.strerror}. Check its permissions.") from error
-
-
-def _plan_shard(checkpoint: Checkpoint, weight_set: WeightSet, name: str, settings: NoisyTune) -> ShardPlan:
-    source = _open(checkpoint, name)
-    source.close()
-    header = source.header
-    copied: dict[str, str] = {}
-    for tensor in header.tensors:
-        is_packed = tensor.dtype.startswith("F") and tensor.dtype not in FLOATS
-        if is_packed or tensor.name.endswith(_PACKED_NAMES):
-            raise SourceError(
-                f"{checkpoint.path(name)}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
-                "Perturb the original checkpoint and quantize the result."
-            )
-        if reason := settings.reason_to_copy(tensor.name, tensor.dtype, tensor.shape):
-            copied[tensor.name] = reason
-    return ShardPlan(name, _output_name(weight_set, name), header, copied, source.tied)
-
-
-def _output_name(weight_set: WeightSet, name: str) -> str:
-    """Name the safetensors file as save_pretrained would."""
-    if not weight_set.is_pickle:
-        return name
-    folder, slash, base = name.rpartition("/")
-    stem = base.removesuffix(weight_set.suffix)
-    if weight_set.suffix != ".bin":
-        stem = "model"
-    return f"{folder}{slash}{re.sub(r'^pytorch_model', 'model', stem)}.safetensors"
-
-
-def _plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[ShardPlan]) -> dict[str, bytes]:
-    """Check a set's index against its shards, and return the index to write, by name."""
-    where: dict[str, ShardPlan] = {}
-    for shard in members:
-        for tensor in shard.header.tensors:
-            if other := where.get(tensor.name):
-                raise SourceError(
-                    f"{checkpoint.path(shard.source)}: expected each tensor in one shard, got {tensor.name!r} also in "
-                    f"{other.source}. Remove the stale one."
-                )
-            where[tensor.name] = shard
-    if not weight_set.index:
-        return {}
-    index = checkpoint.path(weight_set.index)
-    weight_map = read_weight_map(index)
-    tied = {name for shard in members for name in shard.tied}
-    for name, file in weight_map.items():
-        found = where.get(name)
-        if name not in tied and (found is None or found.source.rpartition("/")[2] != file.rpartition("/")[2]):
-            raise SourceError(
-                f"{index}: expected tensor {name!r} in {file}, got no such tensor. Fetch the checkpoint again."
-            )
-    if not weight_set.is_pickle:
-        return {weight_set.index: index.read_bytes()}
-    document = json.loads(index.read_bytes())
-    document["weight_map"] = {name: shard.name.rpartition("/")[2] for name, shard in sorted(where.items())}
-    name = re.sub(r"pytorch_model(.*)\.bin\.index", r"model\1.safetensors.index", weight_set.index)
-    return {name: (json.dumps(document, indent=2) + "\n").encode()}
-
-
-# -- execution ----------------------------------------------------------------------------------------------------
-
-
 def _job(plan: Plan) -> dict[str, Any]:
     """Describe the run, for a later one to tell whether it is the same; a local source counts by size and time."""
     checkpoint = plan.checkpoint
@@ -303,7 +121,7 @@ def _task(
     return Task(
         name=shard.name,
         label=str(plan.checkpoint.path(shard.source)),
-        open_source=partial(_open, plan.checkpoint, shard.source),
+        open_source=partial(open_source, plan.checkpoint, shard.source),
         open_target=partial(folder.open_part, shard.name) if folder else None,
         copied=frozenset(shard.copied.keys() | flat),
         pooled_std=pooled.std if pooled else None,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.noise import UNIT_STD
-from surgery.perturb import Plan
+from surgery.plan import Plan
 from surgery.recipe import Recipe
 
 _VANISHED = 0.01

@@ -1,6 +1,7 @@
 """What importing costs, where the package is found, and how it is installed."""
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -80,11 +81,11 @@ def installed(tmp_path_factory) -> Path:
     """A Python with the built wheel installed, plainly, beside the packages of this one."""
     folder = tmp_path_factory.mktemp("wheel")
     checkout = folder / "checkout"
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
-    for name in filter(None, files.split("\0")):
-        if (ROOT / name).is_file():
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            (checkout / name).write_bytes((ROOT / name).read_bytes())
+    checkout.mkdir()
+    for name in ("surgery", "hooks"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(checkout)]
     subprocess.run(build, check=True, cwd=folder)
     (wheel,) = folder.glob("*.whl")
