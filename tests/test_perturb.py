@@ -157,8 +157,8 @@ def test_shards_do_not_change_the_tensors(source, tmp_path, scale):
     sharded = tmp_path / "sharded"
     sharded.mkdir()
     weight_map = {name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(tensors)}
-    for shard in set(weight_map.values()):
-        save_file({name: t for name, t in tensors.items() if weight_map[name] == shard}, sharded / shard)
+    for file in set(weight_map.values()):
+        save_file({name: t for name, t in tensors.items() if weight_map[name] == file}, sharded / file)
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     perturb_checkpoint(source, tmp_path / "one", scale=scale)
     perturb_checkpoint(sharded, tmp_path / "three", scale=scale)
