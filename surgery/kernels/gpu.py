@@ -185,7 +185,8 @@ def _is_infinite(value, is_double: tl.constexpr):
 
 @triton.jit
 def _add_noise_row(
-    w, at, n, scale, word, more, rounding_word, dtype: tl.constexpr, is_normal: tl.constexpr, is_stochastic: tl.constexpr
+    w, at, n, scale, word, more, rounding_word, dtype: tl.constexpr, is_normal: tl.constexpr,
+    is_stochastic: tl.constexpr,
 ):  # fmt: skip
     """Replace one row of 1024 elements. Returns its noise, its change, and which elements overflowed."""
     valid = at < n
