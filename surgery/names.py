@@ -130,7 +130,7 @@ def _choose_parts(
 
 
 def _inner(name: str, path: str) -> str:
-    """Strip what wrappers add to a parameter's name: the path to the pretrained part, and torch.compile's and PEFT's."""
+    """Strip what wrappers add to a name: the path to the pretrained part, and the parts of torch.compile and PEFT."""
     inner = name.removeprefix(f"{path}.") if path else name
     return _PEFT.sub("", _WRAPPED.sub("", inner))
 

@@ -1,4 +1,4 @@
-"""The kernels over torch tensors wherever these are: on the CPU, on CUDA with Triton, or elsewhere by way of the CPU."""
+"""The kernels over torch tensors: on the CPU in place, on CUDA with Triton, and elsewhere by way of the CPU."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
