@@ -243,7 +243,7 @@ def _add_noise(
         workers,
         key=key(settings.seed, target.name),
         scale=_scale(target, settings, pooled),
-        normal=settings.noise == "normal",
-        stochastic=settings.rounding == "stochastic",
+        is_normal=settings.noise == "normal",
+        is_stochastic=settings.rounding == "stochastic",
     )
     return merge_effect(sums, tensor.numel(), pooled or target.moments.std, what=target.name)

@@ -71,15 +71,15 @@ def compare(
         "first_block": first_block,
         "key": key(3, f"w{size}"),
         "scale": scale,
-        "normal": normal,
-        "stochastic": stochastic,
+        "is_normal": normal,
+        "is_stochastic": stochastic,
     }
     with np.errstate(over="ignore"):
         sums = cpu.add_noise(expected, dtype, **how)
         live = w.to(device)
         got = gpu.add_noise(live, dtype, **how).cpu().numpy()
     assert storage(live.cpu()).tobytes() == expected.tobytes()
-    assert (got[:, 3] == sums[:, 3]).all()
+    assert ((got[:, 3] > 0) == (sums[:, 3] > 0)).all()
     finite = np.isfinite(sums).all(axis=1)
     np.testing.assert_allclose(got[finite], sums[finite], rtol=1e-9, atol=1e-30)
 

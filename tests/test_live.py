@@ -158,7 +158,7 @@ def failing(kind: str) -> tuple[dict[str, torch.Tensor], str]:
         return w, r"^layer\.10000\.weight: expected finite values, got NaN, Inf"
     if kind == "overflow":
         last[::2], last[1::2] = 65504.0, -65504.0
-        return w, r"^layer\.10000\.weight: expected perturbed values that fit its dtype, got \d+ that overflow"
+        return w, r"^layer\.10000\.weight: expected perturbed values that fit its dtype, got some that overflow"
     if kind == "meta":
         return w | {
             "x": torch.empty(8, device="meta")

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from surgery.noise import BLOCK, LANES, NOISE_STREAM, ROUNDING_STREAM, SECOND_STREAM, UNIT_STD
+from surgery.noise import BLOCK, LANES, NOISE_STREAM, ROUNDING_STREAM, SAMPLED_BLOCKS, SECOND_STREAM, UNIT_STD
 
 _LANES = tl.constexpr(LANES)
 _NOISE, _SECOND, _ROUNDING = tl.constexpr(NOISE_STREAM), tl.constexpr(SECOND_STREAM), tl.constexpr(ROUNDING_STREAM)
-_UNIT_STD = tl.constexpr(UNIT_STD)
+_UNIT_STD, _SAMPLED_BLOCKS = tl.constexpr(UNIT_STD), tl.constexpr(SAMPLED_BLOCKS)
 
 _CHUNK = 1024 * BLOCK  # elements whose moments are taken at once: 32 MB of float64 for each temporary
 
@@ -144,7 +144,8 @@ def _widen(half, is_bfloat: tl.constexpr):
     else:  # noqa: RET505
         magnitude = half & 0x7FFF
         subnormal = (magnitude.to(tl.float32) * 5.9604644775390625e-08).to(tl.uint32, bitcast=True)
-        bits = tl.where(magnitude < 0x400, subnormal, (magnitude << 13) + 0x38000000)
+        bits = tl.where(magnitude < 0x7C00, (magnitude << 13) + 0x38000000, (magnitude << 13) | 0x7F800000)
+        bits = tl.where(magnitude < 0x400, subnormal, bits)
         return (bits | ((half & 0x8000) << 16)).to(tl.float32, bitcast=True)
 
 
@@ -237,6 +238,8 @@ def _add_noise(w, job, out, dtype: tl.constexpr, is_normal: tl.constexpr, is_sto
     _, _, over1 = _add_noise_row(w, at + _LANES, n, scale, a1, b1, c1, dtype, is_normal, is_stochastic)
     _, _, over2 = _add_noise_row(w, at + 2 * _LANES, n, scale, a2, b2, c2, dtype, is_normal, is_stochastic)
     _, _, over3 = _add_noise_row(w, at + 3 * _LANES, n, scale, a3, b3, c3, dtype, is_normal, is_stochastic)
+    is_sampled = block % _SAMPLED_BLOCKS == 0
+    noise, change = tl.where(is_sampled, noise, _f64(0.0)), tl.where(is_sampled, change, _f64(0.0))
     sums = out + program * 4
     tl.store(sums, tl.sum(change * noise, axis=0))
     tl.store(sums + 1, tl.sum(noise * noise, axis=0))
@@ -251,16 +254,16 @@ def add_noise(
     first_block: int,
     key: tuple[int, int],
     scale: float,
-    normal: bool = False,
-    stochastic: bool = False,
+    is_normal: bool = False,
+    is_stochastic: bool = False,
 ) -> torch.Tensor:
     """Replace w by w + u * scale, in place, rounded once to its dtype: cpu.add_noise, with the same bits in w.
 
     Args:
         w: flat, contiguous, on a GPU; its first element starts a block.
-        dtype, first_block, key, scale, normal, stochastic: see cpu.add_noise.
+        dtype, first_block, key, scale, is_normal, is_stochastic: see cpu.add_noise.
     Returns:
-        The sums of cpu.add_noise, shape (blocks, 4), on w's device; equal to the CPU's but for the order of summation.
+        What cpu.add_noise returns, on w's device; its sums are added in another order.
     """
     blocks = triton.cdiv(w.numel(), BLOCK)
     # As a tensor: Triton would pass the scale as float32, and would compile anew for kinds of integers.
@@ -268,9 +271,9 @@ def add_noise(
     job = torch.tensor(values, dtype=torch.int64).to(w.device)
     out = torch.empty((blocks, 4), dtype=torch.float64, device=w.device)
     storage = w.view(torch.int16) if w.element_size() == 2 else w
-    is_stochastic = stochastic and w.element_size() == 2
+    is_stochastic = is_stochastic and w.element_size() == 2
     with torch.cuda.device(w.device) if w.is_cuda else nullcontext():
-        _add_noise[(blocks,)](storage, job, out, dtype, normal, is_stochastic, enable_fp_fusion=False)
+        _add_noise[(blocks,)](storage, job, out, dtype, is_normal, is_stochastic, enable_fp_fusion=False)
     return out
 
 

@@ -43,7 +43,7 @@ def add_noise(tensor: torch.Tensor, dtype: str, pool: ThreadPoolExecutor, **how:
     """Add noise in place, whatever the tensor's device and strides; autograd does not see it.
 
     Args:
-        how: key, scale, normal and stochastic, as cpu.add_noise takes them.
+        how: key, scale, is_normal and is_stochastic, as cpu.add_noise takes them.
     Returns:
         The sums of cpu.add_noise, shape (blocks, 4).
     """
