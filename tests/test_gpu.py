@@ -81,7 +81,7 @@ def compare(
     assert storage(live.cpu()).tobytes() == expected.tobytes()
     assert ((got[:, 3] > 0) == (sums[:, 3] > 0)).all()
     finite = np.isfinite(sums).all(axis=1)
-    np.testing.assert_allclose(got[finite], sums[finite], rtol=1e-9, atol=1e-30)
+    np.testing.assert_allclose(got[finite, :3], sums[finite, :3], rtol=1e-9, atol=1e-30)
 
 
 def compare_all(device: str) -> None:
