@@ -91,6 +91,22 @@ def test_perturb_model_has_the_bits_of_the_perturbed_file(
     assert {tensor.name for tensor in recipe.tensors if tensor.copied is None} <= names
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [("BertForMaskedLM", "BertModel"), ("BertModel", "BertForMaskedLM")])
+def test_perturb_model_needs_no_private_api_of_transformers(
+    saved: str, loaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(make(getattr(auto, saved), BERT), tmp_path / "in")
+    weights = load_file(source / "model.safetensors")
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in weights.items()}
+    save_file(old, source / "model.safetensors", {"format": "pt"})
+    perturb_checkpoint(source, tmp_path / "out", seed=7)
+    live, expected = (load(getattr(auto, loaded), folder) for folder in (source, tmp_path / "out"))
+    monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
+    recipe = perturb_model(live, seed=7)
+    assert differing(expected, live) == set()
+    assert recipe.notes == ()
+
+
 @pytest.mark.parametrize("settings", [{"noise": "normal"}, {"rounding": "stochastic"}, {"scale": "global"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_perturb_model_has_the_bits_of_the_file_with_every_setting(
