@@ -6,7 +6,7 @@ with a checkpoint; what is in none of them is new.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from surgery.checkpoint import Checkpoint, resolve
 from surgery.errors import SourceError
+from surgery.pickles import DTYPES, PickleFile
 from surgery.renames import CheckpointNames, Counterparts, send
 from surgery.tensorfile import read_header
 
@@ -137,23 +138,27 @@ def _inner(name: str, path: str) -> str:
 
 def _apply(found: Counterparts, members: Mapping[str, str], names: Names, checkpoint: CheckpointNames) -> list[str]:
     """Enter what was found for one part of the model, and return notes on the rest."""
-    converted = []
+    converted, cast = [], []
     for name, inner in members.items():
         if inner in found.canonical:
-            names.canonical[name] = found.canonical[inner]
+            names.canonical[name] = written = found.canonical[inner]
+            if name not in names.copied and DTYPES.get(names.tensors[name].dtype) != checkpoint.dtypes[written]:
+                cast.append(name)
         elif name in names.copied:
             continue
         elif inner in found.converted:
             converted.append(name)
         else:
             names.copied[name] = NEW
-    if not converted:
-        return []
-    few = ", ".join(converted[:3]) + (", ..." if len(converted) > 3 else "")
-    return [
-        f"{len(converted)} tensors have no counterpart of their shape in {checkpoint.id} ({few}): "
-        "perturbed under their live names"
-    ]
+    faults = {
+        f"have no counterpart of their shape in {checkpoint.id}: perturbed under their live names": converted,
+        f"have another dtype than in {checkpoint.id}: the same noise, rounded otherwise": cast,
+    }
+    return [f"{len(faulty)} tensors ({_few(faulty)}) {fault}" for fault, faulty in faults.items() if faulty]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _no_checkpoint(part: Any, checkpoint: CheckpointNames | None, *, is_given: bool) -> str:
@@ -177,18 +182,18 @@ def _read_names(checkpoint: Checkpoint) -> CheckpointNames:
         raise SourceError(f"{checkpoint.id}: expected one model, got several ({folders}). Point at the folder of one.")
     written: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     for name in (name for weights in chosen for name in weights.files):
         header, tied = _read_file(checkpoint.path(name))
         shapes |= {tensor.name: tensor.shape for tensor in header.tensors}
+        dtypes |= {tensor.name: tensor.dtype for tensor in header.tensors}
         written |= {tensor.name: tensor.name for tensor in header.tensors} | tied
-    return CheckpointNames(checkpoint.id, checkpoint.commit, written, shapes)
+    return CheckpointNames(checkpoint.id, checkpoint.commit, written, shapes, dtypes)
 
 
 def _read_file(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return read_header(path, label=str(path)), {}
-    from surgery.pickles import PickleFile
-
     file = PickleFile(path, label=str(path))
     file.close()
     return file.header, file.tied
@@ -208,6 +213,6 @@ def _local_names(part: Any) -> CheckpointNames | None:
         commit = getattr(config, "_commit_hash", None)
         folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
         found = _read_names(resolve(folder))
-        return CheckpointNames(name, folder.name, found.written, found.shapes)
+        return replace(found, id=name, commit=folder.name)
     except (SourceError, OSError, ValueError):  # the Hub's "not in the cache" and "not a repository's name" among them
         return None

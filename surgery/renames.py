@@ -22,13 +22,14 @@ class CheckpointNames:
 
     Args:
         written: every name, and the one that `surgery perturb` writes it under: another for what a pickle holds twice.
-        shapes: by written name.
+        shapes, dtypes: by written name.
     """
 
     id: str
     commit: str | None
     written: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
 
 
 @dataclass

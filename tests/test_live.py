@@ -142,12 +142,14 @@ def test_perturb_model_never_perturbs_buffers() -> None:
     model = torch.nn.Linear(8, 8)
     model.register_buffer("shift", torch.randn(8))  # a name that no file would tell from a parameter's
     model.register_buffer("transient", torch.randn(8), persistent=False)
+    model.register_buffer("expanded", torch.randn(1).expand(8))  # no matter for one that is not written to
     before = deepcopy(model)
     recipe = perturb_model(model)
     assert torch.equal(model.shift, before.shift)
     assert torch.equal(model.transient, before.transient)
     copied = {tensor.name: tensor.copied for tensor in recipe.tensors}
-    assert copied == {"weight": None, "bias": None, "shift": "a buffer, not a parameter"}
+    buffers = dict.fromkeys(("shift", "expanded"), "a buffer, not a parameter")
+    assert copied == {"weight": None, "bias": None, **buffers}
 
 
 def failing(kind: str) -> tuple[dict[str, torch.Tensor], str]:

@@ -142,6 +142,21 @@ def test_perturb_model_reads_names_of_a_pickle(tmp_path: Path) -> None:
     assert differing(expected, live) == set()
 
 
+def test_perturb_model_takes_the_name_that_a_tied_pickle_is_written_under(tmp_path: Path) -> None:
+    source = save(make(auto.BertForMaskedLM, BERT), tmp_path / "in")
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    name = "bert.embeddings.word_embeddings.weight"
+    torch.save({"cls.predictions.decoder.weight": weights[name], **weights}, source / "pytorch_model.bin")
+    live = auto.BertModel.from_pretrained(source)
+    recipe = perturb_model(live, seed=7)
+    perturb_checkpoint(source, tmp_path / "out", seed=7)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert name not in written
+    assert torch.equal(live.embeddings.word_embeddings.weight, written["cls.predictions.decoder.weight"])
+    assert recipe.tensors[0].name == "cls.predictions.decoder.weight"
+
+
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
@@ -158,9 +173,8 @@ def test_perturb_model_reports_fused_experts(kind: Any, config: Any, tmp_path: P
     assert differing(expected, live) == fused
     assert all(not torch.equal(before[name], live.state_dict()[name]) for name in fused)
     assert len(recipe.notes) == 1
-    assert recipe.notes[0].startswith(
-        f"4 tensors have no counterpart of their shape in {source} (model.layers.0.mlp.experts."
-    )
+    assert recipe.notes[0].startswith("4 tensors (model.layers.0.mlp.experts.")
+    assert recipe.notes[0].endswith(f"no counterpart of their shape in {source}: perturbed under their live names")
     assert recipe.notes == Recipe.from_json(recipe.to_json()).notes
 
 
@@ -182,8 +196,15 @@ def test_perturb_model_reports_a_resized_embedding(tmp_path: Path) -> None:
     live = auto.BertModel.from_pretrained(source)
     live.resize_token_embeddings(105)
     recipe = perturb_model(live, seed=7)
-    assert "1 tensors have no counterpart of their shape" in recipe.notes[0]
-    assert "embeddings.word_embeddings.weight" in recipe.notes[0]
+    assert recipe.notes[0].startswith(
+        "1 tensors (embeddings.word_embeddings.weight) have no counterpart of their shape"
+    )
+
+
+def test_perturb_model_reports_a_model_loaded_in_another_dtype(tmp_path: Path) -> None:
+    source = save(make(auto.BertModel, BERT), tmp_path / "in")
+    recipe = perturb_model(auto.BertModel.from_pretrained(source, dtype=torch.bfloat16))
+    assert recipe.notes[0].endswith(f"have another dtype than in {source}: the same noise, rounded otherwise")
 
 
 class Task(torch.nn.Module):
@@ -231,10 +252,11 @@ def test_perturb_model_sees_through_wrappers(wrap: Callable[[Any], Any], tmp_pat
     written = load_file(tmp_path / "out" / "model.safetensors")
     live = auto.BertModel.from_pretrained(source)
     parameters = dict(live.named_parameters())
-    recipe = perturb_model(wrap(live), seed=7)
+    wrapped = wrap(live)
+    recipe = perturb_model(wrapped, seed=7)
     assert all(torch.equal(parameter, written[name]) for name, parameter in parameters.items())
     new = {tensor.name for tensor in recipe.tensors if tensor.copied == "new: not in the checkpoint"}
-    assert all("head" in name or "lora_A" in name for name in new)
+    assert new == {name for name, _ in wrapped.named_parameters() if "head" in name or "lora_A" in name}
     assert recipe.notes == ()
 
 
@@ -255,7 +277,7 @@ def test_perturb_model_without_a_checkpoint_uses_live_names() -> None:
     recipe = perturb_model(make(auto.BertModel, BERT))
     assert recipe.notes == ("no checkpoint found for BertModel: live names were used",)
     assert recipe.source == "BertModel"
-    recipe = perturb_model(torch.nn.Linear(4, 4))
+    recipe = perturb_model(torch.nn.DataParallel(torch.nn.Linear(4, 4)))
     assert recipe.notes == ("no checkpoint found for Linear: live names were used",)
     assert [tensor.name for tensor in recipe.tensors] == ["weight", "bias"]
 
@@ -307,6 +329,7 @@ def test_perturb_model_reads_the_hubs_cache_and_not_the_network(
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("the network was used"))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
     live = auto.BertModel.from_pretrained(repo / "snapshots" / sha)
     live.config._name_or_path = "us/tiny"
