@@ -14,7 +14,7 @@ from surgery.errors import SourceError
 from surgery.tensorfile import Header, Tensor, build_header
 
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -27,6 +27,7 @@ _DTYPES = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
+"""Plain dtypes, and safetensors' names for them."""
 
 
 class PickleFile:
@@ -39,7 +40,7 @@ class PickleFile:
     def __init__(self, path: Path, *, label: str) -> None:
         self.path = path
         state_dict = _state_dict(_load(path, label), label)
-        self.tied = _ties(state_dict, label)
+        self.tied = ties(state_dict, label)
         self._tensors = {name: tensor for name, tensor in state_dict.items() if name not in self.tied}
         entries = [(name, _dtype(name, t, label), tuple(t.shape)) for name, t in self._tensors.items()]
         self.header: Header = build_header(entries, {"format": "pt"})
@@ -105,13 +106,13 @@ def _state_dict(loaded: Any, label: str) -> dict[str, torch.Tensor]:
 
 
 def _dtype(name: str, tensor: torch.Tensor, label: str) -> str:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in _DTYPES:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in DTYPES:
         kind = "a quantized tensor" if tensor.is_quantized else f"{tensor.dtype}, {tensor.layout}"
         raise SourceError(f"{label}: {name!r}: expected a dense tensor of a plain dtype, got {kind}. Convert it first.")
-    return _DTYPES[tensor.dtype]
+    return DTYPES[tensor.dtype]
 
 
-def _ties(state_dict: Mapping[str, torch.Tensor], label: str) -> dict[str, str]:
+def ties(state_dict: Mapping[str, torch.Tensor], label: str) -> dict[str, str]:
     """Map each name that repeats an earlier tensor's storage to that tensor's name; refuse partial overlaps."""
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}

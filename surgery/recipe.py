@@ -83,6 +83,7 @@ class Recipe:
         files: the weight files; for a live model, one record without file names.
         companions: sha256 of every other file, by name.
         left_out: files of the source that were not copied, with the reason.
+        notes: what else to know, in sentences, such as tensors of a live model that the checkpoint does not name.
     """
 
     source: str
@@ -93,6 +94,7 @@ class Recipe:
     variant: str | None = None
     companions: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     contract: str = CONTRACT
 
     @property
@@ -111,6 +113,7 @@ class Recipe:
             "files": [file.to_json() for file in self.files],
             "companions": self.companions,
             "left_out": self.left_out,
+            "notes": list(self.notes),
         }
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
@@ -138,6 +141,7 @@ class Recipe:
                 files=tuple(FileRecord.from_json(file) for file in document["files"]),
                 companions=document["companions"],
                 left_out=document["left_out"],
+                notes=tuple(document.get("notes", ())),
                 contract=document["contract"],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
