@@ -12,8 +12,7 @@ from surgery.errors import SettingError, SourceError
 from surgery.kernels import tensors as kernels
 from surgery.names import BUFFER, find_names
 from surgery.noise import key
-from surgery.noisytune import FLOATS, Effect, Moments, NoisyTune, merge_blocks, merge_effect, pool
-from surgery.perturb import NO_SPREAD
+from surgery.noisytune import FLOATS, NO_SPREAD, Effect, Moments, NoisyTune, merge_blocks, merge_effect, pool
 from surgery.pickles import DTYPES, ties
 from surgery.recipe import FileRecord, Recipe, TensorRecord
 
