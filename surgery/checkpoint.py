@@ -52,7 +52,9 @@ def resolve(
     Raises:
         SourceError: not found, unsafe, incomplete or quantized.
     """
-    path = Path(os.path.expanduser(source))  # unlike Path's own, it leaves an unknown ~user as it is
+    if not str(source):
+        raise SourceError("MODEL: expected a folder, a file or a Hub id, got an empty name. Name one.")
+    path = Path(os.path.expanduser(source))  # noqa: PTH111  (Path's own fails for an unknown ~user)
     if path.is_file():
         return _from_file(path.absolute())
     if path.is_dir():
@@ -101,7 +103,7 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
 def _refuse_unsafe(root: Path, name: str) -> None:
     """Refuse a link that leaves the checkpoint, and what is no file; the Hub cache's links to its blobs are fine."""
     path = root / name
-    real = path.resolve()
+    real = Path(os.path.realpath(path))  # Path.resolve fails for a link to itself
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
@@ -152,7 +154,7 @@ def _shards_of(root: Path, weight_set: WeightSet) -> list[str]:
         if (
             PurePosixPath(shard).is_absolute()
             or ".." in parts
-            or "\\" in shard
+            or any(character in shard for character in "\\\0")
             or not shard.endswith(weight_set.suffix)
         ):
             raise SourceError(
@@ -171,8 +173,8 @@ def _refuse_quantized(folder: Path) -> None:
         return
     try:
         loaded = json.loads(config.read_bytes())
-    except ValueError as error:
-        raise SourceError(f"{config}: expected JSON, got {error}. Repair it.") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{config}: expected JSON, got another or a damaged file. Repair it.") from error
     nested = [loaded, *loaded.values()] if isinstance(loaded, dict) else []
     for part in nested:
         if isinstance(part, dict) and (settings := part.get("quantization_config")):

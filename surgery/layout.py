@@ -96,7 +96,9 @@ def arrange(names: Iterable[str], *, variant: str | None, what: str) -> Layout:
         found = f"{len(left_out) + len(companions)} files without any" if by_folder else "nothing"
         raise SourceError(f"{what}: expected {formats}, got {found}. Point at the folder that holds the weights.")
     if variant and not any(chosen.variant == variant for chosen in weights):
-        raise SourceError(f"{what}: expected weights of variant {variant!r}, got none. Leave --variant out or correct it.")
+        raise SourceError(
+            f"{what}: expected weights of variant {variant!r}, got none. Leave --variant out or correct it."
+        )
     return Layout(tuple(weights), tuple(companions), tuple(left_out))
 
 
@@ -151,13 +153,17 @@ def _choose(
     chosen = [s for s in sets if s not in left]
     if sets and not chosen and not is_pipeline:
         variants = ", ".join(sorted({s.variant for s in sets if s.variant}))
-        raise SourceError(f"{what}: expected weights without a variant, got only {variants}. Choose one with --variant.")
+        raise SourceError(
+            f"{what}: expected weights without a variant, got only {variants}. Choose one with --variant."
+        )
     pickles = [s for s in chosen if s.is_pickle]
     if len(pickles) > 1:
         known = [s for s in pickles if s.stem in _STEMS]
         if len(known) != 1:
             names = ", ".join(s.files[0] for s in pickles[:3])
-            raise SourceError(f"{what}: expected one PyTorch checkpoint, got {len(pickles)} ({names}). Name the file itself.")
+            raise SourceError(
+                f"{what}: expected one PyTorch checkpoint, got {len(pickles)} ({names}). Name the file itself."
+            )
         left.update({s: "not the model's weights" for s in pickles if s is not known[0]})
         chosen = [s for s in chosen if s not in left]
     return chosen, [(name, why) for s, why in left.items() for name in _members(s)]

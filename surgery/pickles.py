@@ -14,6 +14,7 @@ from surgery.errors import SourceError
 from surgery.tensorfile import Header, Tensor, build_header
 
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
+_DEPTH = 8
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -74,19 +75,25 @@ def _load(path: Path, label: str) -> Any:
             f"{label}: expected a pickle of nothing but tensors, got {found}. It was not run; get safetensors instead."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SourceError(f"{label}: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again.") from error
+        raise SourceError(
+            f"{label}: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again."
+        ) from error
 
 
 def _state_dict(loaded: Any, label: str) -> dict[str, torch.Tensor]:
     """Find the state_dict, which training frameworks nest under names of their own."""
-    while isinstance(loaded, Mapping) and not any(isinstance(value, torch.Tensor) for value in loaded.values()):
-        nest = next((name for name in _NESTS if isinstance(loaded.get(name), Mapping)), None)
+    for _ in range(_DEPTH):  # a pickle may hold itself
+        nest = next(
+            (name for name in _NESTS if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping)), None
+        )
         if nest is None:
             break
         loaded = loaded[nest]
     found = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)} if isinstance(loaded, Mapping) else {}
     if not found or not all(isinstance(name, str) for name in found):
-        raise SourceError(f"{label}: expected a state_dict, got none, also not under {', '.join(_NESTS)}. Save one with torch.save.")
+        raise SourceError(
+            f"{label}: expected a state_dict, got none, also not under {', '.join(_NESTS)}. Save one with torch.save."
+        )
     return {name: tensor.detach() for name, tensor in found.items()}
 
 

@@ -129,8 +129,8 @@ def _parse(raw: bytes, label: str) -> tuple[Tensor, ...]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
             raise SourceError(f"{label}: expected each name once in the header, got {twice!r} twice. Fetch it again.")
         return entries
 
@@ -139,13 +139,17 @@ def _parse(raw: bytes, label: str) -> tuple[Tensor, ...]:
         entries.pop("__metadata__", None)
         tensors = [_tensor(name, entry, len(raw), label) for name, entry in entries.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{label}: expected a JSON header of tensors, got a malformed one. Fetch it again.") from error
+        raise SourceError(
+            f"{label}: expected a JSON header of tensors, got a malformed one. Fetch it again."
+        ) from error
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     position = len(raw)
     for tensor in tensors:
         if tensor.begin != position:
             fault = "overlaps the one before it" if tensor.begin < position else "leaves a gap before it"
-            raise SourceError(f"{label}: expected tensors back to back, got {tensor.name!r}, which {fault}. Fetch it again.")
+            raise SourceError(
+                f"{label}: expected tensors back to back, got {tensor.name!r}, which {fault}. Fetch it again."
+            )
         position = tensor.end
     return tuple(tensors)
 

@@ -137,9 +137,7 @@ def main() -> None:
         base = statistics.median(seconds for seconds, _ in runs["cp -r"])
         for name, results in runs.items():
             seconds = statistics.median(s for s, _ in results)
-            print(
-                f"{name:20}{seconds:9.2f}{min(s for s, _ in results):8.2f}{max(m for _, m in results):9.0f}{seconds / base:7.2f}"
-            )
+            print(f"{name:20}{seconds:9.2f}{min(s for s, _ in results):8.2f}{max(m for _, m in results):9.0f}{seconds / base:7.2f}")
 
 
 if __name__ == "__main__":
