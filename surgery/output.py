@@ -173,7 +173,7 @@ class OutputFolder:
             "finished": self.finished,
             "notes": self.notes,
         }
-        self.write(JOURNAL, (json.dumps(journal, indent=1, ensure_ascii=False) + "\n").encode())
+        self.write(JOURNAL, (json.dumps(journal, indent=1) + "\n").encode())
 
 
 def is_finished(path: Path) -> bool:

@@ -112,7 +112,7 @@ class Recipe:
             "companions": self.companions,
             "left_out": self.left_out,
         }
-        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(document, indent=1) + "\n"  # ASCII: a path need not be UTF-8
 
     @classmethod
     def from_json(cls, text: str, *, what: str = "surgery.json") -> "Recipe":
