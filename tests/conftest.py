@@ -45,7 +45,7 @@ def run_cli(tmp_path: Path) -> Callable[..., Ran]:
     def run(*args: object, env: Mapping[str, str] | None = None, **popen: Any) -> Ran:
         environment = clean_env(HF_HOME=str(tmp_path / "hf-home")) | dict(env or {})
         done = subprocess.run(
-            command(*args), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, **popen
+            command(*args), env=environment, cwd=tmp_path, capture_output=True, text=True, errors="surrogateescape", timeout=120, **popen
         )
         return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -54,7 +54,7 @@ def run_cli(tmp_path: Path) -> Callable[..., Ran]:
 
 @pytest.fixture
 def refuses(run_cli: Callable[..., Ran], tmp_path: Path) -> Callable[..., None]:
-    """Assert that `surgery perturb ARGS` prints exactly this one line, exits 1, and leaves source and disk as they were."""
+    """Assert that `surgery perturb ARGS` prints this one line, exits 1, and changes nothing on the disk."""
 
     def check(message: str, *args: object, **kwargs: Any) -> None:
         before = tree_digest(tmp_path, skip="hf-home")
