@@ -12,8 +12,8 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from surgery.errors import OutputError
@@ -82,8 +82,7 @@ class OutputFolder:
         present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir() or p.is_symlink()}
         former = _read_json(self.path / JOURNAL) or {}
         recipe = _read_json(self.path / RECIPE)
-        if not former:
-            present.discard(JOURNAL + _PART)  # a run was killed as it began
+        present.discard(JOURNAL + _PART)  # of a run killed as it wrote the journal, which is now written anew
         owned = set(former.get("owned", ())) or _names_in(recipe or {})
         self._owned = owned | set(self._planned)
         is_same = former.get("job") == self._job
@@ -111,6 +110,9 @@ class OutputFolder:
         # the journal is there: from here on the folder counts as unfinished, so a stale file is never loaded
         for name in sorted(doomed, key=lambda n: n != RECIPE):
             (self.path / name).unlink()
+        for folder in sorted({parent for name in doomed for parent in PurePosixPath(name).parents}, reverse=True):
+            with suppress(OSError):  # not empty
+                (self.path / folder).rmdir()
 
     def _is_whole(self, name: str, record: dict[str, Any]) -> bool:
         path = self.path / name
