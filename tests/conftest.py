@@ -45,7 +45,14 @@ def run_cli(tmp_path: Path) -> Callable[..., Ran]:
     def run(*args: object, env: Mapping[str, str] | None = None, **popen: Any) -> Ran:
         environment = clean_env(HF_HOME=str(tmp_path / "hf-home")) | dict(env or {})
         done = subprocess.run(
-            command(*args), env=environment, cwd=tmp_path, capture_output=True, text=True, errors="surrogateescape", timeout=120, **popen
+            command(*args),
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=120,
+            **popen,
         )
         return Ran(done.returncode, done.stdout, done.stderr)
 

@@ -47,15 +47,22 @@ class Request:
     method: str
     path: str
     authorization: str | None
+    range: str | None
 
 
 @dataclass
 class Hub:
-    """The server; `status`, if set, is what every request gets instead of an answer."""
+    """The server.
+
+    Args:
+        status: if set, what every request gets instead of an answer.
+        breaks_after: if set, the next body longer than that many bytes ends there, and so does the connection.
+    """
 
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     status: int | None = None
+    breaks_after: int | None = None
 
     def __enter__(self) -> "Hub":
         hub = self
@@ -108,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.state.requests.append(Request(self.command, path, self.headers["Authorization"]))
+        self.state.requests.append(Request(self.command, path, self.headers["Authorization"], self.headers["Range"]))
         if self.state.status:
             self._refuse(self.state.status)
         elif path.startswith("/api/models/"):
@@ -181,8 +188,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if self.state.breaks_after and len(body) > self.state.breaks_after:
+            body, self.close_connection = body[: self.state.breaks_after], True
+            self.state.breaks_after = None
+        self.wfile.write(body)
 
     def _send_json(self, document: Any) -> None:
         self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
