@@ -56,7 +56,7 @@ class Hub:
 
     Args:
         status: if set, what every request gets instead of an answer.
-        breaks_after: if set, the next body longer than that many bytes ends there, and so does the connection.
+        breaks_after: if set, the next file longer than that many bytes ends there, and so does the connection.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.state.breaks_after and len(body) > self.state.breaks_after:
+        if "ETag" in headers and self.state.breaks_after and len(body) > self.state.breaks_after:
             body, self.close_connection = body[: self.state.breaks_after], True
             self.state.breaks_after = None
         self.wfile.write(body)
