@@ -47,7 +47,6 @@ class Request:
     method: str
     path: str
     authorization: str | None
-    range: str | None
 
 
 @dataclass
@@ -115,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.state.requests.append(Request(self.command, path, self.headers["Authorization"], self.headers["Range"]))
+        self.state.requests.append(Request(self.command, path, self.headers["Authorization"]))
         if self.state.status:
             self._refuse(self.state.status)
         elif path.startswith("/api/models/"):
