@@ -1,6 +1,7 @@
 """What a checkpoint is: a Hub id, a folder or a file, resolved to weight files that can be read and companions."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,18 +52,20 @@ def resolve(
     Raises:
         SourceError: not found, unsafe, incomplete or quantized.
     """
-    path = Path(source).expanduser()
+    if not str(source):
+        raise SourceError("MODEL: expected a folder, a file or a Hub id, got an empty name. Name one.")
+    path = Path(os.path.expanduser(source))  # noqa: PTH111  (Path's own fails for an unknown ~user)
     if path.is_file():
         return _from_file(path.absolute())
     if path.is_dir():
-        return _from_folder(path.resolve(), str(path.resolve()), None, variant)
+        return _from_folder(path.resolve(), str(path.resolve()), None, variant, None)
     name = str(source)
     if not _REPO_ID.fullmatch(name) or name.endswith(_SUFFIXES) or isinstance(source, Path):
         raise SourceError(f"{name}: expected a folder, a file or a Hub id, got a path that does not exist. Check it.")
     from surgery.hub import fetch
 
-    root, commit = fetch(name, revision=revision, variant=variant, token=token)
-    return _from_folder(root, name, commit, variant)
+    root, commit, names = fetch(name, revision=revision, variant=variant, token=token)
+    return _from_folder(root, name, commit, variant, names)
 
 
 def _from_file(path: Path) -> Checkpoint:
@@ -74,36 +77,43 @@ def _from_file(path: Path) -> Checkpoint:
     return Checkpoint(str(path), None, path.parent, Layout((weights,), (), ()))
 
 
-def _from_folder(root: Path, id: str, commit: str | None, variant: str | None) -> Checkpoint:
+def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, names: list[str] | None) -> Checkpoint:
+    """Take what `arrange` chooses of the folder's files, or of `names`, some of which may not have been fetched."""
     if (root / JOURNAL).exists():
         raise SourceError(
             f"{root}: expected a finished checkpoint, got one that `surgery perturb` did not finish. "
             f"{JOURNAL} there has the command that finishes it."
         )
-    names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if not path.is_dir()]
-    for name in names:
-        _refuse_escape(root, name)
+    if names is None:
+        # a linked folder is not entered: it is listed as a file, and refused as one
+        found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
+        names = [path.relative_to(root).as_posix() for path in found]
     layout = arrange(names, variant=variant, what=id)
-    weights = tuple(_with_shards(root, weight_set) for weight_set in layout.weights)
+    weights = [_with_shards(root, weight_set) for weight_set in layout.weights]
+    in_indexes = {name for weight_set in weights if weight_set.index for name in weight_set.files}
+    # an index may name its shards as it likes, and `arrange` takes those for checkpoints of their own
+    weights = [s for s in weights if s.index or not in_indexes.issuperset(s.files)]
+    for name in [*(name for weight_set in weights for name in weight_set.files), *layout.companions]:
+        _refuse_unsafe(root, name)
     for folder in {weight_set.folder for weight_set in weights}:
         _refuse_quantized(root / folder)
-    indexes = {weight_set.index for weight_set in weights}
-    companions = tuple(name for name in layout.companions if name not in indexes)
-    return Checkpoint(id, commit, root, Layout(weights, companions, layout.left_out))
+    return Checkpoint(id, commit, root, Layout(tuple(weights), layout.companions, layout.left_out))
 
 
-def _refuse_escape(root: Path, name: str) -> None:
-    """Refuse a link that leaves the checkpoint; the Hub cache's own links into its blobs folder are fine."""
-    real = (root / name).resolve()
+def _refuse_unsafe(root: Path, name: str) -> None:
+    """Refuse a link that leaves the checkpoint, and what is no file; the Hub cache's links to its blobs are fine."""
+    path = root / name
+    real = Path(os.path.realpath(path))  # Path.resolve fails for a link to itself
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     if not any(real.is_relative_to(folder.resolve()) for folder in allowed):
-        raise SourceError(
-            f"{root / name}: expected a file of the checkpoint, got a link out of it. Replace it by a copy."
+        raise SourceError(f"{path}: expected a file of the checkpoint, got a link out of it. Replace it by a copy.")
+    if not real.is_file():
+        found = (
+            "a link to nothing" if not real.exists() else "a linked folder" if real.is_dir() else "another kind of file"
         )
-    if not real.exists():
-        raise SourceError(f"{root / name}: expected a file, got a link to nothing. Fetch the checkpoint again.")
+        raise SourceError(f"{path}: expected a file, got {found}. Remove it, or replace it by a copy.")
 
 
 def _with_shards(root: Path, weight_set: WeightSet) -> WeightSet:
@@ -144,7 +154,7 @@ def _shards_of(root: Path, weight_set: WeightSet) -> list[str]:
         if (
             PurePosixPath(shard).is_absolute()
             or ".." in parts
-            or "\\" in shard
+            or any(character in shard for character in "\\\0")
             or not shard.endswith(weight_set.suffix)
         ):
             raise SourceError(
@@ -163,8 +173,8 @@ def _refuse_quantized(folder: Path) -> None:
         return
     try:
         loaded = json.loads(config.read_bytes())
-    except ValueError as error:
-        raise SourceError(f"{config}: expected JSON, got {error}. Repair it.") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{config}: expected JSON, got another or a damaged file. Repair it.") from error
     nested = [loaded, *loaded.values()] if isinstance(loaded, dict) else []
     for part in nested:
         if isinstance(part, dict) and (settings := part.get("quantization_config")):

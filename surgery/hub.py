@@ -1,7 +1,10 @@
 """The Hugging Face Hub: fetch a checkpoint's weights and companions, and nothing else, into the Hub's own cache."""
 
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+import huggingface_hub
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -12,15 +15,23 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm
 
 from surgery.errors import SourceError
 from surgery.layout import Layout, arrange
 
-# huggingface_hub raises its HTTP library's own errors when there is no connection; which library depends on its version
-_ConnectionFailed = HfHubHTTPError.__mro__[1]
+# huggingface_hub raises its HTTP library's own errors when there is no connection; which library depends on its
+# version, and its HTTP errors, an answer from the Hub, have the same base
+_HttpLibraryError = HfHubHTTPError.__mro__[1]
+_HINTS = {
+    401: "Correct --token, or `hf auth login` again.",
+    429: "Wait, or `hf auth login` for a higher limit.",
+}
 
 
-def fetch(repo_id: str, *, revision: str | None, variant: str | None, token: str | None) -> tuple[Path, str]:
+def fetch(
+    repo_id: str, *, revision: str | None, variant: str | None, token: str | None
+) -> tuple[Path, str, list[str] | None]:
     """Download what `layout.arrange` chooses of a model repository.
 
     Without a network, the copy in the cache is used, if there is one.
@@ -29,7 +40,8 @@ def fetch(repo_id: str, *, revision: str | None, variant: str | None, token: str
         revision: branch, tag or commit; default: the repository's main branch.
         token: default: the one stored on this machine, if any. It appears in no message.
     Returns:
-        The snapshot's folder and its commit sha.
+        The snapshot's folder, its commit sha, and all of the repository's files, also those that were not fetched;
+        None if the cache does not know them.
     Raises:
         SourceError: no such repository, revision or access, or offline without a cached copy.
     """
@@ -54,27 +66,72 @@ def fetch(repo_id: str, *, revision: str | None, variant: str | None, token: str
         raise SourceError(f"{what}: expected a path or a Hub id, got neither. Check the name.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        hint = "Wait, or `hf auth login` for a higher limit." if status == 429 else "Try again later."
-        raise SourceError(f"{what}: expected an answer from {constants.ENDPOINT}, got HTTP {status}. {hint}") from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, _ConnectionFailed, ConnectionError) as error:
+        wanted = (
+            f"a token that {constants.ENDPOINT} accepts" if status == 401 else f"an answer from {constants.ENDPOINT}"
+        )
+        hint = _HINTS.get(status, "Try again later, or set HF_HUB_OFFLINE=1 to use a cached copy.")
+        raise SourceError(f"{what}: expected {wanted}, got HTTP {status}. {hint}") from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, _HttpLibraryError, ConnectionError) as error:
         raise SourceError(
             f"{what}: expected a path, or a model in the Hub's cache or on the Hub, got none of them while offline. "
             "Check the name, or connect once to fetch it."
         ) from error
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{what}: expected a complete download, got {error} Try again.") from error
 
 
-def _download(repo_id: str, *, revision: str | None, variant: str | None, token: str | None) -> tuple[Path, str]:
+def _download(
+    repo_id: str, *, revision: str | None, variant: str | None, token: str | None
+) -> tuple[Path, str, list[str] | None]:
     try:
         info = HfApi().model_info(repo_id, revision=revision, token=token)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+    except HfHubHTTPError:
         raise
-    except (OfflineModeIsEnabled, _ConnectionFailed):
-        # whatever of it is in the cache: resolve() tells whether that is enough
-        folder = snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[])
-        return Path(folder), Path(folder).name
-    layout = arrange([file.rfilename for file in info.siblings or ()], variant=variant, what=repo_id)
-    folder = snapshot_download(repo_id, revision=info.sha, token=token, allow_patterns=_literal(_wanted(layout)))
-    return Path(folder), Path(folder).name
+    except (OfflineModeIsEnabled, _HttpLibraryError):
+        return _cached(repo_id, revision=revision, variant=variant)
+    names = [file.rfilename for file in info.siblings or ()]
+    for name in names:
+        if ".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name:
+            raise SourceError(f"{repo_id}: expected files of its own, got {name!r}. Do not trust this checkpoint.")
+    wanted = _wanted(arrange(names, variant=variant, what=repo_id))
+    # by its name rather than its sha, for the cache to know the branch or tag when there is no network
+    folder = Path(
+        snapshot_download(repo_id, revision=revision, token=token, allow_patterns=_literal(wanted), tqdm_class=_Bar)
+    )
+    if folder.name != info.sha:
+        raise SourceError(f"{repo_id}: expected one commit, got another while it was fetched. Run the command again.")
+    return folder, folder.name, names
+
+
+def _cached(repo_id: str, *, revision: str | None, variant: str | None) -> tuple[Path, str, list[str] | None]:
+    """Find the copy in the cache; if the cache knows all of the repository's files, check that it is complete."""
+    folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[]))
+    names = _cached_names(repo_id, folder.name)
+    for name in _wanted(arrange(names, variant=variant, what=repo_id)) if names else ():
+        if not (folder / name).exists():
+            raise SourceError(
+                f"{repo_id}: expected a complete copy in the Hub's cache while offline, got one without {name!r}. "
+                "Connect once to fetch it."
+            )
+    return folder, folder.name, names
+
+
+def _cached_names(repo_id: str, commit: str) -> list[str] | None:
+    if not hasattr(huggingface_hub, "get_cached_repo_tree"):  # new in huggingface_hub 2
+        return None
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return [file.path for file in huggingface_hub.get_cached_repo_tree(repo_id, revision=commit)]
+    except CachedRepoTreeNotFoundError:  # fetched by an older version, or file by file
+        return None
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """The Hub's progress bar, on a terminal only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **({"disable": None} | kwargs))
 
 
 def _wanted(layout: Layout) -> list[str]:
@@ -82,6 +139,6 @@ def _wanted(layout: Layout) -> list[str]:
     return [*layout.companions, *indexes, *(name for weight_set in layout.weights for name in weight_set.files)]
 
 
-def _literal(names: list[str]) -> list[str]:
+def _literal(names: Sequence[str]) -> list[str]:
     """Escape names for fnmatch, which snapshot_download's patterns go through."""
     return [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]

@@ -12,8 +12,8 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from surgery.errors import OutputError
@@ -85,15 +85,17 @@ class OutputFolder:
         }
         former = _read_json(self.path / JOURNAL) or {}
         recipe = _read_json(self.path / RECIPE)
-        self._owned = set(former.get("owned", ())) | set(self._planned)
+        present.discard(JOURNAL + _PART)  # of a run killed as it wrote the journal, which is now written anew
+        owned = set(former.get("owned", ())) or _names_in(recipe or {})
+        self._owned = owned | set(self._planned)
         is_same = former.get("job") == self._job
-        if recipe and not former:
-            former_names = _names_in(recipe)
-            self._owned |= former_names
-        strangers = sorted(
-            n for n in present if n.removesuffix(_PART) not in self._owned and n not in (JOURNAL, RECIPE)
-        )
+        strangers = sorted(n for n in present if n.removesuffix(_PART) not in owned | {JOURNAL, RECIPE})
         if former and not is_same and not overwrite:
+            if former.get("resume") == self._resume:
+                raise OutputError(
+                    f"{self.path}: expected the source as it was when this run began, got one that has changed since. "
+                    "Start again with --overwrite."
+                )
             raise OutputError(
                 f"{self.path}: expected a new or empty folder, got one that another command did not finish. "
                 f"Finish it with `{former.get('resume')}`, or replace it with --overwrite."
@@ -111,6 +113,9 @@ class OutputFolder:
         # the journal is there: from here on the folder counts as unfinished, so a stale file is never loaded
         for name in sorted(doomed, key=lambda n: n != RECIPE):
             (self.path / name).unlink()
+        for folder in sorted({parent for name in doomed for parent in PurePosixPath(name).parents}, reverse=True):
+            with suppress(OSError):  # not empty
+                (self.path / folder).rmdir()
 
     def _is_whole(self, name: str, record: dict[str, Any]) -> bool:
         path = self.path / name
@@ -173,7 +178,7 @@ class OutputFolder:
             "finished": self.finished,
             "notes": self.notes,
         }
-        self.write(JOURNAL, (json.dumps(journal, indent=1, ensure_ascii=False) + "\n").encode())
+        self.write(JOURNAL, (json.dumps(journal, indent=1) + "\n").encode())
 
 
 def is_finished(path: Path) -> bool:
@@ -182,14 +187,17 @@ def is_finished(path: Path) -> bool:
 
 
 def _names_in(recipe: dict[str, Any]) -> set[str]:
-    weights = {file["name"] for file in recipe.get("files", ())}
-    return weights | set(recipe.get("companions", ()))
+    """Name the files a finished run wrote; none for a surgery.json that is not ours."""
+    try:
+        return {str(file["name"]) for file in recipe["files"]} | set(recipe["companions"])
+    except (KeyError, TypeError):
+        return set()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         loaded = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return loaded if isinstance(loaded, dict) else None
 
@@ -237,6 +245,10 @@ def refuse_output(out: Path, source_root: Path) -> None:
     if out == root or out.is_relative_to(root):
         raise OutputError(
             f"{out}: expected a folder outside the source, got one inside {root}. Choose another with -o."
+        )
+    if root.is_relative_to(out):  # --overwrite would remove it
+        raise OutputError(
+            f"{out}: expected a folder outside the source, got one that holds it. Choose another with -o."
         )
     cache = Path(constants.HF_HUB_CACHE).resolve()
     if out.is_relative_to(cache) or ("snapshots" in out.parts and any(p.startswith("models--") for p in out.parts)):

@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from surgery.errors import SourceError
 from surgery.tensorfile import Header, Tensor, build_header
 
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
+_DEPTH = 8
+_one_at_a_time = threading.Lock()
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -72,28 +76,38 @@ class PickleFile:
 
 def _load(path: Path, label: str) -> Any:
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):  # only files of torch before 1.6 cannot be mapped
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        # torch warns of what it then refuses; catch_warnings is not made for threads
+        with _one_at_a_time, warnings.catch_warnings(action="ignore"):
+            return _load_mapped(path)
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle make the unpickler raise anything
         match = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+)", str(error))
-        found = f"one that calls {match[1]}" if match else "one that does more"
-        raise SourceError(
-            f"{label}: expected a pickle of nothing but tensors, got {found}. It was not run; get safetensors instead."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, pickle.UnpicklingError) and match:
+            raise SourceError(
+                f"{label}: expected a pickle of nothing but tensors, got one that calls {match[1]}. "
+                "It was not run; get safetensors instead."
+            ) from error
         raise SourceError(
             f"{label}: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again."
         ) from error
 
 
+def _load_mapped(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):  # only files of torch before 1.6 cannot be mapped
+            raise
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _state_dict(loaded: Any, label: str) -> dict[str, torch.Tensor]:
     """Find the state_dict, which training frameworks nest under names of their own."""
-    while isinstance(loaded, Mapping) and not any(isinstance(value, torch.Tensor) for value in loaded.values()):
-        nest = next((name for name in _NESTS if isinstance(loaded.get(name), Mapping)), None)
+    for _ in range(_DEPTH):  # a pickle may hold itself
+        nest = next(
+            (name for name in _NESTS if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping)), None
+        )
         if nest is None:
             break
         loaded = loaded[nest]

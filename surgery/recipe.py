@@ -115,7 +115,7 @@ class Recipe:
             "left_out": self.left_out,
             "notes": list(self.notes),
         }
-        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(document, indent=1) + "\n"  # ASCII: a path need not be UTF-8
 
     @classmethod
     def from_json(cls, text: str, *, what: str = "surgery.json") -> "Recipe":
@@ -144,12 +144,13 @@ class Recipe:
                 notes=tuple(document.get("notes", ())),
                 contract=document["contract"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SourceError(f"{what}: expected a recipe, got another or a damaged file. Fetch it again.") from error
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
-        return cls.from_json(path.read_text(encoding="utf-8"), what=str(path))
+        # bytes that are no UTF-8 make it no recipe, not an error of their own
+        return cls.from_json(path.read_text(encoding="utf-8", errors="replace"), what=str(path))
 
 
 def _hex(value: float | None) -> str | None:

@@ -18,14 +18,16 @@ from surgery.digests import recall, remember
 from surgery.errors import SourceError
 
 BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "BOOL": 8,
     "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
 }
-"""Bits per element of every dtype of safetensors 0.8."""
+"""Bits per element of every dtype of safetensors 0.8, in its order."""
+_RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
 _MAX_HEADER = 100_000_000  # safetensors refuses more, and so do we before reading that much
 
@@ -146,8 +148,8 @@ def _parse(raw: bytes, label: str) -> tuple[Tensor, ...]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
             raise SourceError(f"{label}: expected each name once in the header, got {twice!r} twice. Fetch it again.")
         return entries
 
@@ -186,13 +188,13 @@ def _tensor(name: str, entry: Mapping[str, Any], data_start: int, label: str) ->
 
 
 def build_header(entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
-    """Lay out a new file the way safetensors does: widest dtype first, then by name, so that every tensor is aligned.
+    """Lay out a new file the way safetensors does: by dtype, widest first, then by name, so that tensors are aligned.
 
     Args:
         entries: (name, dtype, shape) of each tensor.
         metadata: the file's `__metadata__`.
     """
-    ordered = sorted(entries, key=lambda entry: (-BITS[entry[1]], entry[0]))
+    ordered = sorted(entries, key=lambda entry: (-_RANK[entry[1]], entry[0]))
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, dtype, shape in ordered:

@@ -1,0 +1,136 @@
+"""Shared helpers: seeded tiny checkpoints, the real command line in a subprocess, digests of whole folders."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+Tensors = dict[str, np.ndarray]
+
+_OF_THE_USER = ("HF_", "HUGGING", "SURGERY_")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def clean_env(**extra: str) -> dict[str, str]:
+    """The environment of a command under test: none of the user's Hub settings, and no Hub at all unless given."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_USER)}
+    return env | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | extra
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "surgery", *map(str, args)]
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> Callable[..., Ran]:
+    """Run `surgery ARGS` in its own process, in tmp_path."""
+
+    def run(*args: object, env: Mapping[str, str] | None = None, **popen: Any) -> Ran:
+        environment = clean_env(HF_HOME=str(tmp_path / "hf-home")) | dict(env or {})
+        done = subprocess.run(
+            command(*args),
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=120,
+            **popen,
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def refuses(run_cli: Callable[..., Ran], tmp_path: Path) -> Callable[..., None]:
+    """Assert that `surgery perturb ARGS` prints this one line, exits 1, and changes nothing on the disk."""
+
+    def check(message: str, *args: object, **kwargs: Any) -> None:
+        before = tree_digest(tmp_path, skip="hf-home")
+        ran = run_cli("perturb", *args, **kwargs)
+        assert ran.err == f"error: {message}\n"
+        assert (ran.code, ran.out) == (1, "")
+        assert tree_digest(tmp_path, skip="hf-home") == before
+
+    return check
+
+
+def tree_digest(root: Path, *, skip: str = "") -> dict[str, str]:
+    """Sha256 of every file below `root`, or where it links to, by name; folders too."""
+    digests = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if skip and name.split("/")[0] == skip:
+            continue
+        if path.is_symlink():
+            digests[name] = f"link to {path.readlink()}"
+        elif path.is_file():
+            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            digests[name] = "folder" if path.is_dir() else "special"
+    return digests
+
+
+def tensors(seed: int = 0, names: tuple[str, ...] = ("dense.weight", "dense.bias", "out.weight")) -> Tensors:
+    rng = np.random.default_rng(seed)
+    shapes = {"bias": (8,), "weight": (16, 8)}
+    return {name: rng.standard_normal(shapes[name.rpartition(".")[2]]).astype(np.float32) for name in names}
+
+
+def write_json(path: Path, document: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def write_weights(path: Path, seed: int = 0, **kwargs: Any) -> Tensors:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = tensors(seed, **kwargs)
+    save_file(written, path, metadata={"format": "pt"})
+    return written
+
+
+def write_sharded(folder: Path, *, stem: str = "model") -> Tensors:
+    """Write three shards with their index."""
+    weight_map = {}
+    everything: Tensors = {}
+    for number in (1, 2, 3):
+        shard = f"{stem}-{number:05}-of-00003.safetensors"
+        names = (f"layer.{number}.weight", f"layer.{number}.bias")
+        everything |= write_weights(folder / shard, number, names=names)
+        weight_map |= dict.fromkeys(names, shard)
+    size = sum(array.nbytes for array in everything.values())
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    return everything
+
+
+def raw_safetensors(header: bytes, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """A safetensors file of any header, true or not."""
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A tiny single-file checkpoint with companions."""
+    folder = tmp_path / "source"
+    write_weights(folder / "model.safetensors")
+    write_json(folder / "config.json", {"model_type": "bert"})
+    write_json(folder / "tokenizer.json", {"version": "1.0"})
+    return folder
