@@ -26,13 +26,12 @@ def run(
     """
     crew = _Crew(tasks, settings, on_done, on_bytes)
     lanes = [crew.lane() for _ in range(max(1, workers // 2))]
-    threads = [
-        threading.Thread(target=crew.work, args=(lanes[i % len(lanes)],), daemon=True, name=f"surgery-{i}")
-        for i in range(workers)
-    ]
+    threads: list[threading.Thread] = []
     try:
-        for thread in threads:
+        for i in range(workers):
+            thread = threading.Thread(target=crew.work, args=(lanes[i % len(lanes)],), daemon=True, name=f"surgery-{i}")
             thread.start()
+            threads.append(thread)
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.5)  # a join without a timeout would hold up Ctrl-C
