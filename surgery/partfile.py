@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 _BUFFER = 8 << 20
-_ALIGNMENT = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
 
@@ -47,8 +46,8 @@ class PartFile:
         """Write what is left, put the file on the disk and close it; return its size in bytes."""
         size = self._flushed + self._filled
         try:
-            self._flush(-(-self._filled // _ALIGNMENT) * _ALIGNMENT)
-            os.ftruncate(self._fd, size)  # direct writes come in whole blocks
+            self._go_through_the_cache()  # direct writes come in whole blocks
+            self._flush(self._filled)
             os.fsync(self._fd)
         finally:
             self.close()
@@ -66,9 +65,13 @@ class PartFile:
             try:
                 done += os.pwrite(self._fd, self._buffer.data[done:nbytes], self._flushed + done)
             except OSError as error:
-                flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-                if error.errno != errno.EINVAL or not flags & _DIRECT:
+                if error.errno != errno.EINVAL or not self._go_through_the_cache():  # another alignment than ours
                     raise
-                fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~_DIRECT)  # another alignment than ours, or a short write
         self._flushed += nbytes
         self._filled = 0
+
+    def _go_through_the_cache(self) -> bool:
+        """End direct writing; return whether there was any."""
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~_DIRECT)
+        return bool(flags & _DIRECT)
