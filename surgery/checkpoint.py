@@ -123,11 +123,11 @@ def _with_shards(root: Path, weight_set: WeightSet) -> WeightSet:
         files = _shards_of(root, weight_set)
     else:
         files = weight_set.files
-        if counts := {match[1] for name in files if (match := re.search(r"-of-(\d{5})\.", name))}:
-            if counts != {f"{len(files):05}"}:
-                raise SourceError(
-                    f"{root / files[0]}: expected {int(max(counts))} shards, got {len(files)}. Fetch the missing ones."
-                )
+        counts = {match[1] for name in files if (match := re.search(r"-of-(\d{5})\.", name))}
+        if counts and counts != {f"{len(files):05}"}:
+            raise SourceError(
+                f"{root / files[0]}: expected {int(max(counts))} shards, got {len(files)}. Fetch the missing ones."
+            )
     return WeightSet(
         weight_set.folder, weight_set.stem, weight_set.variant, weight_set.suffix, tuple(files), weight_set.index
     )
@@ -136,7 +136,7 @@ def _with_shards(root: Path, weight_set: WeightSet) -> WeightSet:
 def read_weight_map(path: Path) -> dict[str, str]:
     """Read the weight_map of an index: tensor name to shard, both as written."""
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -15,14 +15,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from surgery.errors import SourceError
 from surgery.layout import Layout, arrange
 
 # huggingface_hub raises its HTTP library's own errors when there is no connection; which library depends on its
 # version, and its HTTP errors, an answer from the Hub, have the same base
-_HttpLibraryError = HfHubHTTPError.__mro__[1]
+_HttpLibraryError: type[Exception] = HfHubHTTPError.__mro__[1]
 _HINTS = {
     401: "Correct --token, or `hf auth login` again.",
     429: "Wait, or `hf auth login` for a higher limit.",
@@ -127,11 +127,11 @@ def _cached_names(repo_id: str, commit: str) -> list[str] | None:
         return None
 
 
-class _Bar(tqdm):  # type: ignore[misc]
+class _Bar(tqdm):
     """The Hub's progress bar, on a terminal only."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **({"disable": None} | kwargs))
+        super().__init__(*args, **({"disable": None} | kwargs))  # type: ignore[no-untyped-call]
 
 
 def _wanted(layout: Layout) -> list[str]:
