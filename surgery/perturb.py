@@ -143,7 +143,7 @@ def make_plan(
         SettingError, SourceError, OutputError: as perturb_checkpoint.
     """
     checkpoint = resolve(source, revision=revision, variant=variant, token=token)
-    out = Path(out or f"{checkpoint.short_name}-noisytune-lam{settings.lam:g}-seed{settings.seed}").expanduser()
+    out = Path(os.path.expanduser(out or f"{checkpoint.short_name}-noisytune-lam{settings.lam:g}-seed{settings.seed}"))  # noqa: PTH111  (Path fails for an unknown ~user)
     if Path(checkpoint.id).is_file():
         refuse_output(out, Path(checkpoint.id))
     else:
