@@ -1,6 +1,7 @@
 """What `surgery perturb` will do, settled from headers alone."""
 
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def make_plan(
         SettingError, SourceError, OutputError: as perturb_checkpoint.
     """
     checkpoint = resolve(source, revision=revision, variant=variant, token=token)
-    out = Path(out or f"{checkpoint.short_name}-noisytune-lam{settings.lam:g}-seed{settings.seed}").expanduser()
+    named = out or f"{checkpoint.short_name}-noisytune-lam{settings.lam:g}-seed{settings.seed}"
+    out = Path(os.path.expanduser(named))  # noqa: PTH111  (Path fails for an unknown ~user)
     if Path(checkpoint.id).is_file():
         refuse_output(out, Path(checkpoint.id))
     else:

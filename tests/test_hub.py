@@ -63,8 +63,8 @@ def test_recipe_records_id_commit_and_what_was_left_out(hub: Hub, perturb: Calla
     perturb(MODEL, "-o", "out", "--revision", "v1")
     recipe = json.loads((tmp_path / "out/surgery.json").read_bytes())
     assert recipe["source"] == {"id": MODEL, "commit": hub.repos[MODEL].commit, "variant": None}
-    # the cache holds only what was fetched, and so says the copy that was read
     assert set(recipe["companions"]) == set(_COMPANIONS)
+    assert set(recipe["left_out"]) == set(_NOT_NEEDED)
 
 
 def test_default_folder_is_named_after_the_model(perturb: Callable[..., Ran], tmp_path: Path) -> None:
