@@ -146,9 +146,10 @@ def merge_blocks(blocks: np.ndarray, n: int, shift: float, *, what: str) -> Mome
     return Moments(n, shift + s1 / n, max(s2 - s1 * s1 / n, 0.0))
 
 
-def pool(parts: Iterable[Moments]) -> Moments:
-    """Merge the moments of several tensors into those of all their elements together, whatever their order."""
-    parts = list(parts)
+def pool(parts: Sequence[Moments]) -> Moments:
+    """Merge the moments of tensors into those of all their elements together, whatever their order."""
+    if not parts:
+        return Moments(0, 0.0, 0.0)
     n = sum(part.n for part in parts)
     mean = math.fsum(part.n * part.mean for part in parts) / n
     m2 = math.fsum([part.m2 for part in parts] + [part.n * (part.mean - mean) ** 2 for part in parts])

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from surgery.plan import Plan, ShardPlan, make_plan, open_source
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, TensorRecord
 from surgery.shard import Task
+from surgery.ties import find_ties
 
 
 def perturb_checkpoint(
@@ -69,6 +71,7 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
     if not overwrite and (recipe := _already_done(plan)):
         return recipe
     workers = workers or default_workers()
+    plan = _with_ties(plan)
     folder = OutputFolder(plan.out, _job(plan), plan.command, plan.sizes)
     with folder.claim(overwrite=overwrite):
         todo = [shard for shard in plan.shards if shard.name not in folder.finished]
@@ -92,6 +95,13 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
         recipe = _recipe(plan, folder, companions, pooled)
         folder.finish(recipe.to_json())
     return recipe
+
+
+def _with_ties(plan: Plan) -> Plan:
+    """Add the tensors that repeat another one, which only their bytes tell."""
+    ties = find_ties(plan.shards, partial(open_source, plan.checkpoint))
+    shards = [replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in plan.shards]
+    return replace(plan, shards=tuple(shards))
 
 
 def _job(plan: Plan) -> dict[str, Any]:
@@ -124,6 +134,7 @@ def _task(
         open_source=partial(open_source, plan.checkpoint, shard.source),
         open_target=partial(folder.open_part, shard.name) if folder else None,
         copied=frozenset(shard.copied.keys() | flat),
+        tied=shard.tied,
         pooled_std=pooled.std if pooled else None,
         source_sha256=measured["source_sha256"] if measured else "",
     )

@@ -14,6 +14,7 @@ import torch
 from surgery.digests import sha256_of
 from surgery.errors import SourceError
 from surgery.tensorfile import Header, Tensor, build_header
+from surgery.ties import rank
 
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
 _DEPTH = 8
@@ -127,11 +128,14 @@ def _dtype(name: str, tensor: torch.Tensor, label: str) -> str:
 
 
 def ties(state_dict: Mapping[str, torch.Tensor], label: str) -> dict[str, str]:
-    """Map each name that repeats an earlier tensor's storage to that tensor's name; refuse partial overlaps."""
+    """Map each name that repeats another tensor's storage to the name to keep for it; refuse partial overlaps.
+
+    That is the first name, but the input embedding's rather than the output's: loaders look for it.
+    """
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     spans: dict[int, list[tuple[int, int, str]]] = {}
-    for name, tensor in state_dict.items():
+    for name, tensor in sorted(state_dict.items(), key=lambda item: rank(item[0])):
         if tensor.numel() == 0 or tensor.layout is not torch.strided:
             continue
         storage = tensor.untyped_storage().data_ptr()

@@ -27,7 +27,7 @@ class ShardPlan:
         name: name relative to the output.
         header: of the file to write.
         copied: reason by tensor name, for the tensors that will be copied.
-        tied: names in a pickle that repeat another tensor's storage, and that tensor's name; they are not written.
+        tied: names that repeat another tensor, and that tensor's name.
     """
 
     source: str

@@ -51,7 +51,8 @@ class FileRecord:
     Args:
         name: relative to the output folder.
         source: the file it was made from, relative to the source.
-        tied: names in a pickle that repeat another tensor's storage and were not written, and that tensor's name.
+        tied: names that repeat another tensor, whose noise they share, and that tensor's name. Those of a pickle are
+            not written again.
     """
 
     name: str

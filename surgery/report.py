@@ -139,7 +139,7 @@ def _tensor_lines(rows: Mapping[str, Any]) -> list[str]:
         if not tensor["perturbed"]:
             by_reason.setdefault(tensor["why"], []).append(tensor["name"])
     lines += [_line("copied", f"{len(names)} ({_some(names)}): {why}") for why, names in by_reason.items()]
-    return lines + [_line("tied", f"{name} is {kept}, written once") for name, kept in rows["tied"].items()]
+    return lines + [_line("tied", f"{name} shares the noise of {kept}") for name, kept in rows["tied"].items()]
 
 
 def _left_out_lines(rows: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ its std, once for the noise.
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,6 +48,7 @@ class Task:
         open_source: opens the shard to read.
         open_target: opens the file to write, which on_done finishes; None: measure only.
         copied: names of the tensors to copy unchanged.
+        tied: names of tensors that get the noise of another, and that one's name.
         pooled_std: if given, the std that scales every tensor's noise, none of which is then measured.
         source_sha256: the source's digest, if it is known already.
     """
@@ -57,6 +58,7 @@ class Task:
     open_source: Callable[[], Source]
     open_target: Callable[[], PartFile] | None
     copied: frozenset[str]
+    tied: Mapping[str, str] = field(default_factory=dict)
     pooled_std: float | None = None
     target: PartFile | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
@@ -230,7 +232,7 @@ class Shard:
             w,
             tensor.dtype,
             first_block=piece.start // w.itemsize // BLOCK,
-            key=key(self._settings.seed, tensor.name),
+            key=key(self._settings.seed, self.task.tied.get(tensor.name, tensor.name)),
             scale=self._settings.noise_scale(state.std, tensor.dtype),
             is_normal=self._settings.noise == "normal",
             is_stochastic=self._settings.rounding == "stochastic",

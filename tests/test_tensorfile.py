@@ -116,7 +116,7 @@ def test_file_that_shrinks_while_read_is_an_error(tmp_path: Path) -> None:
     tensor = opened.header.tensors[-1]
     with file.open("r+b") as handle:
         handle.truncate(tensor.end - 4)
-    message = f"{file}: expected {tensor.end} bytes, got fewer: it changed while being read."
+    message = f"{file}: expected {tensor.end} bytes, got fewer. It changed while it was read; run again."
     with pytest.raises(SourceError) as error:
         opened.read_into(tensor, 0, memoryview(bytearray(tensor.nbytes)))
     opened.close()
