@@ -97,7 +97,10 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
         _refuse_unsafe(root, name)
     for folder in {weight_set.folder for weight_set in weights}:
         _refuse_quantized(root / folder)
-    return Checkpoint(id, commit, root, Layout(tuple(weights), layout.companions, layout.left_out))
+    kept = {name for weight_set in weights for name in weight_set.files}
+    stale = [name for weight_set in layout.weights for name in weight_set.files if name not in kept]
+    left_out = layout.left_out + tuple((name, "a shard that no index names") for name in stale)
+    return Checkpoint(id, commit, root, Layout(tuple(weights), layout.companions, left_out))
 
 
 def _refuse_unsafe(root: Path, name: str) -> None:

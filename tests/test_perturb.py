@@ -389,3 +389,16 @@ def test_global_scale_with_nothing_to_measure(tmp_path, lam):
     else:
         perturb_checkpoint(source, tmp_path / "out", scale="global", lam=lam)
         assert (source / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_stale_shard_is_left_out_and_named(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    names = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    for name in names:
+        save_file(seeded(**{f"w{name[10]}": (64,)}), source / name)
+    weight_map = {"w1": names[0]}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    recipe = perturb_checkpoint(source, tmp_path / "out")
+    assert recipe.left_out == {names[1]: "a shard that no index names"}
+    assert not (tmp_path / "out" / names[1]).exists()
