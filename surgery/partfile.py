@@ -4,11 +4,12 @@ import errno
 import fcntl
 import mmap
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-_BUFFER = 8 << 20
+_BUFFER = 4 << 20
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
 
@@ -27,9 +28,12 @@ class PartFile:
             if error.errno != errno.EINVAL:  # a file system without direct writes
                 raise
             self._fd = os.open(path, flags, 0o666)
-        self._buffer = np.frombuffer(mmap.mmap(-1, _BUFFER), np.uint8)  # page-aligned, as direct writes must be
+        # page-aligned, as direct writes must be; one is filled while the other is on its way to the disk
+        self._buffer, self._spare = (np.frombuffer(mmap.mmap(-1, _BUFFER), np.uint8) for _ in range(2))
         self._filled = 0
         self._flushed = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="surgery-write")
+        self._pending: Future[None] | None = None
 
     def append(self, data: memoryview) -> None:
         """Add bytes at the end. Raises OSError when the disk is full."""
@@ -40,35 +44,46 @@ class PartFile:
             self._filled += taken
             data = data[taken:]
             if self._filled == _BUFFER:
-                self._flush(_BUFFER)
+                self._flush()
 
     def finish(self) -> int:
         """Write what is left, put the file on the disk and close it; return its size in bytes."""
-        size = self._flushed + self._filled
         try:
+            self._wait()
             self._go_through_the_cache()  # direct writes come in whole blocks
-            self._flush(self._filled)
+            self._write(self._buffer[: self._filled], self._flushed)
             os.fsync(self._fd)
+            return self._flushed + self._filled
         finally:
             self.close()
-        return size
 
     def close(self) -> None:
         """Release the file as it is. May be called twice."""
+        self._writer.shutdown()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    def _flush(self, nbytes: int) -> None:
+    def _flush(self) -> None:
+        """Send the full buffer on its way, and go on with the other."""
+        self._wait()
+        self._pending = self._writer.submit(self._write, self._buffer, self._flushed)
+        self._buffer, self._spare = self._spare, self._buffer
+        self._flushed += _BUFFER
+        self._filled = 0
+
+    def _wait(self) -> None:
+        if self._pending:
+            self._pending.result()
+
+    def _write(self, buffer: np.ndarray, offset: int) -> None:
         done = 0
-        while done < nbytes:
+        while done < buffer.size:
             try:
-                done += os.pwrite(self._fd, self._buffer.data[done:nbytes], self._flushed + done)
+                done += os.pwrite(self._fd, buffer.data[done:], offset + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._go_through_the_cache():  # another alignment than ours
                     raise
-        self._flushed += nbytes
-        self._filled = 0
 
     def _go_through_the_cache(self) -> bool:
         """End direct writing; return whether there was any."""

@@ -24,12 +24,11 @@ def run(
     A shard is bound by its sequential digests, so there are two threads to a shard and as many shards at once as that
     allows. The first error of any thread stops all of them and is raised; so is KeyboardInterrupt.
     """
-    crew = _Crew(tasks, settings, on_done, on_bytes)
-    lanes = [crew.lane() for _ in range(max(1, workers // 2))]
+    crew = _Crew(tasks, settings, workers, on_done, on_bytes)
     threads: list[threading.Thread] = []
     try:
         for i in range(workers):
-            thread = threading.Thread(target=crew.work, args=(lanes[i % len(lanes)],), daemon=True, name=f"surgery-{i}")
+            thread = threading.Thread(target=crew.work, args=(i,), daemon=True, name=f"surgery-{i}")
             thread.start()
             threads.append(thread)
         for thread in threads:
@@ -53,6 +52,7 @@ class _Crew:
         self,
         tasks: Iterable[Task],
         settings: NoisyTune,
+        workers: int,
         on_done: Callable[[Task], None],
         on_bytes: Callable[[int], object],
     ) -> None:
@@ -64,9 +64,7 @@ class _Crew:
         self._on_bytes = on_bytes
         self._open: list[Shard] = []
         self._lock = threading.Lock()
-
-    def lane(self) -> "_Lane":
-        return _Lane(self)
+        self._lanes = [_Lane(self) for _ in range(max(1, workers // 2))]
 
     def next_task(self) -> Task | None:
         with self._lock:
@@ -90,11 +88,17 @@ class _Crew:
         for shard in self._open:
             shard.abandon()
 
-    def work(self, lane: "_Lane") -> None:
+    def _next_piece(self, number: int) -> Piece | None:
+        """Take a piece of the thread's own lane, or help out in another when there is none left."""
+        n = len(self._lanes)
+        lanes = (self._lanes[(number + i) % n] for i in range(n))
+        return next((piece for lane in lanes if (piece := lane.next_piece())), None)
+
+    def work(self, number: int) -> None:
         """Take pieces until there are none left. The body of every thread."""
         buffer = memoryview(bytearray(PIECE))
         try:
-            while not self.stop.is_set() and (piece := lane.next_piece()):
+            while not self.stop.is_set() and (piece := self._next_piece(number)):
                 piece.shard.process(piece, buffer)
                 if piece.write_turn is not None or not piece.shard.task.open_target:
                     self._on_bytes(piece.nbytes)
