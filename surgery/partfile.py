@@ -50,7 +50,6 @@ class PartFile:
         """Write what is left, put the file on the disk and close it; return its size in bytes."""
         try:
             self._wait()
-            self._go_through_the_cache()  # direct writes come in whole blocks
             self._write(self._buffer[: self._filled], self._flushed)
             os.fsync(self._fd)
             return self._flushed + self._filled
@@ -82,7 +81,8 @@ class PartFile:
             try:
                 done += os.pwrite(self._fd, buffer.data[done:], offset + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._go_through_the_cache():  # another alignment than ours
+                # direct writes come in whole blocks: the last of a file is none, or the disk's are larger than ours
+                if error.errno != errno.EINVAL or not self._go_through_the_cache():
                     raise
 
     def _go_through_the_cache(self) -> bool:
