@@ -281,3 +281,13 @@ def test_mutated_pickle_never_crashes(whole: bytes, at: int, new: bytes, cut: in
     else:
         return
     assert message.startswith("x: ")
+
+
+def test_input_embedding_keeps_its_name_whatever_the_order(tmp_path: Path) -> None:
+    shared = torch.randn(10, 4)
+    names = ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight")
+    torch.save(dict.fromkeys(names, shared), tmp_path / "pytorch_model.bin")
+    file = PickleFile(tmp_path / "pytorch_model.bin", label="x")
+    assert file.tied == {names[0]: names[1]}
+    assert [tensor.name for tensor in file.header.tensors] == [names[1]]
+    file.close()
