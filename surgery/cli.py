@@ -100,6 +100,7 @@ def perturb(
     """
     from surgery import report
     from surgery.noisytune import NoisyTune
+    from surgery.output import is_finished
     from surgery.perturb import execute
     from surgery.plan import make_plan
 
@@ -109,6 +110,7 @@ def perturb(
         rows = report.plan_rows(plan)
         click.echo(report.as_json(rows) if as_json else report.plan_table(rows))
         return
+    is_new = overwrite or not is_finished(plan.out)
     recipe = execute(plan, overwrite=overwrite, workers=workers)
-    rows = report.result_rows(recipe, plan, time.perf_counter() - start)
+    rows = report.result_rows(recipe, plan, time.perf_counter() - start, is_new=is_new)
     click.echo(report.as_json(rows) if as_json else report.result_table(rows))

