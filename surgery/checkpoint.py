@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from surgery.errors import SourceError
+from surgery.errors import SettingError, SourceError
 from surgery.layout import JOURNAL, Layout, WeightSet, arrange
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -55,6 +55,8 @@ def resolve(
     if not str(source):
         raise SourceError("MODEL: expected a folder, a file or a Hub id, got an empty name. Name one.")
     path = Path(os.path.expanduser(source))  # noqa: PTH111  (Path's own fails for an unknown ~user)
+    if revision and path.exists():
+        raise SettingError(f"--revision: expected a Hub id with it, got the local {source}. Leave one of them out.")
     if path.is_file():
         return _from_file(path.absolute())
     if path.is_dir():

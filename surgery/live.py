@@ -1,5 +1,6 @@
 """NoisyTune in memory: on a state_dict, or on a live model, with the bits that `surgery perturb` writes to files."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from surgery.errors import SettingError, SourceError
 from surgery.kernels import tensors as kernels
 from surgery.names import BUFFER, find_names
 from surgery.noise import key
-from surgery.noisytune import FLOATS, NO_SPREAD, Effect, Moments, NoisyTune, merge_blocks, merge_effect, pool
+from surgery.noisytune import FLOATS, NO_SPREAD, Effect, Moments, NoisyTune, as_globs, merge_blocks, merge_effect, pool
 from surgery.pickles import DTYPES, ties
 from surgery.recipe import FileRecord, Recipe, TensorRecord
 
+_log = logging.getLogger(__name__)
 _LARGEST_U = 2.5  # the normal distribution's: its quantile at 2^-53 is 8.3, times 1/sqrt(12)
 
 
@@ -48,8 +50,8 @@ def perturb_state_dict(
     noise: str = "uniform",
     scale: str = "matrix",
     rounding: str = "nearest",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
 ) -> Recipe:
     """Add NoisyTune's noise to a state_dict's tensors, in place.
 
@@ -66,7 +68,7 @@ def perturb_state_dict(
         SettingError: a setting is out of range, or would do nothing.
         SourceError: a tensor is quantized, distributed, on the meta device, or holds NaN or Inf.
     """
-    settings = NoisyTune(lam, seed, noise, scale, rounding, tuple(include), tuple(exclude))
+    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs(include), as_globs(exclude))
     found = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
     targets, tied = _targets(found, {name: name for name in found}, {}, settings)
     return _perturb(targets, tied, settings, source="state_dict")
@@ -80,8 +82,8 @@ def perturb_model(
     noise: str = "uniform",
     scale: str = "matrix",
     rounding: str = "nearest",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     source: str | Path | None = None,
 ) -> Recipe:
     """Add NoisyTune's noise to a model's parameters, in place: the bits of `surgery perturb` on its checkpoint.
@@ -101,9 +103,11 @@ def perturb_model(
         SettingError: a setting is out of range, or would do nothing.
         SourceError: the model is quantized, sharded, on the meta device, or holds NaN or Inf; or `source` is unusable.
     """
-    settings = NoisyTune(lam, seed, noise, scale, rounding, tuple(include), tuple(exclude))
+    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs(include), as_globs(exclude))
     _refuse_quantized(model)
     names = find_names(model, source)
+    for note in names.notes:  # the recipe has them too, but it is easily thrown away
+        _log.warning(note)
     targets, tied = _targets(names.tensors, names.canonical, names.copied, settings)
     return _perturb(targets, tied, settings, source=names.source, commit=names.commit, notes=names.notes)
 

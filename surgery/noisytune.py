@@ -106,6 +106,11 @@ class NoisyTune:
         return scale if dtype == "F64" else float(np.float32(scale))
 
 
+def as_globs(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """Take one glob or several; a string is one, not its characters."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
 def _is_buffer(name: str, shape: Sequence[int]) -> bool:
     last = name.rpartition(".")[2]
     # GPT-2, GPT-J and GPT-NeoX keep their causal mask as attn.bias, (1, 1, positions, positions)

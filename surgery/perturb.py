@@ -13,7 +13,7 @@ from surgery.digests import sha256_of
 from surgery.errors import SourceError
 from surgery.layout import RECIPE
 from surgery.noise import CONTRACT
-from surgery.noisytune import NO_SPREAD, Moments, NoisyTune, pool
+from surgery.noisytune import NO_SPREAD, Moments, NoisyTune, as_globs, pool
 from surgery.output import OutputFolder, is_finished
 from surgery.plan import Plan, ShardPlan, make_plan, open_source
 from surgery.progress import bar
@@ -31,8 +31,8 @@ def perturb_checkpoint(
     noise: str = "uniform",
     scale: str = "matrix",
     rounding: str = "nearest",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     revision: str | None = None,
     variant: str | None = None,
     token: str | None = None,
@@ -61,7 +61,7 @@ def perturb_checkpoint(
         SourceError: the source is missing, malformed, unsafe, quantized, or holds NaN or Inf.
         OutputError: `out` cannot be used, or the disk is full.
     """
-    settings = NoisyTune(lam, seed, noise, scale, rounding, tuple(include), tuple(exclude))
+    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs(include), as_globs(exclude))
     plan = make_plan(source, out, settings, revision=revision, variant=variant, token=token)
     return execute(plan, overwrite=overwrite, workers=workers)
 
@@ -215,6 +215,8 @@ def _already_done(plan: Plan) -> Recipe | None:
     if (recipe.source, recipe.commit, recipe.variant, recipe.settings) != mine:
         return None
     if [file.name for file in recipe.files] != [shard.name for shard in plan.shards]:
+        return None
+    if not all((plan.out / name).is_file() for name in plan.sizes):
         return None
     for file, shard in zip(recipe.files, plan.shards, strict=True):
         path = plan.out / file.name

