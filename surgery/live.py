@@ -11,11 +11,22 @@ import torch
 
 from surgery.errors import SettingError, SourceError
 from surgery.kernels import tensors as kernels
-from surgery.names import BUFFER, find_names
+from surgery.names import find_names
 from surgery.noise import key
-from surgery.noisytune import FLOATS, NO_SPREAD, Effect, Moments, NoisyTune, as_globs, merge_blocks, merge_effect, pool
+from surgery.noisytune import (
+    BUFFER,
+    FLOATS,
+    NO_SPREAD,
+    Effect,
+    Moments,
+    NoisyTune,
+    as_globs,
+    merge_blocks,
+    merge_effect,
+    pool,
+)
 from surgery.pickles import DTYPES, ties
-from surgery.recipe import FileRecord, Recipe, TensorRecord
+from surgery.recipe import FileRecord, Recipe, TensorRecord, warn_of_vanished
 
 _log = logging.getLogger(__name__)
 _LARGEST_U = 2.5  # the normal distribution's: its quantile at 2^-53 is 8.3, times 1/sqrt(12)
@@ -194,7 +205,7 @@ def _perturb(
         for target in todo:
             target.effect = _add_noise(target, target.tensor, settings, pooled, workers)
     records = tuple(target.record for target in targets)
-    return Recipe(
+    recipe = Recipe(
         source=source,
         commit=commit,
         settings=settings,
@@ -202,6 +213,8 @@ def _perturb(
         pooled_std=pooled,
         notes=tuple(notes),
     )
+    warn_of_vanished(recipe)
+    return recipe
 
 
 def _measure(targets: list[_Target], settings: NoisyTune, workers: ThreadPoolExecutor) -> float | None:

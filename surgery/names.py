@@ -15,11 +15,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from surgery.checkpoint import Checkpoint, resolve
 from surgery.errors import SourceError
+from surgery.noisytune import BUFFER
 from surgery.pickles import DTYPES, PickleFile
 from surgery.renames import CheckpointNames, Counterparts, send
 from surgery.tensorfile import read_header
 
-BUFFER = "a buffer, not a parameter"
 NEW = "new: not in the checkpoint"
 
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")

@@ -19,6 +19,9 @@ from surgery.noise import BLOCK, LANES, SAMPLED_BLOCKS
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes that can be perturbed, in safetensors' names."""
 
+BUFFER = "a buffer, not a parameter"
+"""Why a buffer is left as it is, in a file or on a live model."""
+
 NO_SPREAD = "all elements equal, no spread"
 """Why a tensor is copied whose std turned out to be 0."""
 
@@ -78,7 +81,7 @@ class NoisyTune:
         if dtype not in FLOATS:
             return f"{dtype}, not floating point"
         if _is_buffer(name, shape):
-            return "a buffer, not a parameter"
+            return BUFFER
         if math.prod(shape) == 0:
             return "empty"
         if math.prod(shape) == 1:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from surgery.noisytune import NO_SPREAD, Moments, NoisyTune, as_globs, pool
 from surgery.output import OutputFolder, is_finished
 from surgery.plan import Plan, ShardPlan, make_plan, open_source
 from surgery.progress import bar
-from surgery.recipe import FileRecord, Recipe, TensorRecord
+from surgery.recipe import FileRecord, Recipe, TensorRecord, warn_of_vanished
 from surgery.shard import Task
 from surgery.ties import find_ties
 
@@ -63,7 +63,9 @@ def perturb_checkpoint(
     """
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs(include), as_globs(exclude))
     plan = make_plan(source, out, settings, revision=revision, variant=variant, token=token)
-    return execute(plan, overwrite=overwrite, workers=workers)
+    recipe = execute(plan, overwrite=overwrite, workers=workers)
+    warn_of_vanished(recipe)
+    return recipe
 
 
 def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) -> Recipe:
@@ -115,12 +117,8 @@ def _job(plan: Plan) -> dict[str, Any]:
     return {
         "contract": CONTRACT,
         "source": {"id": checkpoint.id, "commit": checkpoint.commit, "variant": plan.variant, "files": files},
-        "settings": _settings_to_json(plan.settings),
+        "settings": asdict(plan.settings),
     }
-
-
-def _settings_to_json(settings: NoisyTune) -> dict[str, Any]:
-    return {"lam": settings.lam.hex()} | {k: v for k, v in vars(settings).items() if k != "lam"}
 
 
 def _task(

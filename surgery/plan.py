@@ -94,10 +94,7 @@ def make_plan(
     checkpoint = resolve(source, revision=revision, variant=variant, token=token)
     named = out or f"{checkpoint.short_name}-noisytune-lam{settings.lam:g}-seed{settings.seed}"
     out = Path(os.path.expanduser(named))  # noqa: PTH111  (Path fails for an unknown ~user)
-    if Path(checkpoint.id).is_file():
-        refuse_output(out, Path(checkpoint.id))
-    else:
-        refuse_output(out, checkpoint.root)
+    refuse_output(out, Path(checkpoint.id) if Path(checkpoint.id).is_file() else checkpoint.root)
     shards: list[ShardPlan] = []
     indexes: dict[str, bytes] = {}
     for weight_set in checkpoint.layout.weights:

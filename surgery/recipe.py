@@ -1,6 +1,7 @@
 """surgery.json, the recipe: what was done to which source, enough to do it again bit for bit."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from surgery.noise import CONTRACT
 from surgery.noisytune import Effect, NoisyTune
 
 FORMAT = "surgery-recipe-1"
+_VANISHED = 0.01
+_log = logging.getLogger(__name__)
 _FILE_FIELDS = ("name", "sha256", "source", "source_sha256", "tied")
 
 
@@ -102,14 +105,18 @@ class Recipe:
     def tensors(self) -> tuple[TensorRecord, ...]:
         return tuple(tensor for file in self.files for tensor in file.tensors)
 
+    @property
+    def vanished(self) -> list[str]:
+        """Names of the tensors that were perturbed and kept less than 1 % of their noise after rounding."""
+        return [t.name for t in self.tensors if t.effect and t.effect.survived < _VANISHED]
+
     def to_json(self) -> str:
-        """Return the text of surgery.json. Floats that matter to the bits are hexadecimal."""
-        settings = asdict(self.settings)
+        """Return the text of surgery.json. Each std is a hexadecimal float."""
         document = {
             "format": FORMAT,
             "contract": self.contract,
             "source": {"id": self.source, "commit": self.commit, "variant": self.variant},
-            "settings": settings | {"lam_hex": float(settings["lam"]).hex()},
+            "settings": asdict(self.settings),
             "pooled_std": _hex(self.pooled_std),
             "files": [file.to_json() for file in self.files],
             "companions": self.companions,
@@ -131,7 +138,6 @@ class Recipe:
                 found = f"{document['format']} of {document['contract']}"
                 raise SourceError(f"{what}: expected {FORMAT} of {CONTRACT}, got {found}. Update model-surgery.")
             settings = dict(document["settings"])
-            settings["lam"] = float.fromhex(settings.pop("lam_hex"))
             settings["include"], settings["exclude"] = tuple(settings["include"]), tuple(settings["exclude"])
             return cls(
                 source=document["source"]["id"],
@@ -152,6 +158,12 @@ class Recipe:
     def read(cls, path: Path) -> "Recipe":
         # bytes that are no UTF-8 make it no recipe, not an error of their own
         return cls.from_json(path.read_text(encoding="utf-8", errors="replace"), what=str(path))
+
+
+def warn_of_vanished(recipe: Recipe) -> None:
+    """Log a warning if rounding took the noise away: a recipe is easily thrown away unread."""
+    if names := recipe.vanished:
+        _log.warning("noise lost in rounding in %d tensors, such as %s: raise lam", len(names), names[0])
 
 
 def _hex(value: float | None) -> str | None:

@@ -11,8 +11,6 @@ from surgery.noise import UNIT_STD
 from surgery.plan import Plan
 from surgery.recipe import Recipe
 
-_VANISHED = 0.01
-
 
 def plan_rows(plan: Plan) -> dict[str, Any]:
     """Describe a plan: counts, bytes and, per tensor, whether it is perturbed or why not."""
@@ -63,7 +61,7 @@ def result_rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> 
         "noise_over_std": sum(e.noise_over_std for _, e in effects) / len(effects) if effects else 0.0,
         "noise_over_std_expected": recipe.settings.lam * UNIT_STD,
         "survived": sum(size * e.survived for size, e in effects) / weight if weight else 0.0,
-        "vanished": [t.name for t in recipe.tensors if t.effect and t.effect.survived < _VANISHED],
+        "vanished": recipe.vanished,
         "bytes": nbytes,
         "seconds": seconds,
         "gb_per_second": nbytes / 1e9 / seconds,

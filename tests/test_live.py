@@ -249,3 +249,13 @@ def test_one_glob_may_be_a_string() -> None:
 def test_names_that_cannot_be_mapped_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     perturb_model(torch.nn.Linear(5, 5))
     assert caplog.messages == ["no checkpoint found for Linear: live names were used"]
+
+
+def test_noise_lost_in_rounding_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    tensors = {"norm.weight": 1 + 0.001 * torch.randn(5000)}
+    tensors["norm.weight"] = tensors["norm.weight"].to(torch.bfloat16)
+    before = tensors["norm.weight"].clone()
+    recipe = perturb_state_dict(tensors, lam=1e-4)
+    assert torch.equal(before, tensors["norm.weight"])
+    assert recipe.vanished == ["norm.weight"]
+    assert caplog.messages == ["noise lost in rounding in 1 tensors, such as norm.weight: raise lam"]
