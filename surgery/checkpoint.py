@@ -42,15 +42,16 @@ class Checkpoint:
 def resolve(
     source: str | Path, *, revision: str | None = None, variant: str | None = None, token: str | None = None
 ) -> Checkpoint:
-    """Find a checkpoint and check that it is one we can perturb, fetching it from the Hub if it is an id.
+    """Find a checkpoint, fetching it from the Hub if it is an id, and check that it is complete and safe to read.
 
     Args:
-        source: a folder, a .safetensors or PyTorch file, or a Hub id.
+        source: a folder, a .safetensors or PyTorch file, or a Hub id, which may end in `@revision`.
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained.
         token: Hub token; default: the one `hf auth login` stored, or HF_TOKEN.
     Raises:
-        SourceError: not found, unsafe, incomplete or quantized.
+        SettingError: a revision for a local checkpoint, or two of them.
+        SourceError: not found, unsafe or incomplete.
     """
     if not str(source):
         raise SourceError("MODEL: expected a folder, a file or a Hub id, got an empty name. Name one.")
@@ -61,9 +62,12 @@ def resolve(
         return _from_file(path.absolute())
     if path.is_dir():
         return _from_folder(path.resolve(), str(path.resolve()), None, variant, None)
-    name = str(source)
+    name, _, at = str(source).partition("@")
+    if at and revision:
+        raise SettingError(f"--revision: expected it once, got {revision} and {source}. Leave one of them out.")
+    revision = revision or at or None
     if not _REPO_ID.fullmatch(name) or name.endswith(_SUFFIXES) or isinstance(source, Path):
-        raise SourceError(f"{name}: expected a folder, a file or a Hub id, got a path that does not exist. Check it.")
+        raise SourceError(f"{source}: expected a folder, a file or a Hub id, got a path that does not exist. Check it.")
     from surgery.hub import fetch
 
     root, commit, names = fetch(name, revision=revision, variant=variant, token=token)
@@ -97,8 +101,6 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
     weights = [s for s in weights if s.index or not in_indexes.issuperset(s.files)]
     for name in [*(name for weight_set in weights for name in weight_set.files), *layout.companions]:
         _refuse_unsafe(root, name)
-    for folder in {weight_set.folder for weight_set in weights}:
-        _refuse_quantized(root / folder)
     kept = {name for weight_set in weights for name in weight_set.files}
     stale = [name for weight_set in layout.weights for name in weight_set.files if name not in kept]
     left_out = layout.left_out + tuple((name, "a shard that no index names") for name in stale)
@@ -172,10 +174,30 @@ def _shards_of(root: Path, weight_set: WeightSet) -> list[str]:
     return shards
 
 
-def _refuse_quantized(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        return
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose config says that its weights are quantized.
+
+    Raises:
+        SourceError: it does, or it is no JSON.
+    """
+    for config, method in quantized(checkpoint).items():
+        raise SourceError(
+            f"{checkpoint.path(config)}: expected unquantized weights, got quantization_config ({method}). "
+            "Perturb the original checkpoint and quantize the result."
+        )
+
+
+def quantized(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the method of quantization by config file, of each folder with weights whose config names one."""
+    methods = {}
+    for folder in sorted({weight_set.folder for weight_set in checkpoint.layout.weights}):
+        name = (PurePosixPath(folder) / "config.json").as_posix()
+        if checkpoint.path(name).is_file() and (method := _quantization_of(checkpoint.path(name))):
+            methods[name] = method
+    return methods
+
+
+def _quantization_of(config: Path) -> str | None:
     try:
         loaded = json.loads(config.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -183,8 +205,5 @@ def _refuse_quantized(folder: Path) -> None:
     nested = [loaded, *loaded.values()] if isinstance(loaded, dict) else []
     for part in nested:
         if isinstance(part, dict) and (settings := part.get("quantization_config")):
-            method = settings.get("quant_method", "quantized") if isinstance(settings, dict) else "quantized"
-            raise SourceError(
-                f"{config}: expected unquantized weights, got quantization_config ({method}). "
-                "Perturb the original checkpoint and quantize the result."
-            )
+            return str(settings.get("quant_method", "quantized")) if isinstance(settings, dict) else "quantized"
+    return None

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from surgery.errors import SourceError
-from surgery.layout import Layout, arrange
+from surgery.layout import RECIPE, Layout, arrange
 
 # huggingface_hub raises its HTTP library's own errors when there is no connection; which library depends on its
 # version, and its HTTP errors, an answer from the Hub, have the same base
@@ -93,7 +93,7 @@ def _download(
     for name in names:
         if ".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name:
             raise SourceError(f"{repo_id}: expected files of its own, got {name!r}. Do not trust this checkpoint.")
-    wanted = _wanted(arrange(names, variant=variant, what=repo_id))
+    wanted = _wanted(arrange(names, variant=variant, what=repo_id), names)
     # by its name rather than its sha, for the cache to know the branch or tag when there is no network
     folder = Path(
         snapshot_download(repo_id, revision=revision, token=token, allow_patterns=_literal(wanted), tqdm_class=_Bar)
@@ -107,7 +107,7 @@ def _cached(repo_id: str, *, revision: str | None, variant: str | None) -> tuple
     """Find the copy in the cache; if the cache knows all of the repository's files, check that it is complete."""
     folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[]))
     names = _cached_names(repo_id, folder.name)
-    for name in _wanted(arrange(names, variant=variant, what=repo_id)) if names else ():
+    for name in _wanted(arrange(names, variant=variant, what=repo_id), names) if names else ():
         if not (folder / name).exists():
             raise SourceError(
                 f"{repo_id}: expected a complete copy in the Hub's cache while offline, got one without {name!r}. "
@@ -134,9 +134,15 @@ class _Bar(tqdm):
         super().__init__(*args, **({"disable": None} | kwargs))  # type: ignore[no-untyped-call]
 
 
-def _wanted(layout: Layout) -> list[str]:
+def _wanted(layout: Layout, names: Sequence[str]) -> list[str]:
+    recipes = [RECIPE] if RECIPE in names else []
     indexes = [weight_set.index for weight_set in layout.weights if weight_set.index]
-    return [*layout.companions, *indexes, *(name for weight_set in layout.weights for name in weight_set.files)]
+    return [
+        *recipes,
+        *layout.companions,
+        *indexes,
+        *(name for weight_set in layout.weights for name in weight_set.files),
+    ]
 
 
 def _literal(names: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.checkpoint import Checkpoint, read_weight_map, resolve
+from surgery.checkpoint import Checkpoint, read_weight_map, refuse_quantized, resolve
 from surgery.errors import SettingError, SourceError
 from surgery.layout import WeightSet
 from surgery.noisytune import FLOATS, NoisyTune
@@ -92,6 +92,7 @@ def make_plan(
         SettingError, SourceError, OutputError: as perturb_checkpoint.
     """
     checkpoint = resolve(source, revision=revision, variant=variant, token=token)
+    refuse_quantized(checkpoint)
     named = out or f"{checkpoint.short_name}-noisytune-lam{settings.lam:g}-seed{settings.seed}"
     out = Path(os.path.expanduser(named))  # noqa: PTH111  (Path fails for an unknown ~user)
     refuse_output(out, Path(checkpoint.id) if Path(checkpoint.id).is_file() else checkpoint.root)

@@ -174,11 +174,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": etag, "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
         if len(data) >= _LARGE:
             headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(data))}
-        start = 0
+        start, stop = 0, len(data)
         if ranged := self.headers["Range"]:
-            start = int(ranged.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._send(206 if ranged else 200, data[start:], headers)
+            first, _, last = ranged.removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(int(last) + 1, len(data)) if last else len(data)
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+        self._send(206 if ranged else 200, data[start:stop], headers)
 
     # -- answers ------------------------------------------------------------------------------------------------------
 

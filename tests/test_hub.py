@@ -76,8 +76,9 @@ def test_default_folder_is_named_after_the_model(perturb: Callable[..., Ran], tm
 def test_revision_is_fetched_by_any_name(revision: str, hub: Hub, perturb: Callable[..., Ran], tmp_path: Path) -> None:
     revision = hub.repos[MODEL].commit if revision == "commit" else revision
     assert perturb(MODEL, "-o", "named", "--revision", revision).code == 0
+    assert perturb(f"{MODEL}@{revision}", "-o", "at").code == 0
     assert perturb(MODEL, "-o", "plain").code == 0
-    assert tree_digest(tmp_path / "named") == tree_digest(tmp_path / "plain")
+    assert tree_digest(tmp_path / "named") == tree_digest(tmp_path / "at") == tree_digest(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("revision", [None, "v1"], ids=["main", "tag"])
@@ -178,6 +179,11 @@ _ERRORS = {
         [MODEL, "--revision", "v9"],
         {},
         f"{MODEL}@v9: expected a branch, tag or commit, got none of that name. See {{url}}/{MODEL}/commits.",
+    ),
+    "two revisions": (
+        [f"{MODEL}@v1", "--revision", "v1"],
+        {},
+        f"--revision: expected it once, got v1 and {MODEL}@v1. Leave one of them out.",
     ),
     "gated": (
         ["org/gated"],

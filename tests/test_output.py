@@ -99,7 +99,7 @@ def test_interrupted_run_exits_130_at_once_and_resumes(large: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     seconds = time.monotonic() - sent
-    assert (process.returncode, out, err) == (130, "", "interrupted: run the same command again to resume.\n")
+    assert (process.returncode, out, err) == (130, "", "interrupted: run the same command again.\n")
     assert seconds < 1
     journal = json.loads((large / "interrupted" / JOURNAL).read_bytes())
     assert journal["resume"] == f"surgery perturb {large}/source --lam 0.15 --seed 7 -o {large}/interrupted"

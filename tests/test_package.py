@@ -91,7 +91,7 @@ def installed(tmp_path_factory) -> Path:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packages = {name.rpartition("/")[0] for name in archive.namelist() if name.endswith(".py")}
-    assert packages == {"surgery", "surgery/kernels", "surgery/hooks"}
+    assert packages == {"surgery", "surgery/cli", "surgery/kernels", "surgery/report", "surgery/hooks"}
     venv.create(folder / "venv", with_pip=False)
     site = next((folder / "venv").glob("lib/python*/site-packages"))
     with zipfile.ZipFile(wheel) as archive:

@@ -1,6 +1,5 @@
-"""What was done, or would be, as rows first, then as a table for people or as JSON."""
+"""What `surgery perturb` did, or would do."""
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 from surgery.noise import UNIT_STD
 from surgery.plan import Plan
 from surgery.recipe import Recipe
+from surgery.report.text import as_bytes, line, some
 
 
 def plan_rows(plan: Plan) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _next_command(recipe: Recipe, out: Path) -> str:
 def _written(rows: Mapping[str, Any]) -> str:
     if not rows["bytes"]:
         return "nothing: this command had finished here before"
-    return f"{_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"
+    return f"{as_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"
 
 
 def _parameters(tensors: list[dict[str, Any]]) -> int:
@@ -111,7 +111,7 @@ def plan_table(rows: Mapping[str, Any]) -> str:
     lines = [
         _title(rows, "would be perturbed into"),
         *_tensor_lines(rows),
-        _line("bytes", f"{_bytes(rows['bytes'])} in {rows['shards']} shard{'s' * (rows['shards'] > 1)} and "
+        line("bytes", f"{as_bytes(rows['bytes'])} in {rows['shards']} shard{'s' * (rows['shards'] > 1)} and "
               f"{len(rows['companions'])} companion files"),
         *_left_out_lines(rows),
         f"run: {rows['command']}",
@@ -125,24 +125,19 @@ def result_table(rows: Mapping[str, Any]) -> str:
     lines = [
         _title(rows, "perturbed into"),
         *_tensor_lines(rows),
-        _line("noise / std", f"{rows['noise_over_std']:.4f}   (lam / sqrt(12) = {expected:.4f})"),
-        _line("survived", f"{rows['survived']:.2%} of the noise, after rounding"),
+        line("noise / std", f"{rows['noise_over_std']:.4f}   (lam / sqrt(12) = {expected:.4f})"),
+        line("survived", f"{rows['survived']:.2%} of the noise, after rounding"),
     ]
     if vanished := rows["vanished"]:
         hint = "--rounding stochastic keeps its mean"
-        lines.append(_line("vanished", f"noise lost in {len(vanished)} tensors ({_some(vanished)}); {hint}"))
-    lines += [_line("note", note) for note in rows["notes"]]
+        lines.append(line("vanished", f"noise lost in {len(vanished)} tensors ({some(vanished)}); {hint}"))
+    lines += [line("note", note) for note in rows["notes"]]
     lines += [
-        _line("written", _written(rows)),
+        line("written", _written(rows)),
         *_left_out_lines(rows),
         f"next: {rows['next']}",
     ]
     return "\n".join(lines)
-
-
-def as_json(rows: Mapping[str, Any]) -> str:
-    """Return rows as JSON, for programs."""
-    return json.dumps(rows, indent=1, ensure_ascii=False)
 
 
 def _title(rows: Mapping[str, Any], verb: str) -> str:
@@ -154,31 +149,19 @@ def _tensor_lines(rows: Mapping[str, Any]) -> list[str]:
     tensors = rows["tensors"]
     perturbed = sum(tensor["perturbed"] for tensor in tensors)
     lines = [
-        _line("tensors", f"{perturbed} perturbed, {len(tensors) - perturbed} copied"),
-        _line("parameters", f"{rows['parameters']:,} perturbed"),
+        line("tensors", f"{perturbed} perturbed, {len(tensors) - perturbed} copied"),
+        line("parameters", f"{rows['parameters']:,} perturbed"),
     ]
     by_reason: dict[str, list[str]] = {}
     for tensor in tensors:
         if not tensor["perturbed"]:
             by_reason.setdefault(tensor["why"], []).append(tensor["name"])
-    lines += [_line("copied", f"{len(names)} ({_some(names)}): {why}") for why, names in by_reason.items()]
-    return lines + [_line("tied", f"{name} shares the noise of {kept}") for name, kept in rows["tied"].items()]
+    lines += [line("copied", f"{len(names)} ({some(names)}): {why}") for why, names in by_reason.items()]
+    return lines + [line("tied", f"{name} shares the noise of {kept}") for name, kept in rows["tied"].items()]
 
 
 def _left_out_lines(rows: Mapping[str, Any]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, why in rows["left_out"].items():
         by_reason.setdefault(why, []).append(name)
-    return [_line("left out", f"{len(names)} ({_some(names)}): {why}") for why, names in by_reason.items()]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
-
-
-def _line(label: str, value: str) -> str:
-    return f"  {label:<12} {value}"
-
-
-def _bytes(n: int) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+    return [line("left out", f"{len(names)} ({some(names)}): {why}") for why, names in by_reason.items()]

@@ -1,0 +1,6 @@
+"""The command line: parse, call, print."""
+
+from surgery.cli import write as write  # each module adds its commands to the group
+from surgery.cli.group import main
+
+__all__ = ["main"]

@@ -1,0 +1,56 @@
+"""The group that all commands belong to, and what they share: --json, --debug, one line per error, exit codes."""
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from surgery.errors import SurgeryError
+
+
+def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from surgery import __version__
+
+        click.echo(f"surgery {__version__}")
+        context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
+def main() -> None:
+    """Published regularizers for any checkpoint and any training script."""
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command --json and --debug, one line per error, and exit codes 1 for errors and 130 for Ctrl-C."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON on stdout.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, as_json: bool, debug: bool, **kwargs: Any) -> None:
+        try:
+            function(*args, as_json=as_json, **kwargs)
+        except (SurgeryError, OSError, MemoryError) as error:
+            _fail(str(error), as_json=as_json, debug=debug)
+        except KeyboardInterrupt:
+            click.echo("interrupted: run the same command again.", err=True)
+            sys.exit(130)
+
+    return wrapped
+
+
+def _fail(message: str, *, as_json: bool, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    if as_json:
+        from surgery.report.text import as_json as to_json
+
+        click.echo(to_json({"error": message}))
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(1)

@@ -1,0 +1,25 @@
+"""What the reports are laid out with: lines, lists, bytes, JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def as_json(rows: Mapping[str, Any]) -> str:
+    """Return rows as JSON, for programs."""
+    return json.dumps(rows, indent=1, ensure_ascii=False)
+
+
+def line(label: str, value: str) -> str:
+    """Lay out one labelled value."""
+    return f"  {label:<12} {value}"
+
+
+def some(names: Sequence[str]) -> str:
+    """Name the first two of many."""
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+
+
+def as_bytes(n: int) -> str:
+    """Return a size in MB or GB."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
