@@ -30,6 +30,7 @@ from surgery.cli.group import command, main
 @click.option("--token", help="Hub token.  [default: the one of `hf auth login`]")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: two per core, at most 16]")
 @click.option("--overwrite", is_flag=True, help="Replace what a former run wrote to the folder.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw what the noise did.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
 @command
 def perturb(
@@ -41,6 +42,7 @@ def perturb(
     token: str | None,
     workers: int | None,
     overwrite: bool,
+    plot: Path | None,
     dry_run: bool,
     as_json: bool,
     **settings: Any,
@@ -54,10 +56,15 @@ def perturb(
     from surgery.perturb import execute
     from surgery.plan import make_plan
     from surgery.report import perturb as report
+    from surgery.report.pictures import check_noise_plot, noise_picture
+    from surgery.report.plot import draw
     from surgery.report.text import as_json as to_json
 
     start = time.perf_counter()
-    plan = make_plan(model, out, NoisyTune(**settings), revision=revision, variant=variant, token=token)
+    noisytune = NoisyTune(**settings)
+    if plot:
+        check_noise_plot(plot, noisytune, dry_run=dry_run)
+    plan = make_plan(model, out, noisytune, revision=revision, variant=variant, token=token)
     if dry_run:
         rows = report.plan_rows(plan)
         click.echo(to_json(rows) if as_json else report.plan_table(rows))
@@ -65,4 +72,6 @@ def perturb(
     is_new = overwrite or not is_finished(plan.out)
     recipe = execute(plan, overwrite=overwrite, workers=workers)
     rows = report.result_rows(recipe, plan, time.perf_counter() - start, is_new=is_new)
+    if plot:
+        draw(noise_picture(recipe, plan), plot)
     click.echo(to_json(rows) if as_json else report.result_table(rows))

@@ -1,0 +1,35 @@
+"""A few elements of each tensor, read from places that depend on its size alone: those of two copies line up."""
+
+import numpy as np
+
+from surgery.noise import BLOCK
+from surgery.noisytune import FLOATS
+from surgery.shard import Source
+from surgery.tensorfile import BITS, Tensor
+
+_BLOCKS = 8
+
+
+def sample(source: Source, tensor: Tensor) -> np.ndarray:
+    """Read up to 8 blocks of 4096 elements, spread evenly over a tensor.
+
+    Args:
+        source: the open file that holds it.
+        tensor: of a floating-point dtype that can be perturbed.
+    Returns:
+        The elements, float64, shape (n,).
+    """
+    assert tensor.dtype in FLOATS
+    blocks = -(-tensor.size // BLOCK)
+    chosen = sorted({blocks * i // _BLOCKS for i in range(_BLOCKS)}) if blocks else []
+    return np.concatenate([np.empty(0), *(_read(source, tensor, block) for block in chosen)])
+
+
+def _read(source: Source, tensor: Tensor, block: int) -> np.ndarray:
+    width = BITS[tensor.dtype] // 8
+    count = min(BLOCK, tensor.size - block * BLOCK)
+    data = bytearray(count * width)
+    source.read_into(tensor, block * BLOCK * width, memoryview(data))
+    if tensor.dtype == "BF16":
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return np.frombuffer(data, f"f{width}").astype(np.float64)
