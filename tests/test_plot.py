@@ -17,7 +17,7 @@ from surgery.errors import OutputError, SettingError
 from surgery.noisytune import NoisyTune
 from surgery.perturb import execute
 from surgery.plan import make_plan
-from surgery.report.pictures import noise_picture
+from surgery.report.pictures import _histogram, noise_picture
 from surgery.report.plot import _MOST_KINDS, Histogram, Picture, _lay_out, check_plot, draw
 from surgery.sample import sample
 from surgery.tensorfile import TensorFile
@@ -119,6 +119,11 @@ def test_noise_picture_holds_the_noise_that_was_added(noise, scale, tmp_path):
     density = drawn.histogram.density(x)
     assert np.trapezoid(density, x) == pytest.approx(1, abs=1e-4)
     assert np.trapezoid(density * x**2, x) == pytest.approx(0.3**2 / 12, rel=1e-3)
+
+
+def test_histogram_counts_what_lies_outside():
+    found = _histogram("d", [np.array([-3.0, 0.1]), np.array([0.9, 1.5])], np.array([-1.0, 0.0, 1.0]))
+    assert (found.counts.tolist(), found.outside) == ([0, 2], 2)
 
 
 def test_perturb_plot_draws_the_run(tmp_path):
