@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, TypeVar
 
-_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 _Item = TypeVar("_Item")
 _Numbers = tuple[int, ...]
 _Template = tuple[str, ...]  # what stands around the numbers of a name: one part more than there are numbers
