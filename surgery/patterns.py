@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, TypeVar
 
-_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
+NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 _Item = TypeVar("_Item")
 _Numbers = tuple[int, ...]
 _Template = tuple[str, ...]  # what stands around the numbers of a name: one part more than there are numbers
@@ -96,7 +96,7 @@ def as_braces(numbers: Sequence[int]) -> str:
 
 def _split(name: str) -> tuple[_Template, _Numbers]:
     """Take a name's numbers out of it: `h.0.w` is ("h.", ".w") and (0,)."""
-    return tuple(_NUMBER.split(name)), tuple(int(number) for number in _NUMBER.findall(name))
+    return tuple(NUMBER.split(name)), tuple(int(number) for number in NUMBER.findall(name))
 
 
 def _fill(template: _Template, parts: Sequence[str]) -> str:
