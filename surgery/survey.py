@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from surgery.checkpoint import Checkpoint, locate, quantized, resolve
 from surgery.errors import SourceError
 from surgery.layout import RECIPE
-from surgery.noisytune import NoisyTune
+from surgery.noisytune import NO_SPREAD, NoisyTune
 from surgery.plan import ShardPlan, is_packed, open_source
 from surgery.progress import bar
 from surgery.recipe import Recipe
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from surgery.shard import Source
     from surgery.stats import Stats
 
-PACKED = "quantized: perturb refuses the checkpoint"
+PACKED = "quantized: perturb refuses it"
+NOT_FINITE = "NaN or Inf: perturb refuses it"
 
 
 @dataclass(frozen=True)
@@ -170,5 +171,13 @@ def _measure(
     results = {id(info): job.result for info, job in zip(infos, jobs, strict=True)}
     ties = find_ties(shards, partial(open_source, described.checkpoint))
     tied = _by_folder([replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in shards])
-    tensors = tuple(replace(info, stats=results.get(id(info))) for info in described.tensors)
+    tensors = tuple(_with_stats(info, results.get(id(info))) for info in described.tensors)
     return replace(described, tensors=tensors, tied=tied)
+
+
+def _with_stats(info: TensorInfo, stats: "Stats | None") -> TensorInfo:
+    """Add statistics to a tensor, and what they say of the noise it would get."""
+    why = info.why
+    if why is None and stats:
+        why = NOT_FINITE if stats.nan or stats.inf else None if stats.moments.std else NO_SPREAD
+    return replace(info, stats=stats, why=why)
