@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery.compare import diff_checkpoints as diff_checkpoints
     from surgery.errors import OutputError as OutputError
     from surgery.errors import SettingError as SettingError
     from surgery.errors import SourceError as SourceError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from surgery.live import perturb_state_dict as perturb_state_dict
     from surgery.perturb import perturb_checkpoint as perturb_checkpoint
     from surgery.recipe import Recipe as Recipe
+    from surgery.survey import inspect_checkpoint as inspect_checkpoint
 
     __version__: str
 
@@ -22,6 +24,8 @@ _HOMES = {
     "SettingError": "surgery.errors",
     "SourceError": "surgery.errors",
     "SurgeryError": "surgery.errors",
+    "diff_checkpoints": "surgery.compare",
+    "inspect_checkpoint": "surgery.survey",
     "perturb_checkpoint": "surgery.perturb",
     "perturb_model": "surgery.live",
     "perturb_state_dict": "surgery.live",

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -53,25 +53,32 @@ def resolve(
         SettingError: a revision for a local checkpoint, or two of them.
         SourceError: not found, unsafe or incomplete.
     """
+    found = locate(source, revision)
+    if isinstance(found, Path):
+        if found.is_file():
+            return _from_file(found.absolute())
+        return _from_folder(found.resolve(), str(found.resolve()), None, variant, None)
+    from surgery.hub import fetch
+
+    root, commit, names = fetch(found[0], revision=found[1], variant=variant, token=token)
+    return _from_folder(root, found[0], commit, variant, names)
+
+
+def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | None]:
+    """Return the file or folder that `source` is, or a Hub id and the revision asked for. Raises as `resolve`."""
     if not str(source):
         raise SourceError("MODEL: expected a folder, a file or a Hub id, got an empty name. Name one.")
     path = Path(os.path.expanduser(source))  # noqa: PTH111  (Path's own fails for an unknown ~user)
     if revision and path.exists():
         raise SettingError(f"--revision: expected a Hub id with it, got the local {source}. Leave one of them out.")
-    if path.is_file():
-        return _from_file(path.absolute())
-    if path.is_dir():
-        return _from_folder(path.resolve(), str(path.resolve()), None, variant, None)
+    if path.is_file() or path.is_dir():
+        return path
     name, _, at = str(source).partition("@")
     if at and revision:
         raise SettingError(f"--revision: expected it once, got {revision} and {source}. Leave one of them out.")
-    revision = revision or at or None
     if not _REPO_ID.fullmatch(name) or name.endswith(_SUFFIXES) or isinstance(source, Path):
         raise SourceError(f"{source}: expected a folder, a file or a Hub id, got a path that does not exist. Check it.")
-    from surgery.hub import fetch
-
-    root, commit, names = fetch(name, revision=revision, variant=variant, token=token)
-    return _from_folder(root, name, commit, variant, names)
+    return name, revision or at or None
 
 
 def _from_file(path: Path) -> Checkpoint:
@@ -94,17 +101,31 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
         # a linked folder is not entered: it is listed as a file, and refused as one
         found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
         names = [path.relative_to(root).as_posix() for path in found]
-    layout = arrange(names, variant=variant, what=id)
-    weights = [_with_shards(root, weight_set) for weight_set in layout.weights]
+    layout = _complete(root, arrange(names, variant=variant, what=id), names=None)
+    for name in [*(name for weight_set in layout.weights for name in weight_set.files), *layout.companions]:
+        _refuse_unsafe(root, name)
+    return Checkpoint(id, commit, root, layout)
+
+
+def from_listing(root: Path, id: str, commit: str, variant: str | None, names: Collection[str]) -> Checkpoint:
+    """Return the checkpoint of a Hub repository's files, of which only the indexes need lie in `root`.
+
+    Raises:
+        SourceError: incomplete.
+    """
+    return Checkpoint(id, commit, root, _complete(root, arrange(names, variant=variant, what=id), names=names))
+
+
+def _complete(root: Path, layout: Layout, *, names: Collection[str] | None) -> Layout:
+    """Complete the weights with the shards that indexes name, which must be among `names`, or else in `root`."""
+    weights = [_with_shards(root, weight_set, names) for weight_set in layout.weights]
     in_indexes = {name for weight_set in weights if weight_set.index for name in weight_set.files}
     # an index may name its shards as it likes, and `arrange` takes those for checkpoints of their own
     weights = [s for s in weights if s.index or not in_indexes.issuperset(s.files)]
-    for name in [*(name for weight_set in weights for name in weight_set.files), *layout.companions]:
-        _refuse_unsafe(root, name)
     kept = {name for weight_set in weights for name in weight_set.files}
     stale = [name for weight_set in layout.weights for name in weight_set.files if name not in kept]
     left_out = layout.left_out + tuple((name, "a shard that no index names") for name in stale)
-    return Checkpoint(id, commit, root, Layout(tuple(weights), layout.companions, left_out))
+    return Layout(tuple(weights), layout.companions, left_out)
 
 
 def _refuse_unsafe(root: Path, name: str) -> None:
@@ -123,11 +144,11 @@ def _refuse_unsafe(root: Path, name: str) -> None:
         raise SourceError(f"{path}: expected a file, got {found}. Remove it, or replace it by a copy.")
 
 
-def _with_shards(root: Path, weight_set: WeightSet) -> WeightSet:
+def _with_shards(root: Path, weight_set: WeightSet, names: Collection[str] | None) -> WeightSet:
     """Complete a set with the shards its index names, and check that all of them are there."""
     files: Sequence[str]
     if weight_set.index:
-        files = _shards_of(root, weight_set)
+        files = _shards_of(root, weight_set, names)
     else:
         files = weight_set.files
         counts = {match[1] for name in files if (match := re.search(r"-of-(\d{5})\.", name))}
@@ -153,7 +174,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _shards_of(root: Path, weight_set: WeightSet) -> list[str]:
+def _shards_of(root: Path, weight_set: WeightSet, names: Collection[str] | None) -> list[str]:
     index = root / str(weight_set.index)
     shards = []
     for shard in sorted(set(read_weight_map(index).values())):
@@ -168,7 +189,7 @@ def _shards_of(root: Path, weight_set: WeightSet) -> list[str]:
                 f"{index}: expected shards of its own folder, got {shard!r}. Do not trust this checkpoint."
             )
         name = (PurePosixPath(weight_set.folder) / shard).as_posix()
-        if not (root / name).is_file():
+        if not (root / name).is_file() if names is None else name not in names:
             raise SourceError(f"{index}: expected shard {shard}, got no such file. Fetch the missing shard.")
         shards.append(name)
     return shards

@@ -6,14 +6,17 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery.checkpoint import Checkpoint, read_weight_map, refuse_quantized, resolve
 from surgery.errors import SettingError, SourceError
 from surgery.layout import WeightSet
 from surgery.noisytune import FLOATS, NoisyTune
 from surgery.output import refuse_output
-from surgery.shard import Source
-from surgery.tensorfile import Header, TensorFile
+from surgery.tensorfile import Header, Tensor, TensorFile
+
+if TYPE_CHECKING:
+    from surgery.shard import Source
 
 _PACKED_NAMES = (".qweight", ".qzeros", ".absmax", ".weight_packed")  # GPTQ and AWQ, bitsandbytes, compressed-tensors
 
@@ -115,7 +118,7 @@ def make_plan(
     return Plan(checkpoint, settings, out.absolute(), tuple(shards), indexes, variant)
 
 
-def open_source(checkpoint: Checkpoint, name: str) -> Source:
+def open_source(checkpoint: Checkpoint, name: str) -> "Source":
     """Open one weight file of a checkpoint to read.
 
     Raises:
@@ -138,8 +141,7 @@ def _plan_shard(checkpoint: Checkpoint, weight_set: WeightSet, name: str, settin
     header = source.header
     copied: dict[str, str] = {}
     for tensor in header.tensors:
-        is_packed = tensor.dtype.startswith("F") and tensor.dtype not in FLOATS
-        if is_packed or tensor.name.endswith(_PACKED_NAMES):
+        if is_packed(tensor):
             raise SourceError(
                 f"{checkpoint.path(name)}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
                 "Perturb the original checkpoint and quantize the result."
@@ -147,6 +149,11 @@ def _plan_shard(checkpoint: Checkpoint, weight_set: WeightSet, name: str, settin
         if reason := settings.reason_to_copy(tensor.name, tensor.dtype, tensor.shape):
             copied[tensor.name] = reason
     return ShardPlan(name, _output_name(weight_set, name), header, copied, source.tied)
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Tell whether a tensor's dtype or name is one of quantized weights, which are refused."""
+    return (tensor.dtype.startswith("F") and tensor.dtype not in FLOATS) or tensor.name.endswith(_PACKED_NAMES)
 
 
 def _output_name(weight_set: WeightSet, name: str) -> str:

@@ -156,13 +156,23 @@ def _parse(raw: bytes, label: str) -> tuple[Tensor, ...]:
     try:
         entries = json.loads(raw[8:], object_pairs_hook=refuse_duplicates)
         entries.pop("__metadata__", None)
-        tensors = [_tensor(name, entry, len(raw), label) for name, entry in entries.items()]
+        return parse_entries(entries, len(raw), label=label)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise SourceError(
             f"{label}: expected a JSON header of tensors, got a malformed one. Fetch it again."
         ) from error
+
+
+def parse_entries(entries: Mapping[str, Mapping[str, Any]], data_start: int, *, label: str) -> tuple[Tensor, ...]:
+    """Validate a header's entries and return them in the order of their bytes, which begin at `data_start`.
+
+    Raises:
+        SourceError: overlapping or missing ranges, unknown dtype.
+        ValueError, TypeError, KeyError, AttributeError: not entries at all.
+    """
+    tensors = [_tensor(name, entry, data_start, label) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
-    position = len(raw)
+    position = data_start
     for tensor in tensors:
         if tensor.begin != position:
             fault = "overlaps the one before it" if tensor.begin < position else "leaves a gap before it"

@@ -18,7 +18,7 @@ _SUM_LANES = 128
 
 
 @kernel
-def _fold(t):
+def fold(t):
     """Sum 1024 lanes by halves: a fixed order that vectorizes."""
     h = LANES // 2
     while h > 0:
@@ -29,7 +29,7 @@ def _fold(t):
 
 
 @kernel
-def _block_moments(x, shift, s1, s2, out):
+def block_moments(x, shift, s1, s2, out):
     """Sum d = x - shift and d * d over one block in the contract's order. x: 4096 values, the first n valid."""
     for i in range(LANES):
         d0 = np.float64(x[i]) - shift
@@ -38,8 +38,8 @@ def _block_moments(x, shift, s1, s2, out):
         d3 = np.float64(x[3 * LANES + i]) - shift
         s1[i] = (d0 + d1) + (d2 + d3)
         s2[i] = (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
-    out[0] = _fold(s1)
-    out[1] = _fold(s2)
+    out[0] = fold(s1)
+    out[1] = fold(s2)
 
 
 @kernel
@@ -52,7 +52,7 @@ def _moments(w, shift, out):
             x[: block.size] = block
             x[block.size :] = shift
             block = x
-        _block_moments(block, shift, s1, s2, out[b])
+        block_moments(block, shift, s1, s2, out[b])
 
 
 @kernel
@@ -63,7 +63,7 @@ def _moments_half(w, is_bfloat, shift, out):
         block = w[b * BLOCK : (b + 1) * BLOCK]
         widen(block, x.view(np.uint32), is_bfloat)
         x[block.size :] = shift
-        _block_moments(x, shift, s1, s2, out[b])
+        block_moments(x, shift, s1, s2, out[b])
 
 
 @kernel

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from surgery.errors import OutputError, SettingError
-from surgery.patterns import NUMBER, depths
+from surgery.patterns import depths, kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,10 +118,10 @@ def _lay_out(values: Mapping[str, float | None]) -> tuple[list[str], list[int | 
         there is no tensor, -Inf where a tensor has no figure.
     """
     layer_of = depths(values)
-    kind_of = {name: NUMBER.sub("*", name) for name in values}
+    kind_of = {name: kind(name) for name in values}
     layered = dict.fromkeys(kind_of[name] for name, layer in layer_of.items() if layer is not None)
-    kinds = [*layered, *dict.fromkeys(kind for kind in kind_of.values() if kind not in layered)]
-    rows = {kind: min(row, _MOST_KINDS - 1) for row, kind in enumerate(kinds)}
+    kinds = [*layered, *dict.fromkeys(found for found in kind_of.values() if found not in layered)]
+    rows = {found: min(row, _MOST_KINDS - 1) for row, found in enumerate(kinds)}
     layers = sorted(set(layer_of.values()), key=lambda layer: -1 if layer is None else layer)
     cells: dict[tuple[int, int], list[float]] = defaultdict(list)
     for name, value in values.items():

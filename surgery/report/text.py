@@ -1,8 +1,12 @@
 """What the reports are laid out with: lines, lists, bytes, JSON."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+VALUE_AT = 15
+"""Column at which the values of labelled lines begin."""
 
 
 def as_json(rows: Mapping[str, Any]) -> str:
@@ -10,9 +14,14 @@ def as_json(rows: Mapping[str, Any]) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False)
 
 
+def finite(value: float | None) -> float | None:
+    """Return a figure that JSON can hold: NaN and Inf are none."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def line(label: str, value: str) -> str:
     """Lay out one labelled value."""
-    return f"  {label:<12} {value}"
+    return f"  {label:<{VALUE_AT - 3}} {value}"
 
 
 def some(names: Sequence[str]) -> str:

@@ -1,0 +1,185 @@
+"""How two checkpoints differ, tensor by tensor, whatever files each keeps them in."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.checkpoint import Checkpoint, resolve
+from surgery.errors import SourceError
+from surgery.progress import bar
+from surgery.survey import open_all
+from surgery.tensorfile import Tensor
+
+if TYPE_CHECKING:
+    from surgery.agreement import Agreement
+    from surgery.pairs import Pair
+    from surgery.scan import Job
+    from surgery.shard import Source
+
+EQUAL, CHANGED, RESHAPED, ONLY_IN_A, ONLY_IN_B = "equal", "changed", "shape", "only in A", "only in B"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor of A, of B, or of both, perhaps under names that are tied.
+
+    Args:
+        component: folder within the checkpoint, and file where a folder holds several models.
+        a, b: the tensor on either side, or None.
+        pair: how they differ; None where they cannot be compared element by element.
+    """
+
+    component: str
+    a: Tensor | None
+    b: Tensor | None
+    pair: "Pair | None" = None
+
+    @property
+    def name(self) -> str:
+        """A's name for it, or else B's."""
+        name = (self.a or self.b or _NOTHING).name
+        return f"{self.component}/{name}" if self.component else name
+
+    @property
+    def kind(self) -> str:
+        """Which of EQUAL, CHANGED, RESHAPED, ONLY_IN_A and ONLY_IN_B it is. Another dtype is a change."""
+        if self.a is None or self.b is None:
+            return ONLY_IN_B if self.a is None else ONLY_IN_A
+        if self.a.shape != self.b.shape:
+            return RESHAPED
+        is_same = self.a.dtype == self.b.dtype and self.pair is not None and not self.pair.changed
+        return EQUAL if is_same else CHANGED
+
+
+_NOTHING = Tensor("", "", (), 0, 0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How checkpoint B differs from checkpoint A.
+
+    Args:
+        tensors: the worst first: NaN and Inf, then the largest rms d over std(A); equal ones last.
+        agreement: of the figures with B's recipe, if that was made from A.
+    """
+
+    a: Checkpoint
+    b: Checkpoint
+    tensors: tuple[Difference, ...]
+    agreement: "Agreement | None"
+
+    def count(self, kind: str) -> int:
+        """Return how many tensors are of a kind."""
+        return Counter(tensor.kind for tensor in self.tensors)[kind]
+
+    @property
+    def pairs(self) -> "list[Pair]":
+        return [tensor.pair for tensor in self.tensors if tensor.pair]
+
+
+def diff_checkpoints(
+    a: str | Path,
+    b: str | Path,
+    *,
+    variant: str | None = None,
+    token: str | None = None,
+    workers: int | None = None,
+) -> Comparison:
+    """Compare two checkpoints, tensor by tensor, however each is split into files.
+
+    Args:
+        a, b: Hub ids, perhaps with `@revision`, folders, or .safetensors or PyTorch files.
+        variant: as in from_pretrained, such as "fp16"; of both.
+        token: Hub token; default: the one stored on this machine.
+        workers: threads; default: two per core, at most 16.
+    Raises:
+        SettingError, SourceError: one of them is missing, malformed or unsafe.
+    """
+    from surgery.agreement import agree
+    from surgery.pairs import is_comparable, pair_job
+    from surgery.perturb import default_workers
+    from surgery.scan import scan
+
+    sides = [resolve(source, variant=variant, token=token) for source in (a, b)]
+    with ExitStack() as stack:
+        places = [_Side(side, stack.enter_context(open_all(side))) for side in sides]
+        found = list(_match(*places))
+        jobs: dict[int, Job[Any, Pair]] = {}
+        for i, (_, one, other) in enumerate(found):
+            if one and other and is_comparable(one[1], other[1]):
+                jobs[i] = pair_job(one, other)
+        nbytes = sum(tensor.nbytes for job in jobs.values() for _, tensor in job.readers)
+        with bar(nbytes, "comparing") as on_bytes:
+            scan(jobs.values(), workers=workers or default_workers(), on_bytes=on_bytes)
+    tensors = [
+        Difference(component, one and one[1], other and other[1], jobs[i].result if i in jobs else None)
+        for i, (component, one, other) in enumerate(found)
+    ]
+    tensors.sort(key=_badness, reverse=True)
+    return Comparison(sides[0], sides[1], tuple(tensors), agree(sides[0], sides[1], tensors))
+
+
+_Place = tuple["Source", Tensor]
+_Key = tuple[str, str]  # component and name
+
+
+class _Side:
+    """The tensors of one checkpoint, by component and by each name they go by there."""
+
+    def __init__(self, checkpoint: Checkpoint, sources: "dict[str, Source]") -> None:
+        self.kept: dict[_Key, _Place] = {}
+        self.places: dict[_Key, _Place] = {}
+        components = _components(checkpoint)
+        for file, source in sources.items():
+            component = components[file]
+            for tensor in source.header.tensors:
+                if (component, tensor.name) in self.kept:
+                    raise SourceError(
+                        f"{checkpoint.path(file)}: expected each tensor in one shard, got {tensor.name!r} also in "
+                        "another. Remove the stale one."
+                    )
+                self.kept[component, tensor.name] = source, tensor
+            self.places |= {(component, name): self.kept[component, kept] for name, kept in source.tied.items()}
+        self.places |= self.kept
+
+
+def _components(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the component of each weight file: its folder, and its stem where a folder holds several models."""
+    sets = checkpoint.layout.weights
+    folders = Counter(weight_set.folder for weight_set in sets)
+    return {
+        file: s.folder if folders[s.folder] == 1 else f"{s.folder}/{s.stem}".lstrip("/")
+        for s in sets
+        for file in s.files
+    }
+
+
+def _match(a: _Side, b: _Side) -> Iterator[tuple[str, _Place | None, _Place | None]]:
+    """Pair the tensors of two sides: by name, and where one keeps a tied tensor under another name, by that."""
+    matched: set[tuple[int, int]] = set()
+    used: set[int] = set()
+    for key in dict.fromkeys([*a.places, *b.places]):
+        one, other = a.places.get(key), b.places.get(key)
+        if one and other and (id(one), id(other)) not in matched:
+            matched.add((id(one), id(other)))
+            used |= {id(one), id(other)}
+            yield key[0], one, other
+    for (component, _), one in a.kept.items():
+        if id(one) not in used:
+            yield component, one, None
+    for (component, _), other in b.kept.items():
+        if id(other) not in used:
+            yield component, None, other
+
+
+def _badness(tensor: Difference) -> tuple[int, float, float]:
+    """Rank by what matters most: NaN and Inf, tensors without a match, then how far the elements moved."""
+    pair = tensor.pair
+    if tensor.kind == EQUAL or not pair:
+        return (0 if tensor.kind == EQUAL else 2), 0.0, 0.0
+    far = pair.rms_over_std
+    return (3 if pair.broken else 1), math.inf if math.isnan(far) else far, pair.max_d

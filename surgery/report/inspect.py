@@ -1,0 +1,186 @@
+"""What a checkpoint holds."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from surgery.patterns import group
+from surgery.recipe import Recipe
+from surgery.report.tables import Alarm, Column, Look, lay_out
+from surgery.report.text import as_bytes, finite, line, some
+
+if TYPE_CHECKING:
+    from surgery.stats import Stats
+    from surgery.survey import Inspection, TensorInfo
+
+
+def rows(inspection: "Inspection") -> dict[str, Any]:
+    """Describe a checkpoint: totals, groups of tensors by layer pattern, and every tensor."""
+    checkpoint, tensors = inspection.checkpoint, inspection.tensors
+    shards: Counter[str] = Counter()
+    dtypes: dict[str, Counter[str]] = {}
+    for info in tensors:
+        shards[info.file] += info.tensor.nbytes
+        counts = {"tensors": 1, "parameters": info.tensor.size, "bytes": info.tensor.nbytes}
+        dtypes.setdefault(info.tensor.dtype, Counter()).update(counts)
+    return {
+        "source": checkpoint.id,
+        "commit": checkpoint.commit,
+        "parameters": sum(info.tensor.size for info in tensors),
+        "bytes": sum(shards.values()),
+        "shards": dict(shards),
+        "dtypes": {dtype: dict(counts) for dtype, counts in dtypes.items()},
+        "quantized": inspection.quantized,
+        "recipe": recipe_row(inspection.recipe) if inspection.recipe else None,
+        "tied": {
+            _join(folder, a): _join(folder, b) for folder, names in inspection.tied.items() for a, b in names.items()
+        },
+        "left_out": dict(checkpoint.layout.left_out),
+        "groups": _group_rows(tensors),
+        "tensors": [_tensor_row(info) for info in tensors],
+    }
+
+
+def recipe_row(recipe: Recipe) -> dict[str, Any]:
+    """Say in short what made a checkpoint."""
+    settings = recipe.settings
+    return {"source": recipe.source, "commit": recipe.commit, "lam": settings.lam, "seed": settings.seed,
+            "noise": settings.noise, "scale": settings.scale, "rounding": settings.rounding}  # fmt: skip
+
+
+def recipe_text(row: Mapping[str, Any], source: str) -> str:
+    """Write a recipe as a call: perturb(org/name@1234, lam 0.15, seed 0)."""
+    defaults = {"noise": "uniform", "scale": "matrix", "rounding": "nearest"}
+    others = "".join(f", {name} {row[name]}" for name, default in defaults.items() if row[name] != default)
+    return f"perturb({source}, lam {row['lam']:g}, seed {row['seed']}{others})"
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _tensor_row(info: "TensorInfo") -> dict[str, Any]:
+    tensor = info.tensor
+    return {"name": tensor.name, "file": info.file, "dtype": tensor.dtype, "shape": list(tensor.shape),
+            "bytes": tensor.nbytes, **_common(info.why, info.stats)}  # fmt: skip
+
+
+def _group_rows(tensors: "Sequence[TensorInfo]") -> list[dict[str, Any]]:
+    from surgery.stats import pool_stats
+
+    found = group(
+        tensors,
+        name=lambda info: _join(info.folder, info.name),
+        kind=lambda info: (info.tensor.dtype, info.tensor.shape, info.why),
+    )
+    described = []
+    for members in found:
+        first = members.members[0]
+        stats = [info.stats for info in members.members if info.stats]
+        described.append(
+            {"pattern": members.pattern, "count": len(members.members), "dtype": first.tensor.dtype,
+             "shape": list(first.tensor.shape), **_common(first.why, pool_stats(stats) if stats else None)}
+        )  # fmt: skip
+    return described
+
+
+def _common(why: str | None, stats: "Stats | None") -> dict[str, Any]:
+    row: dict[str, Any] = {"perturbed": why is None}
+    if why:
+        row["why"] = why
+    if stats:
+        moments = stats.moments
+        row["stats"] = {
+            "mean": finite(moments.mean) if moments.n else None,
+            "std": finite(moments.std) if moments.n else None,
+            "min": finite(stats.min),
+            "max": finite(stats.max),
+            "nan": stats.nan,
+            "inf": stats.inf,
+        }
+    return row
+
+
+_COLUMNS = (
+    Column("tensor", is_flexible=True),
+    Column("dtype", rank=1),
+    Column("shape", rank=2),
+    Column("", is_number=True),
+    Column("mean", is_number=True),
+    Column("std", is_number=True),
+    Column("min", is_number=True),
+    Column("max", is_number=True),
+    Column("NaN", is_number=True),
+    Column("Inf", is_number=True),
+    Column("bytes", is_number=True, rank=4),
+    Column("shard", is_flexible=True, rank=5),
+    Column("perturb", is_flexible=True, rank=3),
+)
+
+
+def table(rows: Mapping[str, Any], look: Look, *, is_all: bool) -> str:
+    """Lay out rows for people.
+
+    Args:
+        is_all: a line for each tensor instead of one for each group.
+    """
+    lines = [wrapped for text in [as_source(rows), *_summary(rows)] for wrapped in look.wrap(text)]
+    listed = rows["tensors"] if is_all else rows["groups"]
+    return "\n".join([*lines, "", *lay_out(_COLUMNS, [_cells(row) for row in listed], look)])
+
+
+def _summary(rows: Mapping[str, Any]) -> list[str]:
+    tensors = rows["tensors"]
+    perturbed = sum(tensor["perturbed"] for tensor in tensors)
+    dtypes = (f"{dtype.lower()} {counts['parameters']:,}" for dtype, counts in rows["dtypes"].items())
+    shards = len(rows["shards"])
+    lines = [
+        line("parameters", f"{rows['parameters']:,}   ({', '.join(dtypes)})"),
+        line("bytes", f"{as_bytes(rows['bytes'])} in {shards} file{'s' * (shards != 1)}"),
+        line("tensors", f"{len(tensors)}; perturb changes {perturbed} and copies {len(tensors) - perturbed}"),
+    ]
+    if rows["quantized"]:
+        lines.append(line("quantized", f"{rows['quantized']}: perturb refuses it"))
+    if rows["recipe"]:
+        lines.append(line("recipe", recipe_text(rows["recipe"], as_source(rows["recipe"]))))
+    lines += [line("tied", f"{name} is {kept}") for name, kept in rows["tied"].items()]
+    by_reason: dict[str, list[str]] = {}
+    for name, why in rows["left_out"].items():
+        by_reason.setdefault(why, []).append(name)
+    lines += [line("left out", f"{len(names)} ({some(names)}): {why}") for why, names in by_reason.items()]
+    return lines
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    stats = row.get("stats")
+    figures = [number(stats[name]) for name in ("mean", "std", "min", "max")] if stats else [""] * 4
+    flaws = [Alarm(f"{stats[name]:,}") if stats[name] else "" for name in ("nan", "inf")] if stats else [""] * 2
+    return [
+        row.get("pattern") or row["name"],
+        row["dtype"].lower(),
+        as_shape(row["shape"]),
+        f"x{row['count']}" if row.get("count", 1) > 1 else "",
+        *figures,
+        *flaws,
+        f"{row['bytes']:,}" if "bytes" in row else "",
+        row.get("file", ""),
+        "perturbed" if row["perturbed"] else f"copied: {row['why']}",
+    ]
+
+
+def as_source(row: Mapping[str, Any]) -> str:
+    """Write where a checkpoint is from: a path, or org/name@1234."""
+    return f"{row['source']}@{row['commit'][:12]}" if row["commit"] else str(row["source"])
+
+
+def as_shape(shape: Sequence[int]) -> str:
+    """Write a shape: 5632 x 2048."""
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def number(value: float | None) -> str:
+    """Write a figure with four digits."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.4g}"
