@@ -106,7 +106,7 @@ def diff_checkpoints(
 
     sides = [resolve(source, variant=variant, token=token) for source in (a, b)]
     with ExitStack() as stack:
-        places = [_Side(side, stack.enter_context(open_all(side))) for side in sides]
+        places = [Side(side, stack.enter_context(open_all(side))) for side in sides]
         found = list(_match(*places))
         jobs: dict[int, Job[Any, Pair]] = {}
         for i, (_, one, other) in enumerate(found):
@@ -127,7 +127,7 @@ _Place = tuple["Source", Tensor]
 _Key = tuple[str, str]  # component and name
 
 
-class _Side:
+class Side:
     """The tensors of one checkpoint, by component and by each name they go by there."""
 
     def __init__(self, checkpoint: Checkpoint, sources: "dict[str, Source]") -> None:
@@ -158,7 +158,7 @@ def _components(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _match(a: _Side, b: _Side) -> Iterator[tuple[str, _Place | None, _Place | None]]:
+def _match(a: Side, b: Side) -> Iterator[tuple[str, _Place | None, _Place | None]]:
     """Pair the tensors of two sides: by name, and where one keeps a tied tensor under another name, by that."""
     matched: set[tuple[int, int]] = set()
     used: set[int] = set()

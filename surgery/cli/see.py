@@ -1,10 +1,15 @@
 """The commands that show what checkpoints hold."""
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli.group import command, main
+from surgery.errors import SettingError
+
+if TYPE_CHECKING:
+    from surgery.report.plot import Picture
 
 
 def _workers_option(function: Any) -> Any:
@@ -12,8 +17,26 @@ def _workers_option(function: Any) -> Any:
     return click.option("--workers", type=click.IntRange(min=1), help=help)(function)
 
 
+def _plot_option(function: Any) -> Any:
+    return click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw it.")(function)
+
+
 def _token_option(function: Any) -> Any:
     return click.option("--token", help="Hub token.  [default: the one of `hf auth login`]")(function)
+
+
+def _check(plot: Path | None) -> None:
+    """Refuse a picture that could not be written, before any work is done."""
+    if plot:
+        from surgery.report.plot import check_plot
+
+        check_plot(plot)
+
+
+def _draw(picture: "Picture", plot: Path) -> None:
+    from surgery.report.plot import draw
+
+    draw(picture, plot)
 
 
 @main.command()
@@ -24,8 +47,9 @@ def _token_option(function: Any) -> Any:
 @click.option("--variant", help="Weights' variant, such as fp16.")
 @_token_option
 @_workers_option
+@_plot_option
 @command
-def inspect(model: str, *, is_all: bool, as_json: bool, **settings: Any) -> None:
+def inspect(model: str, *, is_all: bool, plot: Path | None, as_json: bool, **settings: Any) -> None:
     """Show what MODEL holds, and what perturb would do with each tensor.
 
     MODEL is a Hub id, a folder, or a .safetensors or PyTorch file. Without --stats only headers are read, also those of
@@ -36,7 +60,15 @@ def inspect(model: str, *, is_all: bool, as_json: bool, **settings: Any) -> None
     from surgery.report.text import as_json as to_json
     from surgery.survey import inspect_checkpoint
 
-    rows = report.rows(inspect_checkpoint(model, **settings))
+    if plot and not settings["stats"]:
+        raise SettingError("--plot: expected --stats with it, got headers alone. Add --stats.")
+    _check(plot)
+    inspection = inspect_checkpoint(model, **settings)
+    if plot:
+        from surgery.report.pictures import stats_picture
+
+        _draw(stats_picture(inspection), plot)
+    rows = report.rows(inspection)
     click.echo(to_json(rows) if as_json else report.table(rows, look_of_stdout(), is_all=is_all))
 
 
@@ -47,8 +79,9 @@ def inspect(model: str, *, is_all: bool, as_json: bool, **settings: Any) -> None
 @click.option("--variant", help="Weights' variant, such as fp16, of both.")
 @_token_option
 @_workers_option
+@_plot_option
 @command
-def diff(a: str, b: str, *, is_all: bool, as_json: bool, **settings: Any) -> None:
+def diff(a: str, b: str, *, is_all: bool, plot: Path | None, as_json: bool, **settings: Any) -> None:
     """Show how checkpoint B differs from A, tensor by tensor, the worst first.
 
     A and B are Hub ids, such as org/name@revision, folders, or .safetensors or PyTorch files. Exit code 0 whether they
@@ -59,5 +92,11 @@ def diff(a: str, b: str, *, is_all: bool, as_json: bool, **settings: Any) -> Non
     from surgery.report.tables import look_of_stdout
     from surgery.report.text import as_json as to_json
 
-    rows = report.rows(diff_checkpoints(a, b, **settings))
+    _check(plot)
+    comparison = diff_checkpoints(a, b, **settings)
+    if plot:
+        from surgery.report.pictures import diff_picture
+
+        _draw(diff_picture(comparison), plot)
+    rows = report.rows(comparison)
     click.echo(to_json(rows) if as_json else report.table(rows, look_of_stdout(), is_all=is_all))

@@ -56,13 +56,14 @@ def perturb(
     from surgery.perturb import execute
     from surgery.plan import make_plan
     from surgery.report import perturb as report
-    from surgery.report.pictures import check_noise_plot, noise_picture
-    from surgery.report.plot import draw
     from surgery.report.text import as_json as to_json
 
     start = time.perf_counter()
     noisytune = NoisyTune(**settings)
     if plot:
+        from surgery.report.pictures import check_noise_plot, noise_picture
+        from surgery.report.plot import draw
+
         check_noise_plot(plot, noisytune, dry_run=dry_run)
     plan = make_plan(model, out, noisytune, revision=revision, variant=variant, token=token)
     if dry_run:

@@ -1,21 +1,25 @@
 """What there is to see of a run of NoisyTune, of two checkpoints, or of one: as a picture to draw."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from surgery.compare import Comparison, Difference, Side
 from surgery.errors import SettingError
 from surgery.noise import UNIT_STD
-from surgery.noisytune import NoisyTune
+from surgery.noisytune import FLOATS, Moments, NoisyTune
 from surgery.plan import Plan, open_source
 from surgery.recipe import Recipe
 from surgery.report.plot import Density, Histogram, Picture, check_plot
 from surgery.sample import sample
-from surgery.tensorfile import TensorFile
+from surgery.survey import Inspection, TensorInfo, open_all
+from surgery.tensorfile import Tensor, TensorFile
 
-_BINS = 60
+_BINS = 30  # of a 16-bit tensor more would show its grid rather than the noise
 
 
 def check_noise_plot(path: Path, settings: NoisyTune, *, dry_run: bool) -> None:
@@ -39,6 +43,89 @@ def noise_picture(recipe: Recipe, plan: Plan) -> Picture:
     histogram = _histogram(f"d / {unit}", _changes(recipe, plan), *_expected_noise(settings))
     title = f"{plan.checkpoint.short_name}: NoisyTune, lam {settings.lam:g}, seed {settings.seed}"
     return Picture(title, values, f"rms d / {unit}", settings.lam * UNIT_STD, histogram)
+
+
+def diff_picture(comparison: Comparison) -> Picture:
+    """Picture how B differs from A: each tensor's rms d over std(A), and its elements' d over std(A).
+
+    Where B's recipe says that it was made from A, both stand beside the noise that the recipe asked for.
+    """
+    recipe = comparison.agreement.recipe if comparison.agreement else None
+    pooled = recipe.pooled_std if recipe else None
+    drawn = [found for tensor in comparison.tensors if (found := _drawn(tensor, pooled))]
+    values: dict[str, float | None] = dict.fromkeys(sorted(tensor.name for tensor in comparison.tensors))
+    values |= {tensor.name: tensor.value for tensor in drawn}
+    what, samples = f"d / {'pooled std' if pooled else 'std(A)'}", _differences(comparison, drawn)
+    title = f"{comparison.b.short_name} against {comparison.a.short_name}"
+    if recipe and recipe.settings.lam:
+        histogram = _histogram(what, samples, *_expected_noise(recipe.settings))
+        return Picture(title, values, f"rms {what}", recipe.settings.lam * UNIT_STD, histogram)
+    return Picture(title, values, f"rms {what}", None, _histogram(what, samples, _around(drawn)))
+
+
+def stats_picture(inspection: Inspection) -> Picture:
+    """Picture what a checkpoint holds: each tensor's std, and its elements beside the normal distribution."""
+    names = {info: f"{info.folder}/{info.name}" if info.folder else info.name for info in inspection.tensors}
+    drawn = {
+        info: info.stats.moments
+        for info in inspection.tensors
+        if info.stats and info.tensor.dtype in FLOATS and 0 < info.stats.moments.std < math.inf
+    }
+    values = {names[info]: drawn[info].std if info in drawn else None for info in inspection.tensors}
+    edges = np.linspace(-5, 5, _BINS + 1)
+    histogram = _histogram("(w - mean) / std", _standardized(inspection, drawn), edges, _normal, "normal")
+    title = f"{inspection.checkpoint.short_name}: its weights"
+    return Picture(title, values, "std(w)", None, histogram, missing="no spread, or no floats")
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A tensor that changed, with the std to measure that by, and its rms d over that."""
+
+    name: str
+    component: str
+    a: Tensor
+    b: Tensor
+    std: float
+    value: float
+
+
+def _drawn(tensor: Difference, pooled_std: float | None) -> _Drawn | None:
+    """Return what to draw of a tensor; None if it is unchanged, or has no spread to measure a change by."""
+    a, b, pair = tensor.a, tensor.b, tensor.pair
+    if not (a and b and pair and pair.stats and pair.changed and {a.dtype, b.dtype} <= set(FLOATS)):
+        return None
+    std = pooled_std or pair.stats.moments.std
+    return _Drawn(tensor.name, tensor.component, a, b, std, pair.rms / std) if 0 < std < math.inf else None
+
+
+def _differences(comparison: Comparison, drawn: Sequence[_Drawn]) -> Iterator[np.ndarray]:
+    """Sample d / std of every tensor that changed."""
+    with open_all(comparison.a) as a_sources, open_all(comparison.b) as b_sources:
+        a, b = Side(comparison.a, a_sources), Side(comparison.b, b_sources)
+        for tensor in drawn:
+            before = sample(*a.kept[tensor.component, tensor.a.name])
+            after = sample(*b.kept[tensor.component, tensor.b.name])
+            yield _finite(after - before) / tensor.std
+
+
+def _standardized(inspection: Inspection, drawn: Mapping[TensorInfo, Moments]) -> Iterator[np.ndarray]:
+    """Sample (w - mean) / std of every tensor."""
+    with open_all(inspection.checkpoint) as sources:
+        for info, moments in drawn.items():
+            yield (_finite(sample(sources[info.file], info.tensor)) - moments.mean) / moments.std
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    found: np.ndarray = values[np.isfinite(values)]
+    return found
+
+
+def _around(drawn: Sequence[_Drawn]) -> np.ndarray:
+    """Return bins for what is not expected to be of any size: four times its own."""
+    squares = [tensor.value**2 for tensor in drawn if math.isfinite(tensor.value)]
+    reach = 4 * math.sqrt(sum(squares) / len(squares)) if any(squares) else 1.0
+    return np.linspace(-reach, reach, _BINS + 1)
 
 
 def _changes(recipe: Recipe, plan: Plan) -> Iterator[np.ndarray]:

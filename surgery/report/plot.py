@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from surgery.errors import OutputError, SettingError
-from surgery.patterns import depths, kind
+from surgery.patterns import depths, without_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,10 +55,11 @@ class Picture:
 
     Args:
         title: one line.
-        values: a figure for each tensor by name; None for one that is unchanged or has none.
+        values: a figure for each tensor by name; None for one that has none.
         what: what the figures are.
         expected: the figure that every tensor should have, if there is one.
         histogram: of elements.
+        missing: why a tensor has no figure.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Picture:
     what: str
     expected: float | None
     histogram: Histogram
+    missing: str = "unchanged"
 
 
 def check_plot(path: Path) -> None:
@@ -118,7 +120,7 @@ def _lay_out(values: Mapping[str, float | None]) -> tuple[list[str], list[int | 
         there is no tensor, -Inf where a tensor has no figure.
     """
     layer_of = depths(values)
-    kind_of = {name: kind(name) for name in values}
+    kind_of = {name: without_numbers(name) for name in values}
     layered = dict.fromkeys(kind_of[name] for name, layer in layer_of.items() if layer is not None)
     kinds = [*layered, *dict.fromkeys(found for found in kind_of.values() if found not in layered)]
     rows = {found: min(row, _MOST_KINDS - 1) for row, found in enumerate(kinds)}
@@ -151,13 +153,15 @@ def _draw_map(
     layers: Sequence[int | None],
     grid: np.ndarray,
 ) -> None:
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LogNorm, Normalize
 
     finite = grid[np.isfinite(grid)]
     if picture.expected:
         # what is as expected has the colour in the middle; what strays by chance, a percent or so, looks the same
         span = max(0.25, float(np.abs(finite / picture.expected - 1).max(initial=0)))
         norm = Normalize(picture.expected * (1 - span), picture.expected * (1 + span))
+    elif finite.size and 0 < finite.min() < finite.max():  # figures of any size, such as std
+        norm = LogNorm(float(finite.min()), float(finite.max()))
     else:
         norm = Normalize(0.0, float(finite.max(initial=0.0)) or 1.0)
     axes.set_facecolor("0.9")
@@ -167,7 +171,7 @@ def _draw_map(
     step = math.ceil(len(layers) / 24)
     ticks = [place for place, layer in enumerate(layers) if layer is None or layer % step == 0]
     axes.set_xticks(ticks, ["none" if layers[i] is None else str(layers[i]) for i in ticks], fontsize=7)
-    axes.set_xlabel("layer" + ("        = : unchanged, or not measured" if np.isneginf(grid).any() else ""))
+    axes.set_xlabel("layer" + (f"        = : {picture.missing}" if np.isneginf(grid).any() else ""))
     axes.set_title(f"{picture.what}, by kind of matrix and layer", fontsize=9)
     for (row, column), value in np.ndenumerate(grid):
         if math.isinf(value):
