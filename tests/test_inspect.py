@@ -174,8 +174,10 @@ def test_headers_alone_take_no_numba_and_no_torch(tmp_path: Path) -> None:
     import subprocess
 
     code = (
-        "import sys, surgery\n"
-        f"surgery.inspect_checkpoint({str(MINILM)!r})\n"
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from surgery.cli import main\n"
+        f"assert 'pooler' in CliRunner().invoke(main, ['inspect', {str(MINILM)!r}]).output\n"
         "print({'numba', 'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

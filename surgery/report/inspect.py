@@ -68,8 +68,6 @@ def _tensor_row(info: "TensorInfo", *, is_measured: bool) -> dict[str, Any]:
 
 
 def _group_rows(tensors: "Sequence[TensorInfo]", *, is_measured: bool) -> list[dict[str, Any]]:
-    from surgery.stats import pool_stats
-
     found = group(
         tensors,
         name=lambda info: _join(info.folder, info.name),
@@ -78,12 +76,20 @@ def _group_rows(tensors: "Sequence[TensorInfo]", *, is_measured: bool) -> list[d
     described = []
     for members in found:
         first = members.members[0]
-        stats = [info.stats for info in members.members if info.stats]
+        stats = _pooled([info.stats for info in members.members if info.stats])
         described.append(
             {"pattern": members.pattern, "count": len(members.members), "dtype": first.tensor.dtype,
-             "shape": list(first.tensor.shape), **_common(first.why, pool_stats(stats) if stats else None, is_measured)}
+             "shape": list(first.tensor.shape), **_common(first.why, stats, is_measured)}
         )  # fmt: skip
     return described
+
+
+def _pooled(stats: "list[Stats]") -> "Stats | None":
+    if not stats:
+        return None
+    from surgery.stats import pool_stats  # takes numba, which headers alone must not wait for
+
+    return pool_stats(stats)
 
 
 def _common(why: str | None, stats: "Stats | None", is_measured: bool) -> dict[str, Any]:
