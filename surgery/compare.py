@@ -119,6 +119,7 @@ def diff_checkpoints(
         Difference(component, one and one[1], other and other[1], jobs[i].result if i in jobs else None)
         for i, (component, one, other) in enumerate(found)
     ]
+    tensors.sort(key=lambda tensor: tensor.name)  # for those that are equally bad
     tensors.sort(key=_badness, reverse=True)
     return Comparison(sides[0], sides[1], tuple(tensors), agree(sides[0], sides[1], tensors))
 

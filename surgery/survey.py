@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PACKED = "quantized: perturb refuses it"
 NOT_FINITE = "NaN or Inf: perturb refuses it"
+REFUSED = (PACKED, NOT_FINITE)
+"""Why a tensor keeps perturb from doing anything at all."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Inspection:
         tied: by folder, names that repeat another tensor, and that one's name. Of safetensors only the bytes tell, so
             that they are looked for with the statistics only.
         quantized: why perturb refuses the checkpoint, or None.
+        is_measured: whether statistics were asked for.
         recipe: what made it, if `surgery perturb` did.
     """
 
@@ -65,6 +68,7 @@ class Inspection:
     tied: Mapping[str, Mapping[str, str]]
     quantized: str | None
     recipe: Recipe | None
+    is_measured: bool = False
 
 
 def inspect_checkpoint(
@@ -172,7 +176,7 @@ def _measure(
     ties = find_ties(shards, partial(open_source, described.checkpoint))
     tied = _by_folder([replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in shards])
     tensors = tuple(_with_stats(info, results.get(id(info))) for info in described.tensors)
-    return replace(described, tensors=tensors, tied=tied)
+    return replace(described, tensors=tensors, tied=tied, is_measured=True)
 
 
 def _with_stats(info: TensorInfo, stats: "Stats | None") -> TensorInfo:

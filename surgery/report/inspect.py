@@ -9,6 +9,7 @@ from surgery.patterns import group
 from surgery.recipe import Recipe
 from surgery.report.tables import Alarm, Column, Look, lay_out
 from surgery.report.text import as_bytes, finite, line, some
+from surgery.survey import REFUSED
 
 if TYPE_CHECKING:
     from surgery.stats import Stats
@@ -37,8 +38,8 @@ def rows(inspection: "Inspection") -> dict[str, Any]:
             _join(folder, a): _join(folder, b) for folder, names in inspection.tied.items() for a, b in names.items()
         },
         "left_out": dict(checkpoint.layout.left_out),
-        "groups": _group_rows(tensors),
-        "tensors": [_tensor_row(info) for info in tensors],
+        "groups": _group_rows(tensors, is_measured=inspection.is_measured),
+        "tensors": [_tensor_row(info, is_measured=inspection.is_measured) for info in tensors],
     }
 
 
@@ -60,15 +61,13 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _tensor_row(info: "TensorInfo") -> dict[str, Any]:
+def _tensor_row(info: "TensorInfo", *, is_measured: bool) -> dict[str, Any]:
     tensor = info.tensor
     return {"name": tensor.name, "file": info.file, "dtype": tensor.dtype, "shape": list(tensor.shape),
-            "bytes": tensor.nbytes, **_common(info.why, info.stats)}  # fmt: skip
+            "bytes": tensor.nbytes, **_common(info.why, info.stats, is_measured)}  # fmt: skip
 
 
-def _group_rows(tensors: "Sequence[TensorInfo]") -> list[dict[str, Any]]:
-    from surgery.stats import pool_stats
-
+def _group_rows(tensors: "Sequence[TensorInfo]", *, is_measured: bool) -> list[dict[str, Any]]:
     found = group(
         tensors,
         name=lambda info: _join(info.folder, info.name),
@@ -77,29 +76,41 @@ def _group_rows(tensors: "Sequence[TensorInfo]") -> list[dict[str, Any]]:
     described = []
     for members in found:
         first = members.members[0]
-        stats = [info.stats for info in members.members if info.stats]
+        stats = _pooled([info.stats for info in members.members if info.stats])
         described.append(
             {"pattern": members.pattern, "count": len(members.members), "dtype": first.tensor.dtype,
-             "shape": list(first.tensor.shape), **_common(first.why, pool_stats(stats) if stats else None)}
+             "shape": list(first.tensor.shape), **_common(first.why, stats, is_measured)}
         )  # fmt: skip
     return described
 
 
-def _common(why: str | None, stats: "Stats | None") -> dict[str, Any]:
+def _pooled(stats: "list[Stats]") -> "Stats | None":
+    if not stats:
+        return None
+    from surgery.stats import pool_stats  # takes numba, which headers alone must not wait for
+
+    return pool_stats(stats)
+
+
+def _common(why: str | None, stats: "Stats | None", is_measured: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"perturbed": why is None}
     if why:
         row["why"] = why
-    if stats:
-        moments = stats.moments
-        row["stats"] = {
-            "mean": finite(moments.mean) if moments.n else None,
-            "std": finite(moments.std) if moments.n else None,
-            "min": finite(stats.min),
-            "max": finite(stats.max),
-            "nan": stats.nan,
-            "inf": stats.inf,
-        }
+    if is_measured:
+        row["stats"] = _stats_row(stats) if stats else None
     return row
+
+
+def _stats_row(stats: "Stats") -> dict[str, Any]:
+    moments = stats.moments
+    return {
+        "mean": finite(moments.mean) if moments.n else None,
+        "std": finite(moments.std) if moments.n else None,
+        "min": finite(stats.min),
+        "max": finite(stats.max),
+        "nan": stats.nan,
+        "inf": stats.inf,
+    }
 
 
 _COLUMNS = (
@@ -155,7 +166,9 @@ def _summary(rows: Mapping[str, Any]) -> list[str]:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     stats = row.get("stats")
     figures = [number(stats[name]) for name in ("mean", "std", "min", "max")] if stats else [""] * 4
-    flaws = [Alarm(f"{stats[name]:,}") if stats[name] else "" for name in ("nan", "inf")] if stats else [""] * 2
+    if "stats" in row and not stats:
+        figures[0] = "not measured"
+    flaws = [Alarm(f"{stats[name]:,}") if stats and stats[name] else "" for name in ("nan", "inf")]
     return [
         row.get("pattern") or row["name"],
         row["dtype"].lower(),
@@ -165,7 +178,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         *flaws,
         f"{row['bytes']:,}" if "bytes" in row else "",
         row.get("file", ""),
-        "perturbed" if row["perturbed"] else f"copied: {row['why']}",
+        "perturbed" if row["perturbed"] else row["why"] if row["why"] in REFUSED else f"copied: {row['why']}",
     ]
 
 

