@@ -233,6 +233,7 @@ def _quiet() -> Iterator[list[str]]:
     remarks: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)  # of its HTTP library, to itself
         if level == logging.WARNING:  # its default; HF_DEBUG=1 is left alone
             logger.setLevel(logging.ERROR)
         if had_bars and not sys.stderr.isatty():

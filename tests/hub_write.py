@@ -66,6 +66,9 @@ class Writes(BaseHTTPRequestHandler):
             return None
         return repo
 
+    def _is_pull(self, revision: str) -> bool:
+        return "create_pr" in self.query or revision.startswith("refs/pr/")
+
     # -- repositories and branches ------------------------------------------------------------------------------------
 
     def _create(self, wanted: dict[str, Any]) -> None:
@@ -111,7 +114,7 @@ class Writes(BaseHTTPRequestHandler):
             self.send_json([tree_entry(name, files[name]) for name in wanted if name in files])
 
     def _preupload(self, id: str, revision: str) -> None:
-        found = self._writable(id, by_anyone="create_pr" in self.query) and self.find_at(id, revision)
+        found = self._writable(id, by_anyone=self._is_pull(revision)) and self.find_at(id, revision)
         if not found:
             return
         files = found[0].commits[found[1]]
@@ -160,7 +163,7 @@ class Writes(BaseHTTPRequestHandler):
 
     def _commit(self, id: str, revision: str) -> None:
         is_pull = "create_pr" in self.query
-        found = self._writable(id, by_anyone=is_pull or revision.startswith("refs/pr/")) and self.find_at(id, revision)
+        found = self._writable(id, by_anyone=self._is_pull(revision)) and self.find_at(id, revision)
         if not found:
             return
         repo, head = found
