@@ -113,9 +113,19 @@ def push_checkpoint(
         The URL, the commit, and what was sent.
     Raises:
         SettingError: create_pr with a branch.
+        SourceError: surgery.json is no recipe.
         OutputError: the folder is altered or unfinished, other weights are there, no access, or the Hub failed.
     """
-    order = Order(Path(folder), repo_id, private, revision, create_pr, commit_message, token, recipe_only)
+    order = Order(
+        Path(folder),
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        token=token,
+        recipe_only=recipe_only,
+    )
     refuse_without_token(order)
     return execute(order, pack(order.folder, recipe_only=recipe_only))
 

@@ -9,47 +9,23 @@
 
 What each endpoint answers, and the X-Error-Code values, are documented in huggingface_hub's `hf_raise_for_status`,
 `hf_hub_download`, `_commit_api.py` and `lfs.py`. This file has the server and what it lets read, `hub_write.py` what
-it lets write.
+it lets write, `hub_wire.py` the connection and its faults, `hub_store.py` what is kept.
 """
 
-import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub_store import Files, Repo, User, etag, folder_entries, is_large, sibling, tree_entry
+from hub_wire import DROPPED as DROPPED
+from hub_wire import FLIPPED as FLIPPED
+from hub_wire import LOST as LOST
+from hub_wire import TRUNCATED as TRUNCATED
+from hub_wire import Fault, Request
 from hub_write import Writes
-
-DROPPED, LOST, TRUNCATED, FLIPPED = "dropped", "lost", "truncated", "flipped"
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request as it came in."""
-
-    method: str
-    path: str
-    authorization: str | None
-
-
-@dataclass
-class Fault:
-    """What befalls the next `times` requests of a method whose path holds `part`.
-
-    Args:
-        kind: an HTTP status; or the connection is "dropped" before anything is done, or the answer is "lost" after
-            it is done; or the body is "truncated", or one of its bits "flipped".
-        retry_after: seconds, the header of that name.
-    """
-
-    method: str
-    part: str
-    kind: int | str
-    times: int
-    retry_after: int | None
 
 
 @dataclass
@@ -110,7 +86,16 @@ class Hub:
         self.users[token] = User(name, orgs)
         return token
 
-    def fail(self, method: str, part: str, kind: int | str, *, times: int = 1, retry_after: int | None = 0) -> None:
+    def fail(
+        self,
+        method: str,
+        part: str,
+        kind: int | str | Callable[[], object],
+        *,
+        times: int = 1,
+        retry_after: int | None = 0,
+    ) -> None:
+        """Let something befall the next requests; see `Fault`."""
         self.faults.append(Fault(method, part, kind, times, retry_after))
 
     def asked(self, method: str, part: str) -> list[str]:
@@ -123,61 +108,10 @@ class Hub:
         return {path.removeprefix(start).partition("/")[2] for path in self.asked("GET", start)}
 
 
-class _Handler(Writes, BaseHTTPRequestHandler):
+class _Handler(Writes):
     """Routes one connection's requests: /api/… and /{id}/resolve/{revision}/{path}, and those of `Writes`."""
 
-    state: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet."""
-
-    def do_HEAD(self) -> None:
-        self._take()
-
-    def do_GET(self) -> None:
-        self._take()
-
-    def do_POST(self) -> None:
-        self._take()
-
-    def do_PUT(self) -> None:
-        self._take()
-
-    def _take(self) -> None:
-        url = urlsplit(self.path)
-        path, self.query = unquote(url.path), {name: values[-1] for name, values in parse_qs(url.query).items()}
-        self.body = self._read_body()
-        self.state.requests.append(Request(self.command, path, self.headers["Authorization"]))
-        self.fault = self._next_fault(path)
-        if self.fault == DROPPED:
-            self.close_connection = True
-        elif self.state.status or isinstance(self.fault, int):
-            self.refuse(self.state.status or int(self.fault))
-        else:
-            with self.state.lock:
-                self._route(path)
-
-    def _read_body(self) -> bytes:
-        if self.headers["Transfer-Encoding"] != "chunked":
-            return self.rfile.read(int(self.headers["Content-Length"] or 0))
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
-
-    def _next_fault(self, path: str) -> int | str:
-        self.retry_after = None
-        for fault in self.state.faults:
-            if fault.times and fault.method == self.command and fault.part in path:
-                fault.times -= 1
-                self.retry_after = fault.retry_after
-                return fault.kind
-        return ""
-
-    def _route(self, path: str) -> None:
+    def route(self, path: str) -> None:
         if path == "/api/whoami-v2":
             self._whoami()
         elif self.command in ("POST", "PUT"):
@@ -190,44 +124,12 @@ class _Handler(Writes, BaseHTTPRequestHandler):
         else:
             self.refuse(404)
 
-    # -- who asks -----------------------------------------------------------------------------------------------------
-
-    @property
-    def token(self) -> str:
-        return (self.headers["Authorization"] or "").removeprefix("Bearer ")
-
-    @property
-    def user(self) -> User | None:
-        return self.state.users.get(self.token)
-
     def _whoami(self) -> None:
         if not self.user:
             self.refuse(401, message="Invalid credentials in Authorization header")
         else:
             orgs = [{"name": name, "type": "org"} for name in self.user.orgs]
             self.send_json({"type": "user", "name": self.user.name, "orgs": orgs, "auth": {"type": "access_token"}})
-
-    def find(self, id: str) -> Repo | None:
-        """Return the repository, or refuse as the Hub does and return None."""
-        repo = self.state.repos.get(id)
-        if repo and repo.is_visible(self.user, self.token):
-            return repo
-        known = {repo.token for repo in self.state.repos.values()} | set(self.state.users)
-        if self.token and self.token not in known:
-            self.refuse(401, message="Invalid credentials in Authorization header")
-        else:  # the Hub does not tell a private repository from none
-            self.refuse(404 if self.token else 401, "RepoNotFound", "Repository not found")
-        return None
-
-    def find_at(self, id: str, revision: str) -> tuple[Repo, str] | None:
-        """Return the repository and the sha of one of its revisions, or refuse and return None."""
-        repo = self.find(id)
-        if not repo:
-            return None
-        if commit := repo.at(revision):
-            return repo, commit
-        self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return None
 
     # -- /api/models/{id}[/revision/{revision} | /tree/{revision} | /refs | /discussions] ------------------------------
 
@@ -304,37 +206,3 @@ class _Handler(Writes, BaseHTTPRequestHandler):
             start, stop = int(first), min(int(last) + 1, len(data)) if last else len(data)
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
         self.send(206 if ranged else 200, data[start:stop], headers)
-
-    # -- answers ------------------------------------------------------------------------------------------------------
-
-    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        if self.fault == LOST:
-            self.close_connection = True
-            return
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(self._spoil(body, is_file="ETag" in headers))
-
-    def _spoil(self, body: bytes, *, is_file: bool) -> bytes:
-        breaks_after = self.state.breaks_after
-        if is_file and breaks_after and len(body) > breaks_after:
-            self.state.breaks_after = None
-        elif self.fault == TRUNCATED:
-            breaks_after = len(body) // 2
-        elif self.fault == FLIPPED:
-            return body[:-1] + bytes([body[-1] ^ 1])
-        else:
-            return body
-        self.close_connection = True
-        return body[:breaks_after]
-
-    def send_json(self, document: Any, *, status: int = 200) -> None:
-        self.send(status, json.dumps(document).encode(), {"Content-Type": "application/json"})
-
-    def refuse(self, status: int, code: str = "", message: str = "") -> None:
-        retry_after = "" if self.retry_after is None or status < 429 else str(self.retry_after)
-        headers = {"X-Error-Code": code, "X-Error-Message": message, "Retry-After": retry_after}
-        self.send(status, b"", {name: value for name, value in headers.items() if value})

@@ -2,41 +2,18 @@
 
 import base64
 import json
-from http.server import BaseHTTPRequestHandler
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qs
 
 import yaml
-from hub_store import Files, Pull, Repo, User, is_large, sha256, tree_entry
-
-if TYPE_CHECKING:
-    from hub import Hub
+from hub_store import Files, Pull, Repo, is_large, sha256, tree_entry
+from hub_wire import Wire
 
 _LFS = ".git/info/lfs/objects/batch"
 
 
-class Writes(BaseHTTPRequestHandler):
-    """Answers POST and PUT; `hub.py` has the rest of the handler."""
-
-    state: "Hub"
-    body: bytes
-    query: dict[str, str]
-    user: User | None
-
-    def find(self, id: str) -> Repo | None:
-        raise NotImplementedError
-
-    def find_at(self, id: str, revision: str) -> tuple[Repo, str] | None:
-        raise NotImplementedError
-
-    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        raise NotImplementedError
-
-    def send_json(self, document: Any, *, status: int = 200) -> None:
-        raise NotImplementedError
-
-    def refuse(self, status: int, code: str = "", message: str = "") -> None:
-        raise NotImplementedError
+class Writes(Wire):
+    """Answers POST and PUT."""
 
     def write_route(self, path: str) -> None:
         model = path.removeprefix("/api/models/")

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import Ran, clean_env, command, tree_digest, write_json, write_sharded, write_weights
 from hub import DROPPED, LOST, TRUNCATED, Hub
+from hub_store import Pull
 
 import surgery
 from surgery.cli import main
@@ -272,6 +273,26 @@ def test_create_pr_leaves_other_pull_requests_alone(hub: Hub, push: Push, finish
     assert [pull.number for pull in hub.repos[REPO].pulls] == [1]
 
 
+def test_create_pr_tells_its_own_by_title_if_main_holds_the_recipe(hub: Hub, push: Push, out: Path) -> None:
+    succeeded(push(REPO))
+    repo = hub.repos[REPO]
+    repo.pulls.append(Pull(1, "Correct a word", "me"))
+    repo.heads["refs/pr/1"] = repo.commit
+    (out / "README.md").write_text("---\nlicense: mit\n---\n# edited\n")
+    for _ in range(2):
+        assert succeeded(push(REPO, "--create-pr")).endswith("/discussions/2\n")
+    assert repo.heads["refs/pr/1"] == repo.commit
+
+
+def test_create_pr_leaves_those_of_others_alone(hub: Hub, push: Push) -> None:
+    repo = hub.add("other/model", {})
+    succeeded(push("other/model", "--create-pr"))
+    repo.pulls[0] = Pull(1, repo.pulls[0].title, "somebody")
+    assert succeeded(push("other/model", "--create-pr")).endswith("/discussions/2\n")
+    repo.pulls[1] = Pull(2, repo.pulls[1].title, "me", status="closed")
+    assert succeeded(push("other/model", "--create-pr")).endswith("/discussions/3\n")
+
+
 def test_create_pr_with_a_branch_is_refused(hub: Hub, push: Push) -> None:
     refused(
         push(REPO, "--create-pr", "--revision", "dev"),
@@ -494,6 +515,21 @@ def test_upload_that_fails_is_tried_again(kind: int | str, hub: Hub, push: Push,
     assert (len(uploads(hub)), len(waits)) == (2, 1)
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "pytorch_model.bin"])
+def test_commit_of_somebody_else_meanwhile_is_not_overrun(name: str, hub: Hub, push: Push, waits: list[float]) -> None:
+    repo = hub.add(REPO, {})
+    hub.fail("POST", "/validate-yaml", lambda: repo.record("main", {name: b"theirs"}, "theirs"))
+    done = push(REPO)
+    if name == "LICENSE":
+        succeeded(done)
+        assert repo.messages == ["initial commit", "theirs", "NoisyTune of source: lam 0.15, seed 7"]
+        assert repo.files.keys() == {*_PUSHED, name}
+    else:
+        assert "expected no weights but those of this recipe, got pytorch_model.bin" in done.stderr
+        assert repo.messages == ["initial commit", "theirs"]
+    assert waits == [1.0]
+
+
 def test_retry_after_is_kept_to(hub: Hub, push: Push, waits: list[float]) -> None:
     hub.fail("POST", "/commit/", 429, retry_after=3)
     hub.fail("POST", "/commit/", 503, retry_after=None)
@@ -528,6 +564,7 @@ def test_failed_push_prints_the_command_that_resumes_it(
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = clean_env(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", PATH=path)
     script = resume.replace("surgery", "python -m surgery", 1) + f" --token {token}"
+    hub.fail("POST", "/preupload/", 503)  # which the client itself tries again, and logs
     again = subprocess.run(["sh", "-c", script], env=env, capture_output=True, text=True)
     assert (again.returncode, again.stderr) == (0, "")
     assert len(uploads(hub)) == 3
@@ -627,12 +664,11 @@ def test_token_is_nowhere(
     args = ("perturb", finished / "source", "-o", "out", "--push", REPO, "--token", token, "--debug")
     failed = run_cli(*args, env=env)
     done = run_cli(*args, "--json", env=env)
-    nothing_new = run_cli("push", "out", REPO, "--token", token, env=env)
-    assert (failed.code, done.code, nothing_new.code) == (1, 0, 0)
+    assert (failed.code, done.code) == (1, 0)
     authorized = {request.authorization for request in hub.requests if request.method != "PUT"}  # these are signed
     assert authorized == {f"Bearer {token}"}
-    assert token not in "".join(ran.out + ran.err for ran in (failed, done, nothing_new))
-    assert (done.err == nothing_new.err == "") == (debug == "0")
+    assert token not in "".join(ran.out + ran.err for ran in (failed, done))
+    assert (done.err == "") == (debug == "0")
     assert not any(token.encode() in data for data in files_in(tmp_path).values())
     assert not any(token.encode() in data for data in hub.repos[REPO].files.values())
     assert token not in repr(hub.repos[REPO].messages)

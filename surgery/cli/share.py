@@ -26,14 +26,9 @@ def push(
     folder: Path,
     repo: str,
     *,
-    private: bool,
-    revision: str | None,
-    create_pr: bool,
-    commit_message: str | None,
-    token: str | None,
-    recipe_only: bool,
     dry_run: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Push the checkpoint in DIR to the model REPO on the Hub.
 
@@ -41,7 +36,7 @@ def push(
     """
     from surgery.push import Order, refuse_without_token
 
-    order = Order(folder, repo, private, revision, create_pr, commit_message, token, recipe_only)
+    order = Order(folder, repo, **options)
     if dry_run:
         rows = _plan_order(order, is_quiet=as_json)
     else:
