@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -97,7 +98,7 @@ def _read_recipe(folder: Path) -> Recipe:
 
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(folder.resolve()):  # Path.resolve fails for a link to itself
         raise OutputError(f"{path}: expected a file of this folder, got one outside of it. Replace it by a copy.")
     return path
 

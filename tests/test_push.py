@@ -376,6 +376,10 @@ _FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda out: (out / "config.json").write_text("{}"),
         "{out}/config.json: expected sha256 ",
     ),
+    "link to itself": (
+        lambda out: ((out / "config.json").unlink(), (out / "config.json").symlink_to("config.json")),
+        "{out}/config.json: expected a file, as surgery.json names it, got none.",
+    ),
     "link out of it": (
         lambda out: ((out / "README.md").unlink(), (out / "README.md").symlink_to("/etc/hostname")),
         "{out}/README.md: expected a file of this folder, got one outside of it. Replace it by a copy.",
