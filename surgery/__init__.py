@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from surgery.live import perturb_model as perturb_model
     from surgery.live import perturb_state_dict as perturb_state_dict
     from surgery.perturb import perturb_checkpoint as perturb_checkpoint
+    from surgery.push import Pushed as Pushed
+    from surgery.push import push_checkpoint as push_checkpoint
     from surgery.recipe import Recipe as Recipe
     from surgery.survey import inspect_checkpoint as inspect_checkpoint
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "OutputError": "surgery.errors",
+    "Pushed": "surgery.push",
     "Recipe": "surgery.recipe",
     "SettingError": "surgery.errors",
     "SourceError": "surgery.errors",
@@ -29,6 +32,7 @@ _HOMES = {
     "perturb_checkpoint": "surgery.perturb",
     "perturb_model": "surgery.live",
     "perturb_state_dict": "surgery.live",
+    "push_checkpoint": "surgery.push",
 }
 __all__ = sorted(_HOMES)
 

@@ -7,22 +7,48 @@ nanosecond. A file changed within the last seconds is not remembered, since a ch
 import hashlib
 import os
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from surgery.caches import cache_folder
+from surgery.progress import bar
 
 _SETTLED_NS = 2_000_000_000
 
 
-def sha256_of(path: Path) -> str:
-    """Return the file's sha256, from memory if it has not changed since."""
+def sha256_of(path: Path, *, at_rest: bool = False, on_bytes: Callable[[int], object] = lambda _: None) -> str:
+    """Return the file's sha256, from memory if it has not changed since.
+
+    Args:
+        at_rest: the file does not change any more, however new it is, such as one of the Hub's cache.
+        on_bytes: is called with the number of bytes that have been read.
+    """
+    stat = path.stat()
     known = recall(path)
     if known is None:
-        stat = path.stat()
-        with path.open("rb") as file:
-            known = hashlib.file_digest(file, "sha256").hexdigest()
-        remember(path, known, stat)
+        known = _hash(path, on_bytes)
+        remember(path, known, stat, at_rest=at_rest)
+    else:
+        on_bytes(stat.st_size)
     return known
+
+
+def sha256_of_all(paths: Iterable[Path], what: str, *, at_rest: bool = False) -> dict[Path, str]:
+    """Return the sha256 of every file, hashed in parallel under a progress bar with `what` on it."""
+    paths = list(paths)
+    with bar(sum(path.stat().st_size for path in paths), what) as on_bytes, ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda path: sha256_of(path, at_rest=at_rest, on_bytes=on_bytes), paths)
+        return dict(zip(paths, digests, strict=True))
+
+
+def _hash(path: Path, on_bytes: Callable[[int], object]) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            digest.update(buffer[:n])
+            on_bytes(n)
+    return digest.hexdigest()
 
 
 def recall(path: Path) -> str | None:
@@ -34,9 +60,9 @@ def recall(path: Path) -> str | None:
         return None
 
 
-def remember(path: Path, sha256: str, stat: os.stat_result) -> None:
+def remember(path: Path, sha256: str, stat: os.stat_result, *, at_rest: bool = False) -> None:
     """Keep a file's sha256, unless it changed since `stat` was taken or may yet change unseen."""
-    is_settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS
+    is_settled = at_rest or time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS
     entry = _entry(path, stat)
     if not entry or not is_settled or _identity(path, stat) != _identity(path, path.stat()):
         return

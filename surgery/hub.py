@@ -1,38 +1,27 @@
 """The Hugging Face Hub: fetch a checkpoint's weights and companions, and nothing else, into the Hub's own cache."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils.tqdm import tqdm
 
+from surgery.digests import sha256_of_all
 from surgery.errors import SourceError
+from surgery.huberrors import FETCH, HttpLibraryError, one_line
 from surgery.layout import RECIPE, Layout, arrange
 
-# huggingface_hub raises its HTTP library's own errors when there is no connection; which library depends on its
-# version, and its HTTP errors, an answer from the Hub, have the same base
-_HttpLibraryError: Any = HfHubHTTPError.__mro__[1]
-_HINTS = {
-    401: "Correct --token, or `hf auth login` again.",
-    429: "Wait, or `hf auth login` for a higher limit.",
-}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def fetch(
     repo_id: str, *, revision: str | None, variant: str | None, token: str | None
 ) -> tuple[Path, str, list[str] | None]:
-    """Download what `layout.arrange` chooses of a model repository.
+    """Download what `layout.arrange` chooses of a model repository, and check it against the Hub's sha256.
 
     Without a network, the copy in the cache is used, if there is one.
 
@@ -43,88 +32,84 @@ def fetch(
         The snapshot's folder, its commit sha, and all of the repository's files, also those that were not fetched;
         None if the cache does not know them.
     Raises:
-        SourceError: no such repository, revision or access, or offline without a cached copy.
+        SourceError: no such repository, revision or access, offline without a cached copy, or damaged on the way.
     """
-    what = f"{repo_id}@{revision}" if revision else repo_id
-    url = f"{constants.ENDPOINT}/{repo_id}"
-    try:
+    with one_line(f"{repo_id}@{revision}" if revision else repo_id, repo_id, FETCH):
         return _download(repo_id, revision=revision, variant=variant, token=token)
-    except GatedRepoError as error:
-        raise SourceError(
-            f"{what}: expected access, got a gated model. Ask for access at {url}, then `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"{what}: expected a path or a model on {constants.ENDPOINT}, got neither. "
-            "Check the name; if it is private, `hf auth login` first."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise SourceError(
-            f"{what}: expected a branch, tag or commit, got none of that name. See {url}/commits."
-        ) from error
-    except HFValidationError as error:
-        raise SourceError(f"{what}: expected a path or a Hub id, got neither. Check the name.") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        wanted = (
-            f"a token that {constants.ENDPOINT} accepts" if status == 401 else f"an answer from {constants.ENDPOINT}"
-        )
-        hint = _HINTS.get(status, "Try again later, or set HF_HUB_OFFLINE=1 to use a cached copy.")
-        raise SourceError(f"{what}: expected {wanted}, got HTTP {status}. {hint}") from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, _HttpLibraryError, ConnectionError) as error:
-        raise SourceError(
-            f"{what}: expected a path, or a model in the Hub's cache or on the Hub, got none of them while offline. "
-            "Check the name, or connect once to fetch it."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{what}: expected a complete download, got {error} Try again.") from error
 
 
 def _download(
     repo_id: str, *, revision: str | None, variant: str | None, token: str | None
 ) -> tuple[Path, str, list[str] | None]:
     try:
-        info = HfApi().model_info(repo_id, revision=revision, token=token)
+        info = HfApi().model_info(repo_id, revision=revision, token=token, files_metadata=True)
     except HfHubHTTPError:
         raise
-    except (OfflineModeIsEnabled, _HttpLibraryError):
+    except (OfflineModeIsEnabled, HttpLibraryError):
         return _cached(repo_id, revision=revision, variant=variant)
-    names = [file.rfilename for file in info.siblings or ()]
-    for name in names:
+    digests = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or ()}
+    for name in digests:
         if ".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name:
             raise SourceError(f"{repo_id}: expected files of its own, got {name!r}. Do not trust this checkpoint.")
-    wanted = _wanted(arrange(names, variant=variant, what=repo_id), names)
+    wanted = _wanted(arrange(digests, variant=variant, what=repo_id), digests)
     # by its name rather than its sha, for the cache to know the branch or tag when there is no network
     folder = Path(
         snapshot_download(repo_id, revision=revision, token=token, allow_patterns=_literal(wanted), tqdm_class=_Bar)
     )
     if folder.name != info.sha:
         raise SourceError(f"{repo_id}: expected one commit, got another while it was fetched. Run the command again.")
-    return folder, folder.name, names
+    _refuse_damaged(repo_id, folder, {name: digests[name] for name in wanted})
+    return folder, folder.name, list(digests)
 
 
 def _cached(repo_id: str, *, revision: str | None, variant: str | None) -> tuple[Path, str, list[str] | None]:
     """Find the copy in the cache; if the cache knows all of the repository's files, check that it is complete."""
     folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[]))
-    names = _cached_names(repo_id, folder.name)
-    for name in _wanted(arrange(names, variant=variant, what=repo_id), names) if names else ():
-        if not (folder / name).exists():
+    known = _cached_digests(repo_id, folder.name)
+    present = {path.relative_to(folder).as_posix(): None for path in folder.rglob("*") if path.is_file()}
+    digests = present if known is None else known
+    wanted = _wanted(arrange(digests, variant=variant, what=repo_id), digests)
+    for name in wanted:
+        if name not in present:
             raise SourceError(
                 f"{repo_id}: expected a complete copy in the Hub's cache while offline, got one without {name!r}. "
                 "Connect once to fetch it."
             )
-    return folder, folder.name, names
+    _refuse_damaged(repo_id, folder, {name: digests[name] for name in wanted})
+    return folder, folder.name, None if known is None else list(known)
 
 
-def _cached_names(repo_id: str, commit: str) -> list[str] | None:
+def _cached_digests(repo_id: str, commit: str) -> Mapping[str, str | None] | None:
+    """Return the repository's files with the sha256 of those that are large, if the cache knows them."""
     if not hasattr(huggingface_hub, "get_cached_repo_tree"):  # new in huggingface_hub 2
         return None
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        return [file.path for file in huggingface_hub.get_cached_repo_tree(repo_id, revision=commit)]
+        tree = huggingface_hub.get_cached_repo_tree(repo_id, revision=commit)
     except CachedRepoTreeNotFoundError:  # fetched by an older version, or file by file
         return None
+    return {file.path: file.lfs.sha256 if file.lfs else None for file in tree}
+
+
+def _refuse_damaged(repo_id: str, folder: Path, digests: Mapping[str, str | None]) -> None:
+    """Compare files with the Hub's sha256: the client checks their size at most, and keeps what it got.
+
+    Args:
+        digests: sha256 by name. Where the Hub has not told, the cache may: it names the blob of a large file by it.
+    """
+    expected = {}
+    for name, sha256 in digests.items():
+        blob = (folder / name).resolve()
+        if sha256 or _SHA256.fullmatch(blob.name):
+            expected[blob] = (name, sha256 or blob.name)
+    for blob, found in sha256_of_all(expected, "checking", at_rest=True).items():
+        name, sha256 = expected[blob]
+        if found != sha256:
+            raise SourceError(
+                f"{repo_id}: {name}: expected sha256 {sha256[:12]}..., as on the Hub, got {found[:12]}.... "
+                f"It was damaged on its way or in the cache: remove {blob} and run the command again."
+            )
 
 
 class _Bar(tqdm):
@@ -134,7 +119,7 @@ class _Bar(tqdm):
         super().__init__(*args, **({"disable": None} | kwargs))  # type: ignore[no-untyped-call]
 
 
-def _wanted(layout: Layout, names: Sequence[str]) -> list[str]:
+def _wanted(layout: Layout, names: Collection[str]) -> list[str]:
     recipes = [RECIPE] if RECIPE in names else []
     indexes = [weight_set.index for weight_set in layout.weights if weight_set.index]
     return [

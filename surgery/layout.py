@@ -102,6 +102,14 @@ def arrange(names: Iterable[str], *, variant: str | None, what: str) -> Layout:
     return Layout(tuple(weights), tuple(companions), tuple(left_out))
 
 
+def is_weight(name: str) -> bool:
+    """Tell from a file's name whether a loader may take it for weights, or for their index."""
+    *folders, base = PurePosixPath(name).parts
+    if any(_COPY_FOLDERS.fullmatch(part) or _IGNORED.fullmatch(part) for part in folders):
+        return False
+    return not _TRAINING.fullmatch(base) and bool(_WEIGHT.fullmatch(base) or _INDEX.fullmatch(base))
+
+
 def _collect(folder: str, names: list[str]) -> tuple[list[WeightSet], list[str]]:
     """Group one folder's weight files into sets; return these and the other files."""
     files: dict[tuple[str, str | None, str, bool], list[str]] = defaultdict(list)

@@ -94,7 +94,7 @@ def inspect_checkpoint(
     """
     found = locate(source, revision)
     if not stats and not isinstance(found, Path):
-        from surgery.remote import read_remote
+        from surgery.remote_headers import read_remote
 
         if remote := read_remote(found[0], revision=found[1], variant=variant, token=token):
             checkpoint, headers = remote

@@ -60,6 +60,25 @@ def run_cli(tmp_path: Path) -> Callable[..., Ran]:
 
 
 @pytest.fixture
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Have this very process use a Hub of `tests/hub.py`, which otherwise the environment decides at import."""
+    from huggingface_hub import constants
+
+    def use(hub: Any) -> None:
+        home = tmp_path / "hf-home"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+        settings: dict[str, Any] = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        settings["HUGGINGFACE_CO_URL_TEMPLATE"] = template
+        paths = {"HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token")}
+        for name, value in (settings | paths).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    return use
+
+
+@pytest.fixture
 def refuses(run_cli: Callable[..., Ran], tmp_path: Path) -> Callable[..., None]:
     """Assert that `surgery perturb ARGS` prints this one line, exits 1, and changes nothing on the disk."""
 

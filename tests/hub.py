@@ -1,52 +1,31 @@
-"""A Hub of our own on the loopback: the read side of the protocol, as huggingface_hub speaks it.
+"""A Hub of our own on the loopback: the protocol of models, as huggingface_hub speaks it, and its faults.
 
     with Hub() as hub:
         repo = hub.add("org/name", {"config.json": b"{}"})
+        token = hub.login("org")
+        hub.fail("POST", "/commit/", "lost")
         ...                     # HF_ENDPOINT=hub.url
         hub.downloaded("org/name")
 
-What each endpoint answers, and the X-Error-Code values, are documented in huggingface_hub's `hf_raise_for_status` and
-`hf_hub_download`.
+What each endpoint answers, and the X-Error-Code values, are documented in huggingface_hub's `hf_raise_for_status`,
+`hf_hub_download`, `_commit_api.py` and `lfs.py`. This file has the server and what it lets read, `hub_write.py` what
+it lets write, `hub_wire.py` the connection and its faults, `hub_store.py` what is kept.
 """
 
-import hashlib
-import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-_LARGE = 512  # bytes from which a file is "LFS": linked headers, and a redirect as the Hub's own
-
-
-@dataclass
-class Repo:
-    """A model repository with one commit per revision.
-
-    Args:
-        files: content by path.
-        commit: sha of the commit that `main` and every other revision point to.
-        revisions: branch and tag names.
-        token: if given, the only token that may see the repository.
-        gated: metadata is public, files are not.
-    """
-
-    files: dict[str, bytes]
-    commit: str
-    revisions: tuple[str, ...] = ("main",)
-    token: str | None = None
-    gated: bool = False
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request as it came in."""
-
-    method: str
-    path: str
-    authorization: str | None
+from hub_store import Files, Repo, User, etag, folder_entries, is_large, sibling, tree_entry
+from hub_wire import DROPPED as DROPPED
+from hub_wire import FLIPPED as FLIPPED
+from hub_wire import LOST as LOST
+from hub_wire import TRUNCATED as TRUNCATED
+from hub_wire import Fault, Request
+from hub_write import Writes
 
 
 @dataclass
@@ -54,12 +33,20 @@ class Hub:
     """The server.
 
     Args:
+        users: by token.
+        stored: content of large files by sha256, whether or not a commit has it.
+        chunk: if set, large files are asked for in parts of that many bytes.
         status: if set, what every request gets instead of an answer.
         breaks_after: if set, the next file longer than that many bytes ends there, and so does the connection.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    users: dict[str, User] = field(default_factory=dict)
+    stored: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    chunk: int | None = None
     status: int | None = None
     breaks_after: int | None = None
 
@@ -69,6 +56,7 @@ class Hub:
         class Handler(_Handler):
             state = hub
 
+        self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
@@ -85,128 +73,136 @@ class Hub:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def add(self, id: str, files: dict[str, bytes], **settings: Any) -> Repo:
-        commit = hashlib.sha1(repr((id, sorted(files.items()))).encode()).hexdigest()
-        self.repos[id] = Repo(files, commit, **settings)
-        return self.repos[id]
+    def add(self, id: str, files: Files, *, revisions: tuple[str, ...] = ("main",), **settings: Any) -> Repo:
+        """Make a repository of one commit, which all revisions name; those that are not `main` are tags."""
+        repo = self.repos[id] = Repo(id, tags=set(revisions) - {"main"}, **settings)
+        commit = repo.record("main", files, "initial commit")
+        repo.heads |= dict.fromkeys(revisions, commit)
+        return repo
+
+    def login(self, name: str, *orgs: str) -> str:
+        """Make a user, and return the token."""
+        token = f"hf_{name}{'s3cret' * 5}"
+        self.users[token] = User(name, orgs)
+        return token
+
+    def fail(
+        self,
+        method: str,
+        part: str,
+        kind: int | str | Callable[[], object],
+        *,
+        times: int = 1,
+        retry_after: int | None = 0,
+    ) -> None:
+        """Let something befall the next requests; see `Fault`."""
+        self.faults.append(Fault(method, part, kind, times, retry_after))
+
+    def asked(self, method: str, part: str) -> list[str]:
+        """Return the paths of requests of a method that hold `part`."""
+        return [r.path for r in self.requests if r.method == method and part in r.path]
 
     def downloaded(self, id: str) -> set[str]:
         """Name the files of a repository whose content was sent."""
         start = f"/{id}/resolve/"
-        paths = [r.path for r in self.requests if r.method == "GET" and r.path.startswith(start)]
-        return {path.removeprefix(start).partition("/")[2] for path in paths}
+        return {path.removeprefix(start).partition("/")[2] for path in self.asked("GET", start)}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """Routes one connection's requests: /api/models/… and /{id}/resolve/{revision}/{path}."""
+class _Handler(Writes):
+    """Routes one connection's requests: /api/… and /{id}/resolve/{revision}/{path}, and those of `Writes`."""
 
-    state: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet."""
-
-    def do_HEAD(self) -> None:
-        self._route()
-
-    def do_GET(self) -> None:
-        self._route()
-
-    def _route(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.state.requests.append(Request(self.command, path, self.headers["Authorization"]))
-        if self.state.status:
-            self._refuse(self.state.status)
+    def route(self, path: str) -> None:
+        if path == "/api/whoami-v2":
+            self._whoami()
+        elif self.command in ("POST", "PUT"):
+            self.write_route(path)
         elif path.startswith("/api/models/"):
             self._api(path.removeprefix("/api/models/"))
         elif "/resolve/" in path:
             id, _, rest = path.removeprefix("/").partition("/resolve/")
-            self._resolve(id, *rest.split("/", 1))
+            self._resolve(id, rest)
         else:
-            self._refuse(404)
+            self.refuse(404)
 
-    # -- /api/models/{id}[/revision/{revision} | /tree/{revision}] ----------------------------------------------------
+    def _whoami(self) -> None:
+        if not self.user:
+            self.refuse(401, message="Invalid credentials in Authorization header")
+        else:
+            orgs = [{"name": name, "type": "org"} for name in self.user.orgs]
+            self.send_json({"type": "user", "name": self.user.name, "orgs": orgs, "auth": {"type": "access_token"}})
+
+    # -- /api/models/{id}[/revision/{revision} | /tree/{revision} | /refs | /discussions] ------------------------------
 
     def _api(self, path: str) -> None:
-        id, _, revision = path.partition("/revision/")
-        id, _, tree = id.partition("/tree/")
-        repo = self._find(id, revision or tree or "main")
-        if repo is None:
-            return
-        if tree:
-            self._send_json([_entry(name, data) for name, data in repo.files.items()])
+        if path.endswith("/refs"):
+            self._refs(path.removesuffix("/refs"))
+        elif path.endswith("/discussions"):
+            self._discussions(path.removesuffix("/discussions"))
         else:
-            siblings = [{"rfilename": name} for name in repo.files]
-            gated = "manual" if repo.gated else False
-            self._send_json({"_id": "0", "id": id, "sha": repo.commit, "gated": gated, "siblings": siblings})
+            id, _, revision = path.partition("/revision/")
+            id, _, tree = id.partition("/tree/")
+            if found := self.find_at(id, revision or tree or "main"):
+                files = found[0].commits[found[1]]
+                if tree:
+                    self.send_json([*folder_entries(files), *(tree_entry(*file) for file in files.items())])
+                else:
+                    self._info(*found)
 
-    def _find(self, id: str, revision: str) -> Repo | None:
-        """Return the repository, or refuse as the Hub does and return None."""
-        repo = self.state.repos.get(id)
-        token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
-        if repo is None or (repo.token and token != repo.token):
-            known = {repo.token for repo in self.state.repos.values()}
-            if token and token not in known:
-                self._refuse(401, message="Invalid credentials in Authorization header")
-            else:  # the Hub does not tell a private repository from none
-                self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
-            return None
-        if revision not in (repo.commit, *repo.revisions):
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return None
-        return repo
+    def _info(self, repo: Repo, commit: str) -> None:
+        files = repo.commits[commit]
+        siblings = [sibling(*file) if self.query.get("blobs") else {"rfilename": file[0]} for file in files.items()]
+        gated = "manual" if repo.gated else False
+        info = {"_id": "0", "id": repo.id, "sha": commit, "gated": gated, "private": repo.private, "siblings": siblings}
+        self.send_json(info)
+
+    def _refs(self, id: str) -> None:
+        if repo := self.find(id):
+            rows = [{"name": name, "ref": name, "targetCommit": commit} for name, commit in repo.heads.items()]
+            branches = [row for row in rows if row["name"] not in repo.tags and not row["name"].startswith("refs/")]
+            tags = [row for row in rows if row["name"] in repo.tags]
+            self.send_json({"branches": branches, "tags": tags, "converts": []})
+
+    def _discussions(self, id: str) -> None:
+        if repo := self.find(id):
+            rows = [
+                {
+                    "num": pull.number, "title": pull.title, "status": pull.status, "isPullRequest": True,
+                    "author": {"name": pull.author}, "createdAt": "2026-01-01T00:00:00.000Z",
+                    "repo": {"name": id, "type": "model"},
+                }
+                for pull in repo.pulls
+                if self.query.get("status") in (None, pull.status) and self.query.get("author") in (None, pull.author)
+            ]  # fmt: skip
+            self.send_json({"discussions": rows, "count": len(rows), "start": 0})
 
     # -- /{id}/resolve/{revision}/{path} ------------------------------------------------------------------------------
 
-    def _resolve(self, id: str, revision: str, name: str) -> None:
-        repo = self._find(id, revision)
-        if repo is None:
+    def _resolve(self, id: str, rest: str) -> None:
+        repo = self.find(id)
+        if not repo:
             return
-        if repo.gated:
-            self._refuse(403, "GatedRepo", f"Access to model {id} is restricted.")
-        elif name not in repo.files:
-            self._refuse(404, "EntryNotFound", "Entry not found")
+        names = [name for name in (*repo.heads, *repo.commits) if rest.startswith(f"{name}/")]
+        revision = max(names, key=len, default=rest.partition("/")[0])
+        name = rest.removeprefix(f"{revision}/")
+        found = self.find_at(id, revision)
+        if not found:
+            return
+        files = repo.commits[found[1]]
+        if repo.gated and not repo.is_writable(self.user):
+            self.refuse(403, "GatedRepo", f"Access to model {id} is restricted.")
+        elif name not in files:
+            self.refuse(404, "EntryNotFound", "Entry not found")
         else:
-            self._send_file(repo, repo.files[name])
+            self._send_file(found[1], name, files[name])
 
-    def _send_file(self, repo: Repo, data: bytes) -> None:
-        etag = f'"{hashlib.sha256(data).hexdigest()}"'
-        headers = {"ETag": etag, "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
-        if len(data) >= _LARGE:
-            headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(data))}
+    def _send_file(self, commit: str, name: str, data: bytes) -> None:
+        tag = f'"{etag(name, data)}"'
+        headers = {"ETag": tag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if is_large(name, len(data)):
+            headers |= {"X-Linked-Etag": tag, "X-Linked-Size": str(len(data))}
         start, stop = 0, len(data)
         if ranged := self.headers["Range"]:
             first, _, last = ranged.removeprefix("bytes=").partition("-")
             start, stop = int(first), min(int(last) + 1, len(data)) if last else len(data)
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-        self._send(206 if ranged else 200, data[start:stop], headers)
-
-    # -- answers ------------------------------------------------------------------------------------------------------
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if "ETag" in headers and self.state.breaks_after and len(body) > self.state.breaks_after:
-            body, self.close_connection = body[: self.state.breaks_after], True
-            self.state.breaks_after = None
-        self.wfile.write(body)
-
-    def _send_json(self, document: Any) -> None:
-        self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
-
-    def _refuse(self, status: int, code: str = "", message: str = "") -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": message}
-        self._send(status, b"", {name: value for name, value in headers.items() if value})
-
-
-def _entry(name: str, data: bytes) -> dict[str, Any]:
-    """One row of a tree listing."""
-    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": blob}
-    if len(data) >= _LARGE:
-        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-    return entry
+        self.send(206 if ranged else 200, data[start:stop], headers)

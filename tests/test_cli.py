@@ -31,9 +31,17 @@ def test_help_names_every_option():
     done = surgery("perturb", "--help")
     assert done.exit_code == 0
     options = (
-        "out lam seed noise scale rounding include exclude revision variant token workers overwrite dry-run json debug"
+        "out lam seed noise scale rounding include exclude revision variant token workers overwrite dry-run json debug "
+        "push private create-pr commit-message"
     )
     for option in options.split():
+        assert f"--{option}" in done.output
+
+
+def test_push_names_its_options_as_hf_upload_does():
+    done = surgery("push", "--help")
+    assert done.exit_code == 0
+    for option in "private revision create-pr commit-message token recipe-only dry-run json debug".split():
         assert f"--{option}" in done.output
 
 

@@ -1,14 +1,20 @@
 """Fetching from the Hub: the real command against a Hub on the loopback."""
 
+import hashlib
 import json
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Ran, tensors, tree_digest
-from hub import Hub
+from hub import FLIPPED, Hub
 from safetensors.numpy import load_file, save
+
+from surgery.digests import recall
+from surgery.errors import SourceError
+from surgery.hub import fetch
 
 MODEL = "org/tiny.model-v1"
 TOKEN = "hf_" + "s3cret" * 5
@@ -151,6 +157,61 @@ def test_broken_download_is_tried_again(hub: Hub, perturb: Callable[..., Ran], t
     assert tree_digest(tmp_path / "broken") == tree_digest(tmp_path / "whole")
 
 
+def _blob(hub: Hub, tmp_path: Path) -> Path:
+    name = hashlib.sha256(hub.repos[MODEL].files["model.safetensors"]).hexdigest()
+    (blob,) = tmp_path.glob(f"hf-home/hub/models--*/blobs/{name}")
+    return blob
+
+
+def _refusal(blob: Path) -> str:
+    found = hashlib.sha256(blob.read_bytes()).hexdigest()
+    return (
+        f"error: {MODEL}: model.safetensors: expected sha256 {blob.name[:12]}..., as on the Hub, got {found[:12]}.... "
+        f"It was damaged on its way or in the cache: remove {blob} and run the command again.\n"
+    )
+
+
+def test_byte_flipped_on_the_way_is_refused_until_its_file_is_removed(
+    hub: Hub, perturb: Callable[..., Ran], tmp_path: Path
+) -> None:
+    hub.fail("GET", "/model.safetensors", FLIPPED)
+    for _ in range(2):  # the client keeps it, and asks for no other
+        ran = perturb(MODEL, "-o", "out")
+        assert (ran.code, ran.err) == (1, _refusal(_blob(hub, tmp_path)))
+        assert not (tmp_path / "out").exists()
+    _blob(hub, tmp_path).unlink()
+    assert perturb(MODEL, "-o", "out").code == 0
+    assert len(hub.asked("GET", "/model.safetensors")) == 2
+
+
+@pytest.mark.parametrize("tree", ["tree known", "tree unknown"])
+def test_byte_flipped_in_the_cache_is_refused_offline(
+    tree: str, hub: Hub, perturb: Callable[..., Ran], tmp_path: Path
+) -> None:
+    assert perturb(MODEL, "-o", "online").code == 0
+    if tree == "tree unknown":
+        for trees in tmp_path.glob("hf-home/hub/models--*/trees"):  # none before huggingface_hub 2
+            shutil.rmtree(trees)
+        assert perturb(MODEL, "-o", "offline", HF_HUB_OFFLINE="1").code == 0
+    blob = _blob(hub, tmp_path)
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    ran = perturb(MODEL, "-o", "damaged", HF_HUB_OFFLINE="1")
+    assert (ran.code, ran.err) == (1, _refusal(blob))
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_checked_file_is_not_hashed_again(hub: Hub, in_process: Callable[[Hub], None], tmp_path: Path) -> None:
+    in_process(hub)
+    folder, _, _ = fetch(MODEL, revision=None, variant=None, token=None)
+    blob = _blob(hub, tmp_path)
+    assert recall(folder / "model.safetensors") == blob.name
+    (entry,) = (path for path in tmp_path.glob("cache/model-surgery/digests/*") if path.read_text() == blob.name)
+    entry.write_text("0" * 64)  # what it remembers is what it goes by
+    with pytest.raises(SourceError, match=r"got 000000000000\.\.\."):
+        fetch(MODEL, revision=None, variant=None, token=None)
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -249,6 +310,20 @@ def test_hub_that_refuses_everything_is_one_line(
     ran = perturb(MODEL, "-o", "out")
     assert ran.err == f"error: {MODEL}: expected an answer from {hub.url}, got HTTP {status}. {hint}\n"
     assert (ran.code, ran.out, (tmp_path / "out").exists()) == (1, "", False)
+
+
+def test_rate_limit_says_how_long_to_wait(hub: Hub, in_process: Callable[[Hub], None]) -> None:
+    in_process(hub)
+    hub.fail("GET", "/api/models/", 429, retry_after=7)
+    with pytest.raises(SourceError, match=r"got HTTP 429\. Wait 7 s, or `hf auth login` for a higher limit\.$"):
+        fetch(MODEL, revision=None, variant=None, token=None)
+
+
+def test_forbidden_model_says_why(hub: Hub, in_process: Callable[[Hub], None]) -> None:
+    in_process(hub)
+    hub.fail("GET", "/api/models/", 403)
+    with pytest.raises(SourceError, match=rf"got HTTP 403\. Ask for access at {hub.url}/{MODEL}, or `hf auth login` "):
+        fetch(MODEL, revision=None, variant=None, token=None)
 
 
 def test_pickle_only_model_is_fetched_and_written_as_safetensors(

@@ -1,12 +1,18 @@
 """The commands that write checkpoints."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.cli import share
 from surgery.cli.group import command, main
+from surgery.errors import SettingError
+
+if TYPE_CHECKING:
+    from surgery.push import Order
 
 
 @main.command(context_settings={"show_default": True})
@@ -32,6 +38,10 @@ from surgery.cli.group import command, main
 @click.option("--overwrite", is_flag=True, help="Replace what a former run wrote to the folder.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw what the noise did.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
+@click.option("--push", "repo", metavar="REPO", help="Push the result to this model on the Hub.")
+@click.option("--private", is_flag=True, help="With --push: make the model private, if it is new.")
+@click.option("--create-pr", is_flag=True, help="With --push: open a pull request.")
+@click.option("--commit-message", help="With --push: first line of the commit.")
 @command
 def perturb(
     model: str,
@@ -44,6 +54,10 @@ def perturb(
     overwrite: bool,
     plot: Path | None,
     dry_run: bool,
+    repo: str | None,
+    private: bool,
+    create_pr: bool,
+    commit_message: str | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -65,9 +79,13 @@ def perturb(
         from surgery.report.plot import draw
 
         check_noise_plot(plot, noisytune, dry_run=dry_run)
+    order = _order(repo, private=private, create_pr=create_pr, commit_message=commit_message, token=token)
+    if order and not dry_run:
+        share.check(order)
     plan = make_plan(model, out, noisytune, revision=revision, variant=variant, token=token)
+    order = replace(order, folder=plan.out) if order else None
     if dry_run:
-        rows = report.plan_rows(plan)
+        rows = report.plan_rows(plan) | ({"push": order.command} if order else {})
         click.echo(to_json(rows) if as_json else report.plan_table(rows))
         return
     is_new = overwrite or not is_finished(plan.out)
@@ -75,4 +93,22 @@ def perturb(
     rows = report.result_rows(recipe, plan, time.perf_counter() - start, is_new=is_new)
     if plot:
         draw(noise_picture(recipe, plan), plot)
-    click.echo(to_json(rows) if as_json else report.result_table(rows))
+    if not as_json:
+        click.echo(report.result_table(rows))
+    if order:
+        rows["push"] = share.push_order(order, is_quiet=as_json)
+    if as_json:
+        click.echo(to_json(rows))
+
+
+def _order(repo: str | None, **options: Any) -> "Order | None":
+    """Return what to push where, the folder yet unknown."""
+    if repo:
+        from surgery.push import Order
+
+        return Order(Path(), repo, **options)
+    for name in ("private", "create_pr", "commit_message"):
+        if options[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise SettingError(f"{option}: expected --push REPO with it, got none. Add it, or leave {option} out.")
+    return None

@@ -115,6 +115,7 @@ def plan_table(rows: Mapping[str, Any]) -> str:
               f"{len(rows['companions'])} companion files"),
         *_left_out_lines(rows),
         f"run: {rows['command']}",
+        *([f"then: {rows['push']}"] if "push" in rows else []),
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -30,5 +30,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def as_bytes(n: int) -> str:
-    """Return a size in MB or GB."""
+    """Return a size in kB, MB or GB."""
+    if n < 1e6:
+        return f"{n / 1e3:.1f} kB"
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

@@ -1,0 +1,91 @@
+"""What `surgery push` sent, or would send."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.push import Order, Pushed
+from surgery.remote import Shipment
+from surgery.report.text import as_bytes, line, some
+
+
+def plan_rows(order: Order, shipment: Shipment) -> dict[str, Any]:
+    """Describe what a push would do: where to, what it sends, what is there already, what it deletes."""
+    return _rows(order, shipment) | {"logged_in": order.is_logged_in, "command": order.command}
+
+
+def result_rows(order: Order, pushed: Pushed) -> dict[str, Any]:
+    """Describe what a push did, with the URL of the commit or the pull request."""
+    result = {"url": pushed.url, "commit": pushed.commit, "notes": list(pushed.notes)}
+    return _rows(order, pushed.shipment) | result
+
+
+def _rows(order: Order, shipment: Shipment) -> dict[str, Any]:
+    remote = shipment.remote
+    is_new = remote.head is None
+    return {
+        "repo": remote.repo_id,
+        "revision": remote.revision,
+        "new": is_new,
+        "new_branch": remote.is_new_branch or (is_new and order.revision not in (None, "main")),
+        "private": order.private if is_new else remote.is_private,
+        "pull_request": order.create_pr,
+        "resumed_pull_request": shipment.pull_url,
+        "files": [{"name": item.name, "bytes": item.size} for item in shipment.changed],
+        "bytes": sum(item.size for item in shipment.changed),
+        "unchanged": [{"name": item.name, "bytes": item.size} for item in shipment.unchanged],
+        "unchanged_bytes": sum(item.size for item in shipment.unchanged),
+        "deleted": list(shipment.deleted),
+        "recipe_only": shipment.parcel.is_recipe_only,
+        "left_out": list(shipment.parcel.left_out),
+    }
+
+
+def plan_table(rows: Mapping[str, Any]) -> str:
+    """Lay out plan_rows for people."""
+    state = f"{'new' if rows['new'] else 'existing'}, {'private' if rows['private'] else 'public'}"
+    lines = [f"would push {_amount(rows)}, to {_target(rows)}, {state}", *_lines(rows, "would go")]
+    if not rows["logged_in"]:
+        unknown = "; if the model is there and private, it is not seen" if rows["new"] else ""
+        lines.append(line("login", f"none: `hf auth login`, or give --token, to push{unknown}"))
+    return "\n".join([*lines, f"run: {rows['command']}"])
+
+
+def result_table(rows: Mapping[str, Any]) -> str:
+    """Lay out result_rows for people."""
+    if rows["files"] or rows["deleted"]:
+        title = f"pushed {_amount(rows)}, to {_target(rows)}"
+    else:
+        title = f"nothing to push: all of it is in {_target(rows)}"
+    lines = [title, *_lines(rows, "are gone"), *(line("note", note) for note in rows["notes"])]
+    return "\n".join([*lines, line("url", rows["url"])])
+
+
+def _amount(rows: Mapping[str, Any]) -> str:
+    return f"{_files(rows['files'])}, {as_bytes(rows['bytes'])}"
+
+
+def _files(files: list[Any]) -> str:
+    return f"{len(files)} file{'s' * (len(files) != 1)}"
+
+
+def _target(rows: Mapping[str, Any]) -> str:
+    target = f"{rows['repo']}@{rows['revision']}"
+    if rows["resumed_pull_request"]:
+        return f"{target} (the pull request that is open)"
+    if rows["pull_request"]:
+        return f"{target} as a pull request"
+    return f"{target} (a new branch)" if rows["new_branch"] else target
+
+
+def _lines(rows: Mapping[str, Any], fate: str) -> list[str]:
+    lines = []
+    if rows["unchanged"]:
+        amount = f"{_files(rows['unchanged'])}, {as_bytes(rows['unchanged_bytes'])}"
+        lines.append(line("unchanged", f"{amount}, there already"))
+    if rows["recipe_only"]:
+        lines.append(line("recipe only", "no weights: `surgery materialize` makes them again"))
+    if deleted := rows["deleted"]:
+        lines.append(line("deleted", f"{len(deleted)} weights of a former push {fate} ({some(deleted)})"))
+    if left_out := rows["left_out"]:
+        lines.append(line("left out", f"{len(left_out)} ({some(left_out)}): not in surgery.json"))
+    return lines
