@@ -575,6 +575,17 @@ def test_failed_push_prints_the_command_that_resumes_it(
     assert hub.repos[REPO].messages == ["initial commit", "it's mine"]
 
 
+def test_resumed_push_uploads_only_what_had_not_come(hub: Hub, push: Push, finished: Path) -> None:
+    hub.fail("PUT", "/lfs/", 403)
+    done = push(REPO, folder=finished / "shards")
+    assert done.stderr.startswith(
+        f"error: {REPO}: expected an answer from {hub.url}, got HTTP 403. Use a token that may"
+    )
+    assert (done.exit_code, done.stderr.count("\n"), len(uploads(hub)), len(hub.stored)) == (1, 1, 3, 2)
+    succeeded(push(REPO, folder=finished / "shards"))
+    assert (len(uploads(hub)), len(hub.stored)) == (4, 3)
+
+
 # -- dry run ----------------------------------------------------------------------------------------------------------
 
 
