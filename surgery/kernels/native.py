@@ -19,8 +19,9 @@ import numpy as np
 
 from surgery.caches import cache_folder
 
+_DIGEST = 16
 _lock = threading.Lock()
-_loaded: list[Any] = []  # engines own the code that they loaded
+_loaded: list[Any] = []  # what a function's code must not outlive
 
 
 class Native:
@@ -49,10 +50,7 @@ def _load(name: str, types: tuple[str, ...]) -> Callable[..., object]:
     folder = cache_folder(f"native-{_machine()}")
     key = hashlib.blake2b("\0".join(types).encode(), digest_size=8).hexdigest()
     path = folder / f"{name}-{key}.o" if folder else None
-    try:
-        code = path.read_bytes() if path else None
-    except OSError:
-        code = None
+    code = _recall(path) if path else None
     if code is None:
         code = _compile(name, types)
         if path:
@@ -60,8 +58,10 @@ def _load(name: str, types: tuple[str, ...]) -> Callable[..., object]:
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    _loaded.append(engine)
-    kinds = [{"int64": ctypes.c_int64, "float64": ctypes.c_double}.get(type, ctypes.c_void_p) for type in types]
+    _loaded.append((engine, code))
+    kinds: list[Any] = [
+        {"int64": ctypes.c_int64, "float64": ctypes.c_double}.get(type, ctypes.c_void_p) for type in types
+    ]
     signature = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *kinds)
     return signature(engine.get_function_address(name))
 
@@ -77,7 +77,7 @@ def _compile(name: str, types: tuple[str, ...]) -> bytes:
         for type in types
     ]
     function = numba.njit(numba.void(*kinds), nogil=True, error_model="numpy")(getattr(stats, name))
-    (compiled,) = function.overloads.values()
+    compiled: Any = function.overloads[tuple(kinds)]
     module = llvm.parse_assembly(function.inspect_llvm(tuple(kinds)))
     for other in module.functions:
         if other.name == compiled.fndesc.llvm_func_name:
@@ -93,10 +93,20 @@ def _compile(name: str, types: tuple[str, ...]) -> bytes:
     return bytes(target.emit_object(module))
 
 
+def _recall(path: Path) -> bytes | None:
+    """Return the code kept there, but not what a crash left half written: LLVM does not check."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return None
+    code = kept[_DIGEST:]
+    return code if hashlib.blake2b(code, digest_size=_DIGEST).digest() == kept[:_DIGEST] else None
+
+
 def _keep(path: Path, code: bytes) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        part.write_bytes(code)
+        part.write_bytes(hashlib.blake2b(code, digest_size=_DIGEST).digest() + code)
         part.replace(path)
     except OSError:  # a full or read-only cache only costs time
         part.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ The two entries, `summarize` and `compare`, take pointers, for `native`; `sums` 
 """
 
 import numpy as np
-from numba import carray
+from numba import carray  # type: ignore[attr-defined]
 
 from surgery.kernels.cpu import block_moments, fold
 from surgery.kernels.halves import widen
