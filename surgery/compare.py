@@ -101,8 +101,8 @@ def diff_checkpoints(
     """
     from surgery.agreement import agree
     from surgery.pairs import is_comparable, pair_job
-    from surgery.perturb import default_workers
     from surgery.scan import scan
+    from surgery.threads import default_workers
 
     sides = [resolve(source, variant=variant, token=token) for source in (a, b)]
     with ExitStack() as stack:

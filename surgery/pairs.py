@@ -3,16 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from surgery.dtypes import is_measurable, storage, to_numbers
-from surgery.kernels.stats import Differences, Sums, compare
+from surgery.kernels.sums import Differences, Sums, compare
 from surgery.noisytune import FLOATS
 from surgery.scan import Job
-from surgery.shard import Source
 from surgery.stats import Stats, first_number, merge_sums, sums_of
 from surgery.tensorfile import Tensor
+
+if TYPE_CHECKING:
+    from surgery.shard import Source
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Pair:
         return max(-1.0, min(1.0, (self.sum_a2 + self.sum_b2 - self.sum_d2) / 2 / lengths)) if lengths else None
 
 
-def pair_job(a: tuple[Source, Tensor], b: tuple[Source, Tensor]) -> Job[tuple[Sums | None, Differences], Pair]:
+def pair_job(a: "tuple[Source, Tensor]", b: "tuple[Source, Tensor]") -> Job[tuple[Sums | None, Differences], Pair]:
     """Return the work that compares two tensors of one shape: of dtypes that hold numbers, or else of one dtype."""
     if not is_measurable(a[1].dtype):
         return Job([a, b], measure=_compare_bytes, merge=_merge_bytes)

@@ -1,7 +1,6 @@
 """NoisyTune on checkpoint files: stream every shard into the output folder, then its companions and the recipe."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,6 +18,7 @@ from surgery.plan import Plan, ShardPlan, make_plan, open_source
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, TensorRecord, warn_of_vanished
 from surgery.shard import Task
+from surgery.threads import default_workers
 from surgery.ties import find_ties
 
 
@@ -223,9 +223,3 @@ def _already_done(plan: Plan) -> Recipe | None:
         if plan.checkpoint.commit is None and sha256_of(plan.checkpoint.path(file.source)) != file.source_sha256:
             return None
     return recipe
-
-
-def default_workers() -> int:
-    """Two threads per core, so that one computes while another waits for the disk or its turn; at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(2 * cores, 16)

@@ -4,11 +4,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from surgery.noise import BLOCK
-from surgery.shard import Source
 from surgery.tensorfile import BITS, Tensor
+
+if TYPE_CHECKING:
+    from surgery.shard import Source
 
 _PIECE = 1 << 20  # bytes: the pieces of a pair fit a core's cache beside their values
 _Part = TypeVar("_Part")
@@ -25,7 +27,7 @@ class Job(Generic[_Part, _Result]):
         merge: takes what `measure` returned, in the order of the elements.
     """
 
-    readers: Sequence[tuple[Source, Tensor]]
+    readers: "Sequence[tuple[Source, Tensor]]"
     measure: Callable[[list[memoryview]], _Part]
     merge: Callable[[list[_Part]], _Result]
     parts: dict[int, _Part] = field(default_factory=dict)

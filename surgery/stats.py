@@ -3,15 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from surgery.dtypes import storage, to_numbers
-from surgery.kernels.stats import Sums, summarize
+from surgery.kernels.sums import Sums, summarize
 from surgery.noisytune import FLOATS, Moments, merge_blocks, pool
 from surgery.scan import Job
-from surgery.shard import Source
 from surgery.tensorfile import BITS, Tensor
+
+if TYPE_CHECKING:
+    from surgery.shard import Source
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Stats:
     inf: int
 
 
-def stats_job(source: Source, tensor: Tensor) -> Job[Sums, Stats]:
+def stats_job(source: "Source", tensor: Tensor) -> Job[Sums, Stats]:
     """Return the work that measures a tensor of a dtype that holds numbers."""
     shift = first_number(source, tensor)
     return Job(
@@ -42,7 +45,7 @@ def stats_job(source: Source, tensor: Tensor) -> Job[Sums, Stats]:
     )
 
 
-def first_number(source: Source, tensor: Tensor) -> float:
+def first_number(source: "Source", tensor: Tensor) -> float:
     """Return a tensor's first element, from which the contract counts; 0 if it is not finite or there is none."""
     data = bytearray(BITS[tensor.dtype] // 8 if tensor.size else 0)
     source.read_into(tensor, 0, memoryview(data))

@@ -163,9 +163,9 @@ def _measure(
 ) -> Inspection:
     """Add what only the bytes tell: statistics, and tensors that repeat another one."""
     from surgery.dtypes import is_measurable
-    from surgery.perturb import default_workers
     from surgery.scan import scan
     from surgery.stats import stats_job
+    from surgery.threads import default_workers
     from surgery.ties import find_ties
 
     infos = [info for info in described.tensors if is_measurable(info.tensor.dtype)]

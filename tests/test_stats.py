@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from surgery import scan as scan_module
 from surgery.dtypes import is_measurable, storage, to_numbers
 from surgery.kernels import cpu
-from surgery.kernels.stats import compare, summarize
+from surgery.kernels.sums import compare, summarize
 from surgery.noisytune import Moments, merge_blocks, pool
 from surgery.pairs import Pair, pair_job
 from surgery.scan import scan

@@ -3,71 +3,29 @@
 The sums of one tensor are the noise contract's, so that its standard deviation is the one that scales its noise, to the
 bit. NaN and Inf are counted and left out of the sums, as are pairs of which one is not finite. Minimum and maximum are
 those of the bits as sorted integers: that vectorizes, and it tells which blocks are finite.
+
+The two entries, `summarize` and `compare`, take pointers, for `native`; `sums` calls them.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
+from numba import carray  # type: ignore[attr-defined]
 
-from surgery.dtypes import to_numbers
-from surgery.kernels.cpu import STORAGE, block_moments, fold
+from surgery.kernels.cpu import block_moments, fold
 from surgery.kernels.halves import widen
 from surgery.kernels.jit import kernel
+from surgery.kernels.sums import BF16, WHOLE
 from surgery.noise import BLOCK, LANES
-
-_SIGNED = {"F64": np.int64, "F32": np.int32, "F16": np.int16, "BF16": np.int16}
-_INF = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x7C00, "BF16": 0x7F80}
-"""The bits of Inf: those of finite values are smaller, those of NaN greater."""
-_WHOLE, _F16, _BF16 = 0, 1, 2
-_CODES = {"F64": _WHOLE, "F32": _WHOLE, "F16": _F16, "BF16": _BF16}
-"""How the kernels get from bits to values."""
-
-
-@dataclass(frozen=True)
-class Sums:
-    """What `summarize` finds in a run of a tensor's elements.
-
-    Args:
-        blocks: as cpu.moments: float64, shape (blocks, 2). What is not finite counts as if it were `shift`.
-        low, high: the smallest and the largest finite element; inf and -inf if there is none.
-        nan, inf: how many are NaN, and how many are Inf or -Inf.
-    """
-
-    blocks: np.ndarray
-    low: float
-    high: float
-    nan: int
-    inf: int
-
-
-@dataclass(frozen=True)
-class Differences:
-    """What `compare` finds in a run of two tensors' elements.
-
-    Args:
-        blocks: float64, shape (blocks, 4): sums of d^2, a^2 and b^2 and the maximum of |d|, with d = b - a, over the
-            pairs that are finite.
-        changed: how many pairs differ in their bits.
-        broken: how many of those are not finite, on either side.
-        skipped: how many pairs are not finite, on either side.
-    """
-
-    blocks: np.ndarray
-    changed: int
-    broken: int
-    skipped: int
 
 
 @kernel
 def _load(bits, dtype, x):
     """Write the values of a block to x."""
-    if dtype == _WHOLE:
+    if dtype == WHOLE:
         values = x.view(bits.dtype)
         for i in range(bits.size):
             values[i] = bits[i]
     else:
-        widen(bits.view(np.uint16), x.view(np.uint32), dtype == _BF16)
+        widen(bits.view(np.uint16), x.view(np.uint32), dtype == BF16)
 
 
 @kernel
@@ -101,8 +59,7 @@ def _mend(bits, mask, lowest, inf, shift, x, counts):
 
 
 @kernel
-def _summarize(bits, dtype, x, mask, lowest, inf, shift, out, keys, counts):
-    s1, s2 = np.empty(LANES), np.empty(LANES)
+def _summarize(bits, dtype, x, mask, lowest, inf, shift, s1, s2, out, keys, counts):
     for b in range(out.shape[0]):
         block = bits[b * BLOCK : (b + 1) * BLOCK]
         _load(block, dtype, x)
@@ -179,8 +136,7 @@ def _largest_of(most):
 
 
 @kernel
-def _compare(a, b, dtype, x, y, mask, inf, out, counts):
-    s, most = np.empty(LANES), np.empty(LANES)
+def _compare(a, b, dtype, x, y, mask, inf, s, most, out, counts):
     for k in range(out.shape[0]):
         one, other = a[k * BLOCK : (k + 1) * BLOCK], b[k * BLOCK : (k + 1) * BLOCK]
         _load(one, dtype, x)
@@ -198,41 +154,21 @@ def _compare(a, b, dtype, x, y, mask, inf, out, counts):
             out[k, 3] = _largest_of(most)
 
 
-def summarize(w: np.ndarray, dtype: str, shift: float) -> Sums:
-    """Sum up elements that start on a block boundary.
-
-    Args:
-        w: flat storage, dtype cpu.STORAGE[dtype].
-        dtype: "F64", "F32", "F16" or "BF16".
-        shift: the tensor's first element, or any finite number if that is not finite.
-    """
-    bits, x, mask, inf = _prepare(w, dtype)
-    out = np.empty((-(-w.size // BLOCK), 2))
-    keys = np.array([mask, ~mask])
-    counts = np.zeros(2, np.int64)
-    _summarize(bits, _CODES[dtype], x, mask, ~mask, inf, np.float64(shift), out, keys, counts)
-    low, high = _values(keys, dtype) if keys[0] <= keys[1] else (np.inf, -np.inf)
-    return Sums(out, low, high, int(counts[0]), int(counts[1]))
+def summarize(bits, n, dtype, mask, inf, shift, x, scratch, out, keys, counts):
+    """Enter `_summarize` with n elements, room for a block and for two rows of sums, and the results of sums.Sums."""
+    w, room = carray(bits, n), carray(scratch, (2, LANES))
+    of_type = w.dtype.type
+    _summarize(
+        w, dtype, carray(x, BLOCK), of_type(mask), of_type(~mask), of_type(inf), shift, room[0], room[1],
+        carray(out, ((n + BLOCK - 1) // BLOCK, 2)), carray(keys, 2), carray(counts, 2),
+    )  # fmt: skip
 
 
-def compare(a: np.ndarray, b: np.ndarray, dtype: str) -> Differences:
-    """Compare two runs of elements of one dtype, as `summarize` takes them."""
-    bits, x, mask, inf = _prepare(a, dtype)
-    out = np.empty((-(-a.size // BLOCK), 4))
-    counts = np.zeros(3, np.int64)
-    _compare(bits, b.view(bits.dtype), _CODES[dtype], x, np.empty_like(x), mask, inf, out, counts)
-    return Differences(out, *(int(count) for count in counts))
-
-
-def _prepare(w: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, Any, Any]:
-    """Return w's bits, room for the values of a block, and the bits of the largest magnitude and of Inf."""
-    signed: Any = _SIGNED[dtype]
-    x = np.empty(BLOCK, np.float64 if dtype == "F64" else np.float32)
-    return w.view(signed), x, signed(np.iinfo(signed).max), signed(_INF[dtype])
-
-
-def _values(keys: np.ndarray, dtype: str) -> tuple[float, float]:
-    """Return the floats that two keys stand for."""
-    bits = np.where(keys < 0, keys ^ np.iinfo(keys.dtype).max, keys).astype(keys.dtype)
-    low, high = to_numbers(bits.view(STORAGE[dtype]), dtype)[0].tolist()
-    return low + 0.0, high + 0.0  # no -0
+def compare(a, b, n, dtype, mask, inf, x, y, scratch, out, counts):
+    """Enter `_compare` in the same way, with room for two blocks, and the results of sums.Differences."""
+    w, room = carray(a, n), carray(scratch, (2, LANES))
+    of_type = w.dtype.type
+    _compare(
+        w, carray(b, n), dtype, carray(x, BLOCK), carray(y, BLOCK), of_type(mask), of_type(inf), room[0], room[1],
+        carray(out, ((n + BLOCK - 1) // BLOCK, 4)), carray(counts, 3),
+    )  # fmt: skip
