@@ -16,7 +16,7 @@ from surgery.kernels import cpu
 from surgery.kernels.sums import compare, summarize
 from surgery.noisytune import Moments, merge_blocks, pool
 from surgery.pairs import Pair, pair_job
-from surgery.scan import scan
+from surgery.scan import Job, scan
 from surgery.stats import Stats, merge_sums, pool_stats, stats_job
 from surgery.tensorfile import BITS, TensorFile
 
@@ -94,6 +94,16 @@ def test_nan_and_inf_are_counted_and_left_out(dtype: str, at: int) -> None:
     assert (found.min, found.max) == (x.min(), x.max())
     assert found.moments.mean == pytest.approx(x.mean(), rel=1e-12)
     assert found.moments.std == pytest.approx(x.std(ddof=1), rel=1e-12)
+
+
+@pytest.mark.parametrize("flaw", [math.nan, -math.nan, math.inf, -math.inf], ids=["nan", "-nan", "inf", "-inf"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_flaw_of_any_sign_is_found(dtype: str, flaw: float) -> None:
+    tensor = draw(5_000, dtype)
+    tensor[4_500] = flaw
+    found = stats_of(tensor, dtype)
+    assert (found.nan, found.inf) == (int(math.isnan(flaw)), int(math.isinf(flaw)))
+    assert math.isfinite(found.moments.std)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -257,3 +267,20 @@ def test_error_in_a_thread_is_raised(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="It changed while it was read; run again"):
         scan([job], workers=2, on_bytes=lambda _: None)
     file.close()
+
+
+def test_error_in_one_thread_stops_the_others(tmp_path: Path) -> None:
+    save_file({"w": draw(4096, "F32")}, tmp_path / "w.safetensors")
+    file = TensorFile(tmp_path / "w.safetensors", label="w")
+    done: list[int] = []
+
+    def measure(_: list[memoryview]) -> None:
+        done.append(1)
+        if len(done) == 3:
+            raise ValueError("third")
+
+    jobs = [Job([(file, file.header.tensors[0])], measure, merge=len) for _ in range(20_000)]
+    with pytest.raises(ValueError, match="third"):
+        scan(jobs, workers=2, on_bytes=lambda _: None)
+    file.close()
+    assert len(done) < 10_000

@@ -10,10 +10,10 @@ import os
 import threading
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 
@@ -123,15 +123,10 @@ def _target() -> Any:
 
 @cache
 def _machine() -> str:
-    """Digest what machine code depends on: these sources, the compiler, the processor."""
+    """Digest what machine code depends on: these sources, the compiler (llvmlite's version tells numba's), the CPU."""
     digest = hashlib.blake2b(digest_size=8)
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    for part in (
-        version("numba"),
-        version("llvmlite"),
-        llvm.get_host_cpu_name(),
-        llvm.get_host_cpu_features().flatten(),
-    ):
+    for part in (llvmlite.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
