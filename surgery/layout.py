@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 from surgery.errors import SourceError
 
-RECIPE, JOURNAL = "surgery.json", "surgery.unfinished.json"
+RECIPE, JOURNAL, CARD = "surgery.json", "surgery.unfinished.json", "README.md"
 
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -100,6 +100,13 @@ def arrange(names: Iterable[str], *, variant: str | None, what: str) -> Layout:
             f"{what}: expected weights of variant {variant!r}, got none. Leave --variant out or correct it."
         )
     return Layout(tuple(weights), tuple(companions), tuple(left_out))
+
+
+def is_weights(name: str) -> bool:
+    """Tell whether a loader may take a file of that name for the checkpoint's weights."""
+    path = PurePosixPath(name)
+    is_apart = any(_IGNORED.fullmatch(part) or _COPY_FOLDERS.fullmatch(part) for part in path.parts[:-1])
+    return bool(_WEIGHT.fullmatch(path.name)) and not _TRAINING.fullmatch(path.name) and not is_apart
 
 
 def _collect(folder: str, names: list[str]) -> tuple[list[WeightSet], list[str]]:
