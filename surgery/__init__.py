@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.live import perturb_model as perturb_model
     from surgery.live import perturb_state_dict as perturb_state_dict
+    from surgery.materialize import materialize_checkpoint as materialize_checkpoint
     from surgery.perturb import perturb_checkpoint as perturb_checkpoint
     from surgery.recipe import Recipe as Recipe
+    from surgery.verify import Verification as Verification
+    from surgery.verify import verify_checkpoint as verify_checkpoint
 
     __version__: str
 
@@ -22,9 +25,12 @@ _HOMES = {
     "SettingError": "surgery.errors",
     "SourceError": "surgery.errors",
     "SurgeryError": "surgery.errors",
+    "Verification": "surgery.verify",
+    "materialize_checkpoint": "surgery.materialize",
     "perturb_checkpoint": "surgery.perturb",
     "perturb_model": "surgery.live",
     "perturb_state_dict": "surgery.live",
+    "verify_checkpoint": "surgery.verify",
 }
 __all__ = sorted(_HOMES)
 

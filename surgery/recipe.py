@@ -73,7 +73,7 @@ class FileRecord:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "FileRecord":
-        tensors = tuple(TensorRecord.from_json(tensor) for tensor in entry["tensors"])
+        tensors = tuple(TensorRecord.from_json(tensor) for tensor in _typed(entry["tensors"], list))
         tied = _texts(entry["tied"])
         return cls(**{name: _typed(entry[name], str) for name in _FILE_FIELDS[:-1]}, tensors=tensors, tied=tied)
 
@@ -150,7 +150,7 @@ class Recipe:
                 variant=_optional(source["variant"], str),
                 settings=_settings(document["settings"]),
                 pooled_std=_from_hex(document["pooled_std"]),
-                files=tuple(FileRecord.from_json(file) for file in document["files"]),
+                files=tuple(FileRecord.from_json(file) for file in _typed(document["files"], list)),
                 companions=_texts(document["companions"]),
                 card=_optional(document.get("card"), str),
                 left_out=_texts(document["left_out"]),
