@@ -15,10 +15,10 @@ class Difference:
     """How one tensor differs from what it should be.
 
     Args:
-        elements: how many it has; of a dtype smaller than a byte, how many bytes.
+        elements: how many it has.
         differing: how many of them differ in any bit; -0 and 0 do, equal NaNs do not.
         not_finite: how many of those are NaN or Inf.
-        max_abs: largest |d| of the others; None if there are none, or the dtype has no numbers here.
+        max_abs: largest |d| of the others; None if there are none.
         std: of the source tensor, if it was measured.
     """
 
@@ -37,33 +37,22 @@ class Difference:
 
     def add(self, expected: memoryview, found: memoryview) -> None:
         """Take in a piece in which some bytes differ."""
-        mine, theirs = (np.frombuffer(data, _storage(self.dtype)) for data in (expected, found))
-        chosen = mine != theirs
-        self.differing += int(chosen.sum())
-        numbers = [_numbers(data[chosen], self.dtype) for data in (mine, theirs)]
-        if numbers[0] is None or numbers[1] is None:
-            return
-        self.not_finite += int((~np.isfinite(numbers[1])).sum())
+        bits = [np.frombuffer(data, f"<u{BITS[self.dtype] // 8}") for data in (expected, found)]
+        chosen = bits[0] != bits[1]
+        mine, theirs = (_numbers(data[chosen], self.dtype) for data in bits)
+        self.differing += mine.size
+        self.not_finite += int((~np.isfinite(theirs)).sum())
         with np.errstate(invalid="ignore", over="ignore"):
-            d = np.abs(numbers[1] - numbers[0])
+            d = np.abs(theirs - mine)
         if (finite := d[np.isfinite(d)]).size:
             self.max_abs = max(self.max_abs or 0.0, float(finite.max()))
 
 
-def _storage(dtype: str) -> str:
-    """Name the numpy dtype whose values are an element's bits."""
-    return f"<u{max(BITS[dtype] // 8, 1)}"
-
-
-def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray | None:
-    """Return the elements' values in float64 or complex, or None for dtypes that numpy does not know."""
+def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the values of elements in float64, or complex, of any dtype that `surgery perturb` lets pass."""
     if dtype == "BF16":
         return (bits.astype("<u4") << 16).view("<f4").astype(np.float64)
-    kind = {"F": "f", "I": "i", "U": "u", "B": "u", "C": "c"}[dtype[0]]
-    if dtype[1:] == "8" or dtype == "BOOL":
-        return bits.view(f"{kind}1").astype(np.float64)
-    if dtype[1:] not in ("16", "32", "64"):
-        return None
+    kind = "u" if dtype == "BOOL" else dtype[0].lower()
     values = bits.view(f"<{kind}{BITS[dtype] // 8}")
     return values if kind == "c" else values.astype(np.float64)
 
@@ -108,8 +97,7 @@ class Comparison:
         found = self._buffer[: len(data)]
         self._file.read_into(theirs, position - tensor.begin, found)
         if not np.array_equal(np.frombuffer(data, np.uint8), np.frombuffer(found, np.uint8)):
-            elements = tensor.nbytes * 8 // max(BITS[tensor.dtype], 8)
-            new = Difference(self._name, tensor.name, tensor.dtype, elements)
+            new = Difference(self._name, tensor.name, tensor.dtype, tensor.size)
             self.differences.setdefault(tensor.name, new).add(data, found)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """surgery materialize: the same bytes from the recipe and the source alone, or a line that says why not."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -289,8 +290,6 @@ def test_other_source_is_refused_by_name(refuses_recipe: Callable[..., None], ou
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    import hashlib
-
     now = hashlib.sha256(data).hexdigest()[:12]
     refuses_recipe(
         f"{path}: expected the recipe's source (sha256 {before}...), got another file ({now}...). {AGAIN}",
