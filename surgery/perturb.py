@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery import stream
-from surgery.agreement import file_faults, recipe_faults
+from surgery.faults import file_faults, recipe_faults
 from surgery.digests import sha256_of
 from surgery.errors import OutputError, SourceError
 from surgery.layout import CARD, RECIPE

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from surgery import stream
-from surgery.agreement import recipe_faults
+from surgery.faults import recipe_faults
 from surgery.checkpoint import resolve
-from surgery.compare import Comparison, Difference
+from surgery.expected import Comparison, Difference
 from surgery.digests import sha256_of
 from surgery.errors import SourceError
 from surgery.layout import CARD, RECIPE, is_weights
