@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.live import perturb_model as perturb_model
     from surgery.live import perturb_state_dict as perturb_state_dict
+    from surgery.materialize import materialize_checkpoint as materialize_checkpoint
     from surgery.perturb import perturb_checkpoint as perturb_checkpoint
     from surgery.push import Pushed as Pushed
     from surgery.push import push_checkpoint as push_checkpoint
     from surgery.recipe import Recipe as Recipe
     from surgery.survey import inspect_checkpoint as inspect_checkpoint
+    from surgery.verify import Verification as Verification
+    from surgery.verify import verify_checkpoint as verify_checkpoint
 
     __version__: str
 
@@ -27,12 +30,15 @@ _HOMES = {
     "SettingError": "surgery.errors",
     "SourceError": "surgery.errors",
     "SurgeryError": "surgery.errors",
+    "Verification": "surgery.verify",
     "diff_checkpoints": "surgery.compare",
     "inspect_checkpoint": "surgery.survey",
+    "materialize_checkpoint": "surgery.materialize",
     "perturb_checkpoint": "surgery.perturb",
     "perturb_model": "surgery.live",
     "perturb_state_dict": "surgery.live",
     "push_checkpoint": "surgery.push",
+    "verify_checkpoint": "surgery.verify",
 }
 __all__ = sorted(_HOMES)
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from surgery.errors import SettingError, SourceError
 from surgery.layout import JOURNAL, Layout, WeightSet, arrange
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -76,7 +76,7 @@ def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | 
     name, _, at = str(source).partition("@")
     if at and revision:
         raise SettingError(f"--revision: expected it once, got {revision} and {source}. Leave one of them out.")
-    if not _REPO_ID.fullmatch(name) or name.endswith(_SUFFIXES) or isinstance(source, Path):
+    if not REPO_ID.fullmatch(name) or name.endswith(_SUFFIXES) or isinstance(source, Path):
         raise SourceError(f"{source}: expected a folder, a file or a Hub id, got a path that does not exist. Check it.")
     return name, revision or at or None
 
@@ -92,11 +92,7 @@ def _from_file(path: Path) -> Checkpoint:
 
 def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, names: list[str] | None) -> Checkpoint:
     """Take what `arrange` chooses of the folder's files, or of `names`, some of which may not have been fetched."""
-    if (root / JOURNAL).exists():
-        raise SourceError(
-            f"{root}: expected a finished checkpoint, got one that `surgery perturb` did not finish. "
-            f"{JOURNAL} there has the command that finishes it."
-        )
+    refuse_unfinished(root)
     if names is None:
         # a linked folder is not entered: it is listed as a file, and refused as one
         found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
@@ -126,6 +122,19 @@ def _complete(root: Path, layout: Layout, *, names: Collection[str] | None) -> L
     stale = [name for weight_set in layout.weights for name in weight_set.files if name not in kept]
     left_out = layout.left_out + tuple((name, "a shard that no index names") for name in stale)
     return Layout(tuple(weights), layout.companions, left_out)
+
+
+def refuse_unfinished(root: Path) -> None:
+    """Refuse a folder that a run of ours has left unfinished.
+
+    Raises:
+        SourceError: it has.
+    """
+    if (root / JOURNAL).exists():
+        raise SourceError(
+            f"{root}: expected a finished checkpoint, got one that `surgery perturb` did not finish. "
+            f"{JOURNAL} there has the command that finishes it."
+        )
 
 
 def _refuse_unsafe(root: Path, name: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 from surgery.errors import SourceError
 
-RECIPE, JOURNAL = "surgery.json", "surgery.unfinished.json"
+RECIPE, JOURNAL, CARD = "surgery.json", "surgery.unfinished.json", "README.md"
 
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -2,11 +2,12 @@
 
 While a run is under way the folder holds `surgery.unfinished.json`, the journal: the job, and the results of every
 shard that is finished. Shards get their name when they are complete and on the disk; indexes, configs and the other
-companions come after them, so no loader finds a checkpoint before that; the recipe is last, then the journal goes.
+companions come after them, so no loader finds a checkpoint before that; card and recipe are last, and the journal goes.
 """
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from surgery.errors import OutputError
-from surgery.layout import JOURNAL, RECIPE
+from surgery.layout import CARD, JOURNAL, RECIPE
 from surgery.partfile import PartFile
 
 _PART = ".surgery-part"
@@ -31,7 +32,8 @@ class OutputFolder:
         path: the folder.
         job: what the run does, as JSON; a run resumes another if their jobs are equal.
         resume: the command that finishes the run.
-        planned: size in bytes of every file the run will write, by name relative to the folder.
+        planned: size in bytes of every file the run will write, by name relative to the folder, but for the recipe
+            and the card.
     """
 
     def __init__(self, path: Path, job: dict[str, Any], resume: str, planned: dict[str, int]) -> None:
@@ -87,7 +89,7 @@ class OutputFolder:
         recipe = _read_json(self.path / RECIPE)
         present.discard(JOURNAL + _PART)  # of a run killed as it wrote the journal, which is now written anew
         owned = set(former.get("owned", ())) or _names_in(recipe or {})
-        self._owned = owned | set(self._planned)
+        self._owned = owned | set(self._planned) | {CARD}
         is_same = former.get("job") == self._job
         strangers = sorted(n for n in present if n.removesuffix(_PART) not in owned | {JOURNAL, RECIPE})
         if former and not is_same and not overwrite:
@@ -104,6 +106,7 @@ class OutputFolder:
             found = f"{len(strangers or present)} files, such as {(strangers or sorted(present))[0]!r}"
             hint = "Choose another with -o." if strangers or not recipe else "Replace it with --overwrite, or use -o."
             raise OutputError(f"{self.path}: expected a new or empty folder, got {found}. {hint}")
+        self._refuse_edited_card(recipe or {})
         if is_same:
             self.finished = {n: r for n, r in former["finished"].items() if self._is_whole(n, r)}
             self.notes = former["notes"]
@@ -116,6 +119,15 @@ class OutputFolder:
         for folder in sorted({parent for name in doomed for parent in PurePosixPath(name).parents}, reverse=True):
             with suppress(OSError):  # not empty
                 (self.path / folder).rmdir()
+
+    def _refuse_edited_card(self, recipe: dict[str, Any]) -> None:
+        """Spare a card that its owner has written in: what else is removed here can be made again."""
+        card = self.path / CARD
+        written = recipe.get("card")
+        if written and card.is_file() and hashlib.sha256(card.read_bytes()).hexdigest() != written:
+            raise OutputError(
+                f"{card}: expected the card that was written here, got one edited since. Move it away first."
+            )
 
     def _is_whole(self, name: str, record: dict[str, Any]) -> bool:
         path = self.path / name
@@ -189,7 +201,8 @@ def is_finished(path: Path) -> bool:
 def _names_in(recipe: dict[str, Any]) -> set[str]:
     """Name the files a finished run wrote; none for a surgery.json that is not ours."""
     try:
-        return {str(file["name"]) for file in recipe["files"]} | set(recipe["companions"])
+        card = {CARD} if recipe.get("card") else set()
+        return {str(file["name"]) for file in recipe["files"]} | set(recipe["companions"]) | card
     except (KeyError, TypeError):
         return set()
 

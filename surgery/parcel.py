@@ -10,10 +10,8 @@ from huggingface_hub.utils.sha import git_hash
 
 from surgery.digests import sha256_of_all
 from surgery.errors import OutputError
-from surgery.layout import JOURNAL, RECIPE, is_weight
+from surgery.layout import CARD, JOURNAL, RECIPE, is_weight
 from surgery.recipe import Recipe
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""NoisyTune on checkpoint files: stream every shard into the output folder, then its companions and the recipe."""
+"""NoisyTune on checkpoint files: stream every shard into the output folder, then companions, card and recipe."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,17 +9,19 @@ from typing import Any
 
 from surgery import stream
 from surgery.digests import sha256_of
-from surgery.errors import SourceError
-from surgery.layout import RECIPE
+from surgery.errors import OutputError, SourceError
+from surgery.faults import file_faults, recipe_faults
+from surgery.layout import CARD, RECIPE
 from surgery.noise import CONTRACT
-from surgery.noisytune import NO_SPREAD, Moments, NoisyTune, as_globs, pool
+from surgery.noisytune import Moments, NoisyTune, as_globs
 from surgery.output import OutputFolder, is_finished
-from surgery.plan import Plan, ShardPlan, make_plan, open_source
+from surgery.partfile import PartFile
+from surgery.plan import Plan, ShardPlan, make_plan
 from surgery.progress import bar
-from surgery.recipe import FileRecord, Recipe, TensorRecord, warn_of_vanished
+from surgery.recipe import FileRecord, Recipe, warn_of_vanished
 from surgery.shard import Task
+from surgery.tasks import Measured, make_record, make_task, measure, with_ties
 from surgery.threads import default_workers
-from surgery.ties import find_ties
 
 
 def perturb_checkpoint(
@@ -73,37 +75,30 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
     if not overwrite and (recipe := _already_done(plan)):
         return recipe
     workers = workers or default_workers()
-    plan = _with_ties(plan)
+    plan = with_ties(plan)
     folder = OutputFolder(plan.out, _job(plan), plan.command, plan.sizes)
     with folder.claim(overwrite=overwrite):
         todo = [shard for shard in plan.shards if shard.name not in folder.finished]
         by_name = {shard.name: shard for shard in todo}
-        pooled: Moments | None = None
-        measured: dict[str, Any] = {}
-        if plan.settings.scale == "global":
-            measured = folder.notes.get("measured") or _measure(plan, workers)
-            folder.note("measured", measured)
-            spreads = [Moments(*m) for shard in measured.values() for m in shard["moments"].values()]
-            pooled = pool([moments for moments in spreads if moments.std])
+        kept = folder.notes.get("measured")
+        measured = Measured.from_json(kept) if kept else measure(plan, workers)
+        if measured.moments and not kept:
+            folder.note("measured", measured.to_json())
         with bar(sum(shard.nbytes for shard in todo), "perturbing") as on_bytes:
             stream.run(
-                (_task(plan, shard, folder, measured.get(shard.name), pooled) for shard in todo),
+                (make_task(plan, shard, measured, partial(folder.open_part, shard.name)) for shard in todo),
                 plan.settings,
                 workers=workers,
-                on_done=lambda task: _finish_shard(task, by_name[task.name], folder, measured.get(task.name)),
+                on_done=lambda task: _finish_shard(task, plan, by_name[task.name], folder, measured),
                 on_bytes=on_bytes,
             )
         companions = _write_companions(plan, folder)
-        recipe = _recipe(plan, folder, companions, pooled)
+        recipe = _recipe(plan, folder, companions, measured.pooled)
+        if plan.recorded:
+            _refuse(recipe_faults(plan.recorded, recipe), folder)
+        recipe = _write_card(recipe, plan, folder)
         folder.finish(recipe.to_json())
     return recipe
-
-
-def _with_ties(plan: Plan) -> Plan:
-    """Add the tensors that repeat another one, which only their bytes tell."""
-    ties = find_ties(plan.shards, partial(open_source, plan.checkpoint))
-    shards = [replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in plan.shards]
-    return replace(plan, shards=tuple(shards))
 
 
 def _job(plan: Plan) -> dict[str, Any]:
@@ -121,56 +116,27 @@ def _job(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _task(
-    plan: Plan, shard: ShardPlan, folder: OutputFolder | None, measured: dict[str, Any] | None, pooled: Moments | None
-) -> Task:
-    moments = measured["moments"] if measured else {}
-    flat = {name for name, numbers in moments.items() if not Moments(*numbers).std}
-    return Task(
-        name=shard.name,
-        label=str(plan.checkpoint.path(shard.source)),
-        open_source=partial(open_source, plan.checkpoint, shard.source),
-        open_target=partial(folder.open_part, shard.name) if folder else None,
-        copied=frozenset(shard.copied.keys() | flat),
-        tied=shard.tied,
-        pooled_std=pooled.std if pooled else None,
-        source_sha256=measured["source_sha256"] if measured else "",
-    )
-
-
-def _measure(plan: Plan, workers: int) -> dict[str, Any]:
-    """Read everything once for scale="global": each shard's digest, and each tensor's count, mean and spread."""
-    measured: dict[str, Any] = {}
-
-    def keep(task: Task) -> None:
-        moments = {name: [m.n, m.mean, m.m2] for name, m in task.moments.items()}
-        measured[task.name] = {"source_sha256": task.source_sha256, "moments": moments}
-
-    with bar(sum(shard.nbytes for shard in plan.shards), "measuring") as on_bytes:
-        tasks = (_task(plan, shard, None, None, None) for shard in plan.shards)
-        stream.run(tasks, plan.settings, workers=workers, on_done=keep, on_bytes=on_bytes)
-    return measured
-
-
-def _finish_shard(task: Task, shard: ShardPlan, folder: OutputFolder, measured: dict[str, Any] | None) -> None:
+def _finish_shard(task: Task, plan: Plan, shard: ShardPlan, folder: OutputFolder, measured: Measured) -> None:
     """Give a complete shard its name and note in the journal what was done to it."""
-    moments = {name: Moments(*m) for name, m in measured["moments"].items()} if measured else task.moments
-    tensors = []
-    for tensor in shard.header.tensors:
-        std = moments[tensor.name].std if tensor.name in moments else None
-        reason = shard.copied.get(tensor.name) or (None if std else NO_SPREAD)
-        effect = task.effects.get(tensor.name)
-        tensors.append(TensorRecord(tensor.name, tensor.dtype, tensor.shape, std, reason, effect))
-    record = FileRecord(shard.name, task.sha256, shard.source, task.source_sha256, tuple(tensors), shard.tied)
-    assert task.target is not None
+    record = make_record(task, shard, measured)
+    if plan.recorded:
+        recorded = next(file for file in plan.recorded.files if file.name == record.name)
+        _refuse(file_faults(recorded, record), folder)
+    assert isinstance(task.target, PartFile)
     size = folder.finish_part(shard.name, task.target)
     folder.record(shard.name, {"size": size, **record.to_json()})
+
+
+def _refuse(faults: list[str], folder: OutputFolder) -> None:
+    """Leave a repeated run unfinished whose recipe says something else than what comes out."""
+    if faults:
+        raise OutputError(f"{folder.path}: {faults[0]} The recipe was altered or is damaged: fetch it again.")
 
 
 def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
     """Copy every companion and write the indexes; return their digests, by name."""
     digests = {}
-    for name in plan.checkpoint.layout.companions:
+    for name in plan.companions:
         digest = hashlib.sha256()
         part = folder.open_part(name)
         with plan.checkpoint.path(name).open("rb") as source:
@@ -185,6 +151,16 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
     return digests
 
 
+def _write_card(recipe: Recipe, plan: Plan, folder: OutputFolder) -> Recipe:
+    """Write the card, and note it in the recipe."""
+    from surgery.card import make_card, read_metadata  # not before it is needed: it takes a while to import
+
+    own = plan.checkpoint.path(CARD) if CARD in plan.checkpoint.layout.companions else None
+    card = make_card(recipe, read_metadata(own) if own else {}).encode()
+    folder.write(CARD, card)
+    return replace(recipe, card=hashlib.sha256(card).hexdigest())
+
+
 def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled: Moments | None) -> Recipe:
     files = tuple(FileRecord.from_json(folder.finished[shard.name]) for shard in plan.shards)
     recipe = Recipe(
@@ -195,7 +171,7 @@ def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled
         pooled_std=pooled.std if pooled else None,
         files=files,
         companions=companions,
-        left_out=dict(plan.checkpoint.layout.left_out),
+        left_out=plan.left_out,
     )
     if plan.settings.lam and not any(tensor.copied is None for tensor in recipe.tensors):
         raise SourceError(
@@ -222,4 +198,4 @@ def _already_done(plan: Plan) -> Recipe | None:
             return None
         if plan.checkpoint.commit is None and sha256_of(plan.checkpoint.path(file.source)) != file.source_sha256:
             return None
-    return recipe
+    return None if plan.recorded and recipe_faults(plan.recorded, recipe) else recipe

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint import Checkpoint, read_weight_map, refuse_quantized, resolve
 from surgery.errors import SettingError, SourceError
-from surgery.layout import WeightSet
+from surgery.layout import CARD, WeightSet
 from surgery.noisytune import FLOATS, NoisyTune
 from surgery.output import refuse_output
+from surgery.recipe import Recipe
 from surgery.tensorfile import Header, Tensor, TensorFile
 
 if TYPE_CHECKING:
@@ -46,7 +47,13 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `surgery perturb` will do, before it does anything."""
+    """What a run will do, before it does anything.
+
+    Args:
+        indexes: to write, by name.
+        command: the shell command that does this.
+        recorded: the recipe that the run repeats, if it does; what it writes must be what that says.
+    """
 
     checkpoint: Checkpoint
     settings: NoisyTune
@@ -54,30 +61,47 @@ class Plan:
     shards: tuple[ShardPlan, ...]
     indexes: dict[str, bytes]
     variant: str | None
+    command: str
+    recorded: Recipe | None = None
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Files to copy: the source's own card describes other weights."""
+        return tuple(name for name in self.checkpoint.layout.companions if name != CARD)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files of the source that are not copied, with the reason."""
+        layout = self.checkpoint.layout
+        replaced = {CARD: "replaced by a card of its own"} if CARD in layout.companions else {}
+        return dict(layout.left_out) | replaced
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every file that will be written, by name."""
         sizes = {shard.name: shard.nbytes for shard in self.shards}
         sizes |= {name: len(data) for name, data in self.indexes.items()}
-        return sizes | {name: self.checkpoint.path(name).stat().st_size for name in self.checkpoint.layout.companions}
+        return sizes | {name: self.checkpoint.path(name).stat().st_size for name in self.companions}
 
-    @property
-    def command(self) -> str:
-        """The shell command that does this."""
-        s, c = self.settings, self.checkpoint
-        words = ["surgery", "perturb", c.id, "--lam", f"{s.lam:g}", "--seed", str(s.seed)]
-        words += ["--revision", c.commit] if c.commit else []
-        words += ["--variant", self.variant] if self.variant else []
-        for option, value, default in (
-            ("--noise", s.noise, "uniform"),
-            ("--scale", s.scale, "matrix"),
-            ("--rounding", s.rounding, "nearest"),
-        ):
-            words += [option, value] if value != default else []
-        for option, globs in (("--include", s.include), ("--exclude", s.exclude)):
-            words += [word for glob in globs for word in (option, glob)]
-        return shlex.join([*words, "-o", str(self.out)])
+
+def perturb_command(
+    source: str, settings: NoisyTune, *, commit: str | None, variant: str | None, out: Path | None = None
+) -> str:
+    """Return the shell command that perturbs a source."""
+    s = settings
+    lam = f"{s.lam:g}" if float(f"{s.lam:g}") == s.lam else repr(s.lam)
+    words = ["surgery", "perturb", source, "--lam", lam, "--seed", str(s.seed)]
+    words += ["--revision", commit] if commit else []
+    words += ["--variant", variant] if variant else []
+    for option, value, default in (
+        ("--noise", s.noise, "uniform"),
+        ("--scale", s.scale, "matrix"),
+        ("--rounding", s.rounding, "nearest"),
+    ):
+        words += [option, value] if value != default else []
+    for option, globs in (("--include", s.include), ("--exclude", s.exclude)):
+        words += [word for glob in globs for word in (option, glob)]
+    return shlex.join([*words, *(["-o", str(out)] if out else [])])
 
 
 def make_plan(
@@ -95,10 +119,29 @@ def make_plan(
         SettingError, SourceError, OutputError: as perturb_checkpoint.
     """
     checkpoint = resolve(source, revision=revision, variant=variant, token=token)
-    refuse_quantized(checkpoint)
-    named = out or f"{checkpoint.short_name}-noisytune-lam{settings.lam:g}-seed{settings.seed}"
+    out = choose_out(out, checkpoint, settings, name=checkpoint.short_name)
+    return plan_checkpoint(checkpoint, out, settings, variant=variant)
+
+
+def choose_out(out: str | Path | None, checkpoint: Checkpoint, settings: NoisyTune, *, name: str) -> Path:
+    """Return the folder to write, by default one named after the source, lam and seed.
+
+    Raises:
+        OutputError: it may not be written to.
+    """
+    named = out or f"{name}-noisytune-lam{settings.lam:g}-seed{settings.seed}"
     out = Path(os.path.expanduser(named))  # noqa: PTH111  (Path fails for an unknown ~user)
     refuse_output(out, Path(checkpoint.id) if Path(checkpoint.id).is_file() else checkpoint.root)
+    return out.absolute()
+
+
+def plan_checkpoint(checkpoint: Checkpoint, out: Path, settings: NoisyTune, *, variant: str | None) -> Plan:
+    """Settle what happens to every tensor of a checkpoint.
+
+    Raises:
+        SettingError, SourceError: as perturb_checkpoint.
+    """
+    refuse_quantized(checkpoint)
     shards: list[ShardPlan] = []
     indexes: dict[str, bytes] = {}
     for weight_set in checkpoint.layout.weights:
@@ -115,7 +158,8 @@ def make_plan(
             f"{checkpoint.id}: expected a tensor to perturb, got {len(names)} to copy ({'; '.join(reasons)}). "
             "Correct --include and --exclude."
         )
-    return Plan(checkpoint, settings, out.absolute(), tuple(shards), indexes, variant)
+    command = perturb_command(checkpoint.id, settings, commit=checkpoint.commit, variant=variant, out=out)
+    return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command)
 
 
 def open_source(checkpoint: Checkpoint, name: str) -> "Source":

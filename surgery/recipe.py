@@ -3,10 +3,10 @@
 import json
 import logging
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
-from surgery.errors import SourceError
+from surgery.errors import SettingError, SourceError
 from surgery.noise import CONTRACT
 from surgery.noisytune import Effect, NoisyTune
 
@@ -14,6 +14,7 @@ FORMAT = "surgery-recipe-1"
 _VANISHED = 0.01
 _log = logging.getLogger(__name__)
 _FILE_FIELDS = ("name", "sha256", "source", "source_sha256", "tied")
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class TensorRecord:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "TensorRecord":
         effect = Effect(entry["noise_over_std"], entry["survived"]) if "survived" in entry else None
-        std = _from_hex(entry.get("std"))
-        return cls(entry["name"], entry["dtype"], tuple(entry["shape"]), std, entry.get("why"), effect)
+        why = None if entry["perturbed"] else _typed(entry["why"], str)
+        name, dtype = _typed(entry["name"], str), _typed(entry["dtype"], str)
+        return cls(name, dtype, _all_typed(entry["shape"], int), _from_hex(entry.get("std")), why, effect)
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class FileRecord:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "FileRecord":
-        tensors = tuple(TensorRecord.from_json(tensor) for tensor in entry["tensors"])
-        return cls(**{name: entry[name] for name in _FILE_FIELDS}, tensors=tensors)
+        tensors = tuple(TensorRecord.from_json(tensor) for tensor in _typed(entry["tensors"], list))
+        tied = _texts(entry["tied"])
+        return cls(**{name: _typed(entry[name], str) for name in _FILE_FIELDS[:-1]}, tensors=tensors, tied=tied)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Recipe:
         settings: what was asked for.
         pooled_std: the one std of scale="global", else None.
         files: the weight files; for a live model, one record without file names.
-        companions: sha256 of every other file, by name.
+        companions: sha256 of every other file but the card, by name.
+        card: sha256 of README.md as it was written; it is its owner's to edit. None for a live model.
         left_out: files of the source that were not copied, with the reason.
         notes: what else to know, in sentences, such as tensors of a live model that the checkpoint does not name.
     """
@@ -97,6 +101,7 @@ class Recipe:
     pooled_std: float | None = None
     variant: str | None = None
     companions: dict[str, str] = field(default_factory=dict)
+    card: str | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     contract: str = CONTRACT
@@ -120,6 +125,7 @@ class Recipe:
             "pooled_std": _hex(self.pooled_std),
             "files": [file.to_json() for file in self.files],
             "companions": self.companions,
+            "card": self.card,
             "left_out": self.left_out,
             "notes": list(self.notes),
         }
@@ -130,29 +136,36 @@ class Recipe:
         """Read a recipe.
 
         Raises:
-            SourceError: not a recipe, or one of a newer version.
+            SourceError: not a recipe, one of a newer version, or one that names files out of its folder.
         """
         try:
             document = json.loads(text)
             if document["format"] != FORMAT or document["contract"] != CONTRACT:
                 found = f"{document['format']} of {document['contract']}"
                 raise SourceError(f"{what}: expected {FORMAT} of {CONTRACT}, got {found}. Update model-surgery.")
-            settings = dict(document["settings"])
-            settings["include"], settings["exclude"] = tuple(settings["include"]), tuple(settings["exclude"])
-            return cls(
-                source=document["source"]["id"],
-                commit=document["source"]["commit"],
-                variant=document["source"]["variant"],
-                settings=NoisyTune(**settings),
+            source = document["source"]
+            recipe = cls(
+                source=_typed(source["id"], str),
+                commit=_optional(source["commit"], str),
+                variant=_optional(source["variant"], str),
+                settings=_settings(document["settings"]),
                 pooled_std=_from_hex(document["pooled_std"]),
-                files=tuple(FileRecord.from_json(file) for file in document["files"]),
-                companions=document["companions"],
-                left_out=document["left_out"],
-                notes=tuple(document.get("notes", ())),
+                files=tuple(FileRecord.from_json(file) for file in _typed(document["files"], list)),
+                companions=_texts(document["companions"]),
+                card=_optional(document.get("card"), str),
+                left_out=_texts(document["left_out"]),
+                notes=_all_typed(document.get("notes", []), str),
                 contract=document["contract"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except SettingError as error:
+            raise SourceError(f"{what}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise SourceError(f"{what}: expected a recipe, got another or a damaged file. Fetch it again.") from error
+        for name in [name for file in recipe.files for name in (file.name, file.source)] + list(recipe.companions):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or any(character in name for character in "\\\0"):
+                raise SourceError(f"{what}: expected files of its own folder, got {name!r}. Do not trust this recipe.")
+        return recipe
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
@@ -164,6 +177,30 @@ def warn_of_vanished(recipe: Recipe) -> None:
     """Log a warning if rounding took the noise away: a recipe is easily thrown away unread."""
     if names := recipe.vanished:
         _log.warning("noise lost in rounding in %d tensors, such as %s: raise lam", len(names), names[0])
+
+
+def _settings(entry: dict[str, Any]) -> NoisyTune:
+    globs = {name: _all_typed(entry[name], str) for name in ("include", "exclude")}
+    return NoisyTune(**(entry | globs | {"seed": _typed(entry["seed"], int)}))
+
+
+def _typed(value: Any, kind: type[_Kind]) -> _Kind:
+    """Return a value of a JSON document if it is of that type; True and False are no numbers."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _optional(value: Any, kind: type[_Kind]) -> _Kind | None:
+    return None if value is None else _typed(value, kind)
+
+
+def _all_typed(values: Any, kind: type[_Kind]) -> tuple[_Kind, ...]:
+    return tuple(_typed(value, kind) for value in _typed(values, list))
+
+
+def _texts(entry: Any) -> dict[str, str]:
+    return {name: _typed(value, str) for name, value in _typed(entry, dict).items()}
 
 
 def _hex(value: float | None) -> str | None:

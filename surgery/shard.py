@@ -19,7 +19,6 @@ import numpy as np
 from surgery.kernels import cpu
 from surgery.noise import BLOCK, key
 from surgery.noisytune import Effect, Moments, NoisyTune, merge_blocks, merge_effect
-from surgery.partfile import PartFile
 from surgery.tensorfile import Header, Tensor
 
 # Bytes at a time: small enough for a core's cache, whole blocks of the noise contract in every dtype.
@@ -38,6 +37,13 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+class Target(Protocol):
+    """What a shard is handed to, from front to back: a PartFile that writes it, or a Comparison with a file."""
+
+    def append(self, data: memoryview) -> None: ...
+    def close(self) -> None: ...
+
+
 @dataclass
 class Task:
     """One shard's work, and its results once `run` hands it to `on_done`.
@@ -46,7 +52,7 @@ class Task:
         name: the shard's name in the output.
         label: the shard's name in errors.
         open_source: opens the shard to read.
-        open_target: opens the file to write, which on_done finishes; None: measure only.
+        open_target: opens what the shard is handed to, which on_done finishes; None: measure only.
         copied: names of the tensors to copy unchanged.
         tied: names of tensors that get the noise of another, and that one's name.
         pooled_std: if given, the std that scales every tensor's noise, none of which is then measured.
@@ -56,11 +62,11 @@ class Task:
     name: str
     label: str
     open_source: Callable[[], Source]
-    open_target: Callable[[], PartFile] | None
+    open_target: Callable[[], Target] | None
     copied: frozenset[str]
     tied: Mapping[str, str] = field(default_factory=dict)
     pooled_std: float | None = None
-    target: PartFile | None = None
+    target: Target | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
     effects: dict[str, Effect] = field(default_factory=dict)
     source_sha256: str = ""

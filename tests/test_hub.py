@@ -59,7 +59,7 @@ def test_perturb_downloads_only_what_it_needs(hub: Hub, perturb: Callable[..., R
     out = tmp_path / "out"
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {*_COMPANIONS, *_WEIGHTS, "surgery.json"}
-    assert all((out / name).read_bytes() == data for name, data in _COMPANIONS.items())
+    assert all((out / name).read_bytes() == data for name, data in _COMPANIONS.items() if name != "README.md")
     before, after = tensors(), load_file(out / "model.safetensors")
     assert {name: w.shape for name, w in before.items()} == {name: w.shape for name, w in after.items()}
     assert all((before[name] != after[name]).mean() > 0.99 for name in before)
@@ -69,8 +69,8 @@ def test_recipe_records_id_commit_and_what_was_left_out(hub: Hub, perturb: Calla
     perturb(MODEL, "-o", "out", "--revision", "v1")
     recipe = json.loads((tmp_path / "out/surgery.json").read_bytes())
     assert recipe["source"] == {"id": MODEL, "commit": hub.repos[MODEL].commit, "variant": None}
-    assert set(recipe["companions"]) == set(_COMPANIONS)
-    assert set(recipe["left_out"]) == set(_NOT_NEEDED)
+    assert set(recipe["companions"]) == {*_COMPANIONS} - {"README.md"}
+    assert set(recipe["left_out"]) == {*_NOT_NEEDED, "README.md"}
 
 
 def test_default_folder_is_named_after_the_model(perturb: Callable[..., Ran], tmp_path: Path) -> None:

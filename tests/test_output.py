@@ -239,8 +239,10 @@ def test_file_too_large_keeps_what_is_finished(run_cli: Callable[..., Ran], tmp_
         {"surgery.json": b"{}"},
         {"model.safetensors": b"cut"},
         {"config.json": b"cut"},
+        {"README.md": b"cut"},
+        {"README.md.surgery-part": b"cut"},
     ],
-    ids=["journal part", "parts", "recipe part", "recipe", "cut shard", "cut companion"],
+    ids=["journal part", "parts", "recipe part", "recipe", "cut shard", "cut companion", "cut card", "card part"],
 )
 def test_what_a_kill_leaves_behind_does_not_hinder(
     left: dict[str, bytes], run_cli: Callable[..., Ran], source: Path, tmp_path: Path
@@ -340,7 +342,7 @@ def test_overwrite_leaves_nothing_of_the_former_run(run_cli: Callable[..., Ran],
 def test_finished_folder_needs_overwrite(run_cli: Callable[..., Ran], refuses: Refuses, tmp_path: Path) -> None:
     assert run_cli("perturb", "sharded", "-o", "out").code == 0
     refuses(
-        f"{tmp_path}/out: expected a new or empty folder, got 6 files, such as 'model-00001-of-00003.safetensors'. "
+        f"{tmp_path}/out: expected a new or empty folder, got 7 files, such as 'README.md'. "
         "Replace it with --overwrite, or use -o.",
         *("single", "-o", "out"),
     )

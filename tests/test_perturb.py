@@ -295,7 +295,7 @@ def test_recipe_has_the_digests_of_every_file(minilm):
         for p in out.rglob("*.*")
         if p.is_file()
     }
-    named = {file.name: file.sha256 for file in recipe.files} | recipe.companions
+    named = {file.name: file.sha256 for file in recipe.files} | recipe.companions | {"README.md": recipe.card}
     assert named == {name: value for name, value in digest.items() if name != "surgery.json"}
     source_sha256 = hashlib.sha256((MINILM / "model.safetensors").read_bytes()).hexdigest()
     assert [file.source_sha256 for file in recipe.files] == [source_sha256]
@@ -320,7 +320,7 @@ def test_companions_and_subfolders_come_along(minilm):
     out = minilm[3]
     names = {p.relative_to(MINILM).as_posix() for p in MINILM.rglob("*") if p.is_file()}
     assert {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} == names | {"surgery.json"}
-    for name in names - {"model.safetensors"}:
+    for name in names - {"model.safetensors", "README.md"}:
         assert (out / name).read_bytes() == (MINILM / name).read_bytes(), name
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}

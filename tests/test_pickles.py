@@ -152,7 +152,8 @@ def test_bin_gives_the_bytes_of_safetensors_and_loads(kind: str, run_cli: Callab
         ran = run_cli("perturb", name, "-o", f"{name}-out", "--seed", "3")
         assert (ran.code, ran.err) == (0, "")
     assert tree_digest(tmp_path / "pickled") == before
-    assert set(tree_digest(tmp_path / "pickled-out")) == {"config.json", "model.safetensors", "surgery.json"}
+    written = {"config.json", "model.safetensors", "README.md", "surgery.json"}
+    assert set(tree_digest(tmp_path / "pickled-out")) == written
     safe, pickled = (load_file(tmp_path / f"{name}-out/model.safetensors") for name in ("safe", "pickled"))
     assert {name: w.tobytes() for name, w in safe.items()} == {name: w.tobytes() for name, w in pickled.items()}
     loaded = type(model).from_pretrained(tmp_path / "pickled-out").state_dict()

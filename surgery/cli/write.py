@@ -112,3 +112,41 @@ def _order(repo: str | None, **options: Any) -> "Order | None":
             option = f"--{name.replace('_', '-')}"
             raise SettingError(f"{option}: expected --push REPO with it, got none. Add it, or leave {option} out.")
     return None
+
+
+@main.command()
+@click.argument("recipe")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-noisytune-lam…-seed…]"
+)
+@click.option("--source", help="Where the source is now: Hub id, folder or file.  [default: where it was]")
+@click.option("--token", help="Hub token.  [default: the one of `hf auth login`]")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: two per core, at most 16]")
+@click.option("--overwrite", is_flag=True, help="Replace what a former run wrote to the folder.")
+@command
+def materialize(
+    recipe: str,
+    out: Path | None,
+    *,
+    source: str | None,
+    token: str | None,
+    workers: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the checkpoint that RECIPE describes, from its source, byte for byte.
+
+    RECIPE is a surgery.json, a folder that holds one, or a Hub id, which may end in @revision. An interrupted run is
+    resumed by the same command.
+    """
+    from surgery.materialize import execute_again, plan_recipe
+    from surgery.output import is_finished
+    from surgery.report import perturb as report
+    from surgery.report.text import as_json as to_json
+
+    start = time.perf_counter()
+    plan = plan_recipe(recipe, out, source=source, token=token)
+    is_new = overwrite or not is_finished(plan.out)
+    written = execute_again(plan, overwrite=overwrite, workers=workers)
+    rows = report.result_rows(written, plan, time.perf_counter() - start, is_new=is_new)
+    click.echo(to_json(rows) if as_json else report.result_table(rows))

@@ -34,8 +34,8 @@ def plan_rows(plan: Plan) -> dict[str, Any]:
         "shards": len(plan.shards),
         "parameters": _parameters(tensors),
         "command": plan.command,
-        "companions": list(plan.checkpoint.layout.companions),
-        "left_out": dict(plan.checkpoint.layout.left_out),
+        "companions": list(plan.companions),
+        "left_out": plan.left_out,
         "tied": {name: kept for shard in plan.shards for name, kept in shard.tied.items()},
         "tensors": tensors,
     }
