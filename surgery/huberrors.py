@@ -25,8 +25,8 @@ HttpLibraryError: Any = HfHubHTTPError.__mro__[1]
 version. HTTP errors, an answer from the Hub, have the same base."""
 
 NO_ANSWER = (OfflineModeIsEnabled, LocalEntryNotFoundError, HttpLibraryError, ConnectionError)
-_PASSING = (429, 500, 502, 503, 504)
-_MAX_WAIT = 60.0
+_PASSING = (412, 429, 500, 502, 503, 504)
+_MAX_WAIT = 60.0  # seconds
 
 
 @dataclass(frozen=True)
