@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.compare import diff_checkpoints as diff_checkpoints
+    from surgery.diff import diff_checkpoints as diff_checkpoints
     from surgery.errors import OutputError as OutputError
     from surgery.errors import SettingError as SettingError
     from surgery.errors import SourceError as SourceError
@@ -31,7 +31,7 @@ _HOMES = {
     "SourceError": "surgery.errors",
     "SurgeryError": "surgery.errors",
     "Verification": "surgery.verify",
-    "diff_checkpoints": "surgery.compare",
+    "diff_checkpoints": "surgery.diff",
     "inspect_checkpoint": "surgery.survey",
     "materialize_checkpoint": "surgery.materialize",
     "perturb_checkpoint": "surgery.perturb",

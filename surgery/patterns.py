@@ -38,21 +38,21 @@ def group(
     """Group items by the pattern of their names, in the order in which the first of each group comes.
 
     Args:
-        name: an item's name; two items may share one if they differ in kind.
+        name: an item's name.
         kind: what else the members of a group have in common, such as dtype and shape.
     """
     items = list(items)
     depth = depths(map(name, items))
-    order: dict[tuple[_Template, Hashable, _Numbers], tuple[int, _Item]] = {}
+    order: dict[tuple[_Template, Hashable, _Numbers], list[tuple[int, _Item]]] = defaultdict(list)
     families: dict[tuple[_Template, Hashable], set[_Numbers]] = defaultdict(set)
     for place, item in enumerate(items):
         template, numbers = _split(name(item))
-        order[template, kind(item), numbers] = place, item
+        order[template, kind(item), numbers].append((place, item))
         families[template, kind(item)].add(numbers)
     found = []
     for (template, what), members in families.items():
         for axes in _factor(members):
-            placed = [order[template, what, numbers] for numbers in _product(axes)]
+            placed = [entry for numbers in _product(axes) for entry in order[template, what, numbers]]
             inside = tuple(item for _, item in placed)
             pattern = _fill(template, [as_braces(axis) for axis in axes])
             found.append((min(place for place, _ in placed), pattern, inside))

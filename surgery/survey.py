@@ -1,5 +1,6 @@
 """What a checkpoint holds, and what perturb would do with each tensor: from headers alone, or from the bytes too."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -40,10 +41,6 @@ class TensorInfo:
     tensor: Tensor
     why: str | None
     stats: "Stats | None" = None
-
-    @property
-    def folder(self) -> str:
-        return self.file.rpartition("/")[0]
 
     @property
     def name(self) -> str:
@@ -94,7 +91,7 @@ def inspect_checkpoint(
     """
     found = locate(source, revision)
     if not stats and not isinstance(found, Path):
-        from surgery.remote_headers import read_remote
+        from surgery.hubheaders import read_remote
 
         if remote := read_remote(found[0], revision=found[1], variant=variant, token=token):
             checkpoint, headers = remote
@@ -115,6 +112,17 @@ def open_all(checkpoint: Checkpoint) -> Iterator[dict[str, "Source"]]:
             sources[name] = open_source(checkpoint, name)
             stack.callback(sources[name].close)
         yield sources
+
+
+def components(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the component of each weight file: its folder, and its stem where a folder holds several models."""
+    sets = checkpoint.layout.weights
+    folders = Counter(weight_set.folder for weight_set in sets)
+    return {
+        file: s.folder if folders[s.folder] == 1 else f"{s.folder}/{s.stem}".lstrip("/")
+        for s in sets
+        for file in s.files
+    }
 
 
 def _shard(name: str, header: Header, tied: dict[str, str]) -> ShardPlan:

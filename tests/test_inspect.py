@@ -48,6 +48,13 @@ def test_components_are_kept_apart(tmp_path: Path) -> None:
     assert [group["pattern"] for group in inspect(tmp_path)["groups"]] == ["unet/h.{0..1}.weight", "vae/h.0.weight"]
 
 
+def test_models_in_one_folder_are_kept_apart(tmp_path: Path) -> None:
+    write_weights(tmp_path / "style.safetensors", names=("h.0.weight", "h.1.weight"))
+    write_weights(tmp_path / "other.safetensors", names=("h.0.weight",))
+    groups = {group["pattern"]: group["count"] for group in inspect(tmp_path)["groups"]}
+    assert groups == {"other/h.0.weight": 1, "style/h.{0..1}.weight": 2}
+
+
 def test_what_perturb_would_do(tmp_path: Path) -> None:
     written: dict[str, Any] = {
         "bn.running_mean": np.zeros(3, np.float32),

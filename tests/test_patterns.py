@@ -66,6 +66,11 @@ def test_members_of_another_kind_are_a_group_of_their_own():
     assert [(g.pattern, [size for _, size in g.members]) for g in groups] == [("h.{0,2}.w", [8, 8]), ("h.1.w", [16])]
 
 
+def test_items_of_one_name_are_all_kept() -> None:
+    (found,) = group([("h.0", 1), ("h.1", 2), ("h.0", 3)], name=lambda item: item[0], kind=lambda _: None)
+    assert (found.pattern, found.members) == ("h.{0..1}", (("h.0", 1), ("h.0", 3), ("h.1", 2)))
+
+
 def test_groups_come_in_the_order_of_their_first_members():
     assert list(patterns("z.1.w", "head.w", "z.0.w", "a.b")) == ["z.{0..1}.w", "head.w", "a.b"]
 

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from safetensors.numpy import load_file, save_file
 
 from surgery.cli import main
-from surgery.compare import diff_checkpoints
+from surgery.diff import diff_checkpoints
 from surgery.errors import OutputError, SettingError
 from surgery.noisytune import NoisyTune
 from surgery.perturb import execute

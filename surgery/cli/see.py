@@ -89,7 +89,7 @@ def diff(a: str, b: str, *, is_all: bool, plot: Path | None, as_json: bool, **se
     A and B are Hub ids, such as org/name@revision, folders, or .safetensors or PyTorch files. Exit code 0 whether they
     differ or not.
     """
-    from surgery.compare import diff_checkpoints
+    from surgery.diff import diff_checkpoints
     from surgery.report import diff as report
     from surgery.report.tables import look_of_stdout
     from surgery.report.text import as_json as to_json

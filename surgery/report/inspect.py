@@ -9,7 +9,7 @@ from surgery.patterns import group
 from surgery.recipe import Recipe
 from surgery.report.tables import Alarm, Column, Look, lay_out
 from surgery.report.text import as_bytes, finite, line, some
-from surgery.survey import REFUSED
+from surgery.survey import REFUSED, components
 
 if TYPE_CHECKING:
     from surgery.stats import Stats
@@ -38,7 +38,7 @@ def rows(inspection: "Inspection") -> dict[str, Any]:
             _join(folder, a): _join(folder, b) for folder, names in inspection.tied.items() for a, b in names.items()
         },
         "left_out": dict(checkpoint.layout.left_out),
-        "groups": _group_rows(tensors, is_measured=inspection.is_measured),
+        "groups": _group_rows(inspection),
         "tensors": [_tensor_row(info, is_measured=inspection.is_measured) for info in tensors],
     }
 
@@ -67,10 +67,11 @@ def _tensor_row(info: "TensorInfo", *, is_measured: bool) -> dict[str, Any]:
             "bytes": tensor.nbytes, **_common(info.why, info.stats, is_measured)}  # fmt: skip
 
 
-def _group_rows(tensors: "Sequence[TensorInfo]", *, is_measured: bool) -> list[dict[str, Any]]:
+def _group_rows(inspection: "Inspection") -> list[dict[str, Any]]:
+    component = components(inspection.checkpoint)
     found = group(
-        tensors,
-        name=lambda info: _join(info.folder, info.name),
+        inspection.tensors,
+        name=lambda info: _join(component[info.file], info.name),
         kind=lambda info: (info.tensor.dtype, info.tensor.shape, info.why),
     )
     described = []
@@ -79,7 +80,7 @@ def _group_rows(tensors: "Sequence[TensorInfo]", *, is_measured: bool) -> list[d
         stats = _pooled([info.stats for info in members.members if info.stats])
         described.append(
             {"pattern": members.pattern, "count": len(members.members), "dtype": first.tensor.dtype,
-             "shape": list(first.tensor.shape), **_common(first.why, stats, is_measured)}
+             "shape": list(first.tensor.shape), **_common(first.why, stats, inspection.is_measured)}
         )  # fmt: skip
     return described
 

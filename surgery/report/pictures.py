@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.compare import Comparison, Difference, Side
+from surgery.diff import Comparison, Difference, Side
 from surgery.errors import SettingError
 from surgery.noise import UNIT_STD
 from surgery.noisytune import FLOATS, Moments, NoisyTune
@@ -16,7 +16,7 @@ from surgery.plan import Plan, open_source
 from surgery.recipe import Recipe
 from surgery.report.plot import Density, Histogram, Picture, check_plot
 from surgery.sample import sample
-from surgery.survey import Inspection, TensorInfo, open_all
+from surgery.survey import Inspection, TensorInfo, components, open_all
 from surgery.tensorfile import Tensor, TensorFile
 
 _BINS = 30  # of a 16-bit tensor more would show its grid rather than the noise
@@ -65,7 +65,8 @@ def diff_picture(comparison: Comparison) -> Picture:
 
 def stats_picture(inspection: Inspection) -> Picture:
     """Picture what a checkpoint holds: each tensor's std, and its elements beside the normal distribution."""
-    names = {info: f"{info.folder}/{info.name}" if info.folder else info.name for info in inspection.tensors}
+    part = components(inspection.checkpoint)
+    names = {info: f"{part[info.file]}/{info.name}".lstrip("/") for info in inspection.tensors}
     drawn = {
         info: info.stats.moments
         for info in inspection.tensors

@@ -13,7 +13,7 @@ from surgery.survey import read_recipe
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
-    from surgery.compare import Difference
+    from surgery.diff import Difference
     from surgery.pairs import Pair
 
 _SIGMAS = 6.0

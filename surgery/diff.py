@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from surgery.checkpoint import Checkpoint, resolve
 from surgery.errors import SourceError
 from surgery.progress import bar
-from surgery.survey import open_all
+from surgery.survey import components, open_all
 from surgery.tensorfile import Tensor
 
 if TYPE_CHECKING:
-    from surgery.agreement import Agreement
+    from surgery.figures import Agreement
     from surgery.pairs import Pair
     from surgery.scan import Job
     from surgery.shard import Source
@@ -99,7 +99,7 @@ def diff_checkpoints(
     Raises:
         SettingError, SourceError: one of them is missing, malformed or unsafe.
     """
-    from surgery.agreement import agree
+    from surgery.figures import agree
     from surgery.pairs import is_comparable, pair_job
     from surgery.scan import scan
     from surgery.threads import default_workers
@@ -134,9 +134,9 @@ class Side:
     def __init__(self, checkpoint: Checkpoint, sources: "dict[str, Source]") -> None:
         self.kept: dict[_Key, _Place] = {}
         self.places: dict[_Key, _Place] = {}
-        components = _components(checkpoint)
+        component_of = components(checkpoint)
         for file, source in sources.items():
-            component = components[file]
+            component = component_of[file]
             for tensor in source.header.tensors:
                 if (component, tensor.name) in self.kept:
                     raise SourceError(
@@ -146,17 +146,6 @@ class Side:
                 self.kept[component, tensor.name] = source, tensor
             self.places |= {(component, name): self.kept[component, kept] for name, kept in source.tied.items()}
         self.places |= self.kept
-
-
-def _components(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the component of each weight file: its folder, and its stem where a folder holds several models."""
-    sets = checkpoint.layout.weights
-    folders = Counter(weight_set.folder for weight_set in sets)
-    return {
-        file: s.folder if folders[s.folder] == 1 else f"{s.folder}/{s.stem}".lstrip("/")
-        for s in sets
-        for file in s.files
-    }
 
 
 def _match(a: Side, b: Side) -> Iterator[tuple[str, _Place | None, _Place | None]]:
