@@ -240,8 +240,8 @@ def test_hub_error_is_one_line(where: str, start: str, run_cli: Callable[..., Ra
 
 def test_offline_without_the_recipe(refuses_recipe: Callable[..., None]) -> None:
     refuses_recipe(
-        "org/none: expected a path, or a recipe in the Hub's cache or on the Hub, got none of them. "
-        "Check the name, or connect to fetch it.",
+        "org/none: expected a path, or a model in the Hub's cache or on the Hub, got none of them while offline. "
+        "Check the name, or connect once to fetch it.",
         "org/none",
     )
 

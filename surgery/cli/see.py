@@ -116,6 +116,7 @@ def verify(folder: str, *, source: str | None, token: str | None, workers: int |
     DIR is a folder that `surgery perturb` wrote, or a Hub id, which may end in @revision. Writes nothing. Exit code 0:
     equal; 1: not.
     """
+    from surgery.report.tables import look_of_stdout
     from surgery.report.text import as_json as to_json
     from surgery.report.verify import verify_rows, verify_table
     from surgery.verify import verify_checkpoint
@@ -123,6 +124,6 @@ def verify(folder: str, *, source: str | None, token: str | None, workers: int |
     start = time.perf_counter()
     found = verify_checkpoint(folder, source=source, token=token, workers=workers)
     rows = verify_rows(found, time.perf_counter() - start)
-    click.echo(to_json(rows) if as_json else verify_table(rows))
+    click.echo(to_json(rows) if as_json else verify_table(rows, look_of_stdout()))
     if not found.is_equal:
         sys.exit(1)

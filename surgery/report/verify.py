@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from surgery.report.tables import Alarm, Column, Look, lay_out
 from surgery.report.text import as_bytes, line
 from surgery.verify import Verification
 
 _SHOWN = 20
+_TITLES = ("differ", "of", "max |d|", "max |d| / std", "NaN or Inf")
 
 
 def verify_rows(found: Verification, seconds: float) -> dict[str, Any]:
@@ -26,32 +28,28 @@ def verify_rows(found: Verification, seconds: float) -> dict[str, Any]:
     }
 
 
-def verify_table(rows: Mapping[str, Any]) -> str:
+def verify_table(rows: Mapping[str, Any], look: Look) -> str:
     """Lay out verify_rows for people."""
     commit = f"@{rows['commit'][:12]}" if rows["commit"] else ""
     differences = rows["differences"]
-    verdict = "bit for bit equal to" if rows["equal"] else "NOT equal to"
+    verdict = "bit for bit equal to" if rows["equal"] else look.alarm("NOT equal") + " to"
     lines = [
         f"{rows['folder']} is {verdict} what its recipe makes of {rows['source']}{commit}",
         line("tensors", f"{rows['tensors'] - len(differences)} equal, {len(differences)} differ"),
         line("read", f"{as_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"),
-        *(line("fault", fault) for fault in rows["faults"]),
+        *(wrapped for fault in rows["faults"] for wrapped in look.wrap(line("fault", fault))),
     ]
-    return "\n".join(lines + (_difference_lines(differences) if differences else []))
+    return "\n".join(lines + (_difference_lines(differences, look) if differences else []))
 
 
-def _difference_lines(differences: list[Mapping[str, Any]]) -> list[str]:
-    shown = differences[:_SHOWN]
-    table = [("elements differ", "max |d|", "max |d|/std", "tensor"), *map(_cells, shown)]
-    widths = [max(len(cells[column]) for cells in table) for column in range(3)]
-    lines = [
-        "  " + "  ".join([*(c.rjust(w) for c, w in zip(cells, widths, strict=False)), cells[3]]) for cells in table
-    ]
-    more = len(differences) - len(shown)
-    return lines + ([f"  and {more} more: --json lists all of them"] if more else [])
+def _difference_lines(differences: list[Mapping[str, Any]], look: Look) -> list[str]:
+    columns = [Column("tensor", is_flexible=True), *(Column(title, is_number=True) for title in _TITLES)]
+    lines = lay_out(columns, [_cells(row) for row in differences[:_SHOWN]], look)
+    more = len(differences) - _SHOWN
+    return ["", *lines] + ([f"{more} more differ: --json lists all of them"] if more > 0 else [])
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    bad = f" ({row['not_finite']:,} NaN or Inf)" if row["not_finite"] else ""
-    sizes = ["-" if row[key] is None else f"{row[key]:.3g}" for key in ("max_abs", "max_over_std")]
-    return f"{row['differing']:,} of {row['elements']:,}", sizes[0], sizes[1], f"{row['name']}{bad}"
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    sizes = ["" if row[key] is None else f"{row[key]:.3g}" for key in ("max_abs", "max_over_std")]
+    broken = Alarm(f"{row['not_finite']:,}") if row["not_finite"] else ""
+    return [row["name"], f"{row['differing']:,}", f"{row['elements']:,}", *sizes, broken]
