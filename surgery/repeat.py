@@ -39,24 +39,19 @@ def find_recipe(where: str | Path, *, token: str | None) -> Path:
 
 def _fetch_recipe(repo_id: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RemoteEntryNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     what = f"{repo_id}@{revision}" if revision else repo_id
     try:
         return Path(hf_hub_download(repo_id, RECIPE, revision=revision, token=token))
-    except RemoteEntryNotFoundError as error:
-        raise SourceError(
-            f"{what}: expected a repository with {RECIPE}, got one without. Name one that `surgery push` wrote."
-        ) from error
     except LocalEntryNotFoundError as error:
         raise SourceError(
             f"{what}: expected a path, or a recipe in the Hub's cache or on the Hub, got none of them. "
             "Check the name, or connect to fetch it."
+        ) from error
+    except EntryNotFoundError as error:
+        raise SourceError(
+            f"{what}: expected a repository with {RECIPE}, got one without. Name one that `surgery push` wrote."
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise SourceError(
