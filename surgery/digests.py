@@ -6,9 +6,10 @@ nanosecond. A file changed within the last seconds is not remembered, since a ch
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 from surgery.caches import cache_folder
@@ -36,10 +37,19 @@ def sha256_of(path: Path, *, at_rest: bool = False, on_bytes: Callable[[int], ob
 
 def sha256_of_all(paths: Iterable[Path], what: str, *, at_rest: bool = False) -> dict[Path, str]:
     """Return the sha256 of every file, hashed in parallel under a progress bar with `what` on it."""
-    paths = list(paths)
+    paths, stop = list(paths), threading.Event()
+
+    def advance(n: int) -> None:
+        if stop.is_set():  # Ctrl-C: the pool waits for what it has begun
+            raise CancelledError
+        on_bytes(n)
+
     with bar(sum(path.stat().st_size for path in paths), what) as on_bytes, ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda path: sha256_of(path, at_rest=at_rest, on_bytes=on_bytes), paths)
-        return dict(zip(paths, digests, strict=True))
+        digests = pool.map(lambda path: sha256_of(path, at_rest=at_rest, on_bytes=advance), paths)
+        try:
+            return dict(zip(paths, digests, strict=True))
+        finally:
+            stop.set()
 
 
 def _hash(path: Path, on_bytes: Callable[[int], object]) -> str:

@@ -1,5 +1,7 @@
 """What surgery raises for input it cannot work with: one line each, `<what>: expected X, got Y. <What to do>.`"""
 
+from collections.abc import Sequence
+
 
 class SurgeryError(Exception):
     """Base of every error this package raises on purpose; the command line prints it as one line and exits 1."""
@@ -13,5 +15,14 @@ class SourceError(SurgeryError):
     """The checkpoint is missing, malformed, unsafe or of a kind that cannot be perturbed."""
 
 
+class NoWeightsError(SourceError):
+    """The files are there, but none of them holds weights."""
+
+
 class OutputError(SurgeryError):
     """The output folder cannot be used, or writing to it failed."""
+
+
+def some(names: Sequence[str]) -> str:
+    """Name the first two of many."""
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from surgery.errors import SourceError
+from surgery.errors import NoWeightsError, SourceError
 
 RECIPE, JOURNAL, CARD = "surgery.json", "surgery.unfinished.json", "README.md"
 
@@ -94,7 +94,7 @@ def arrange(names: Iterable[str], *, variant: str | None, what: str) -> Layout:
     if not weights:
         formats = "safetensors or PyTorch weights"
         found = f"{len(left_out) + len(companions)} files without any" if by_folder else "nothing"
-        raise SourceError(f"{what}: expected {formats}, got {found}. Point at the folder that holds the weights.")
+        raise NoWeightsError(f"{what}: expected {formats}, got {found}. Point at the folder that holds the weights.")
     if variant and not any(chosen.variant == variant for chosen in weights):
         raise SourceError(
             f"{what}: expected weights of variant {variant!r}, got none. Leave --variant out or correct it."

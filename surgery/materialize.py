@@ -4,16 +4,14 @@ import logging
 import os
 import shlex
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from surgery.digests import sha256_of
+from surgery.digests import sha256_of_all
 from surgery.errors import OutputError
 from surgery.layout import CARD
 from surgery.perturb import execute
 from surgery.plan import Plan, choose_out
-from surgery.progress import bar
 from surgery.recipe import Recipe
 from surgery.repeat import find_recipe, find_source, plan_again, refuse_other
 
@@ -83,9 +81,6 @@ def _source_option(source: str | Path | None) -> Iterable[str]:
 
 def _refuse_other_weights(plan: Plan, recorded: Recipe) -> None:
     """Hash the source before anything is written; what is hashed is remembered, so the run does not do it again."""
-    paths = {plan.checkpoint.path(file.source): file.source_sha256 for file in recorded.files}
-    nbytes = sum(path.stat().st_size for path in paths)
-    with bar(nbytes, "checking the source") as on_bytes, ThreadPoolExecutor() as pool:
-        for path, digest in zip(paths, pool.map(sha256_of, paths), strict=True):
-            on_bytes(path.stat().st_size)
-            refuse_other(path, digest, paths[path])
+    expected = {plan.checkpoint.path(file.source): file.source_sha256 for file in recorded.files}
+    for path, digest in sha256_of_all(expected, "checking the source").items():
+        refuse_other(path, digest, expected[path])

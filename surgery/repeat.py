@@ -8,11 +8,10 @@ from pathlib import Path
 
 from surgery.checkpoint import REPO_ID, Checkpoint, refuse_unfinished, resolve
 from surgery.digests import sha256_of
-from surgery.errors import SourceError
+from surgery.errors import SourceError, some
 from surgery.layout import CARD, RECIPE
 from surgery.plan import Plan, plan_checkpoint
 from surgery.recipe import Recipe
-from surgery.report.text import some
 
 
 def find_recipe(where: str | Path, *, token: str | None) -> Path:
@@ -39,7 +38,7 @@ def find_recipe(where: str | Path, *, token: str | None) -> Path:
 
 def _fetch_recipe(repo_id: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     from surgery.huberrors import FETCH, one_line
 
@@ -47,7 +46,9 @@ def _fetch_recipe(repo_id: str, revision: str | None, token: str | None) -> Path
     with one_line(what, repo_id, FETCH):
         try:
             return Path(hf_hub_download(repo_id, RECIPE, revision=revision, token=token))
-        except RemoteEntryNotFoundError as error:
+        except LocalEntryNotFoundError:  # offline: an EntryNotFoundError too
+            raise
+        except EntryNotFoundError as error:
             raise SourceError(
                 f"{what}: expected a repository with {RECIPE}, got one without. Name one that `surgery push` wrote."
             ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from surgery import stream
 from surgery.checkpoint import resolve
 from surgery.digests import sha256_of
-from surgery.errors import SourceError
+from surgery.errors import NoWeightsError, SourceError
 from surgery.expected import Comparison, Difference
 from surgery.faults import recipe_faults
 from surgery.layout import CARD, RECIPE, is_weight
@@ -100,7 +100,13 @@ def _find(folder: str | Path, token: str | None) -> tuple[Path, set[str], Recipe
     if Path(folder).expanduser().exists():
         root = path.parent
         return root, {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}, recipe
-    found = resolve(f"{str(folder).partition('@')[0]}@{path.parent.name}", variant=recipe.variant, token=token)
+    try:
+        found = resolve(f"{str(folder).partition('@')[0]}@{path.parent.name}", variant=recipe.variant, token=token)
+    except NoWeightsError as error:
+        raise SourceError(
+            f"{folder}: expected the weights that {RECIPE} names, got a repository without any. "
+            f"`surgery materialize {folder}` writes them."
+        ) from error
     layout = found.layout
     weights = [name for weight_set in layout.weights for name in weight_set.files]
     return found.root, {*weights, *layout.companions, *(name for name, _ in layout.left_out)}, recipe

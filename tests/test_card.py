@@ -248,7 +248,8 @@ _DAMAGED = {
     "tag": b"---\nlicense: !!python/object/apply:os.system [ls]\n---\n",
     "date": b"---\nlicense: mit\ndate: 2023-99-99\n---\n",
     "bytes": b"---\nlicense: \xff\n---\n",
-    "deep": b"---\nlicense: " + b"[" * 100_000 + b"\n---\n",
+    "deep": b"---\nlicense: " + b"[" * 100_000 + b"]" * 100_000 + b"\n---\n",
+    "cut": b"---\nlicense: " + b"[" * 100_000 + b"\n---\n",
 }
 
 

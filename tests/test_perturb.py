@@ -196,6 +196,14 @@ def test_global_scale_uses_one_std(source, tmp_path):
     assert np.array_equal(after["b.weight"].numpy(), w + u * np.float32(0.1 * recipe.pooled_std))
 
 
+def test_global_scale_leaves_flat_tensors_out(tmp_path):
+    tensors = seeded(a=(300, 10), b=(40,)) | {"flat": torch.full((5000,), 9.0)}
+    recipe = perturb_checkpoint(folder_of(tmp_path / "source", tensors), tmp_path / "out", scale="global")
+    pooled = torch.cat([tensors[name].double().flatten() for name in "ab"]).std().item()
+    assert recipe.pooled_std == pytest.approx(pooled, rel=1e-12)
+    assert {t.name: t.copied for t in recipe.tensors if t.copied} == {"flat": "all elements equal, no spread"}
+
+
 def test_normal_noise_has_the_uniforms_spread(source, tmp_path):
     recipe = perturb_checkpoint(source, tmp_path / "out", noise="normal")
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")

@@ -184,7 +184,7 @@ def test_python_does_the_same(hub: Hub, out: Path) -> None:
 
 def test_recipe_only_leaves_weights_and_indexes_out(hub: Hub, push: Push, finished: Path) -> None:
     rows = json.loads(succeeded(push(REPO, "--recipe-only", "--json", folder=finished / "shards")))
-    assert [file["name"] for file in rows["files"]] == ["surgery.json"]
+    assert [file["name"] for file in rows["files"]] == ["README.md", "surgery.json"]
     assert (rows["left_out"], uploads(hub)) == ([], [])
     stdout = succeeded(push("me/other", "--recipe-only"))
     assert hub.repos["me/other"].files.keys() == _OURS - {WEIGHTS}
@@ -404,7 +404,7 @@ def test_file_outside_of_the_folder_is_refused(hub: Hub, push: Push, out: Path) 
     recipe = json.loads((out / "surgery.json").read_text())
     recipe["companions"]["../secret"] = "0" * 64
     write_json(out / "surgery.json", recipe)
-    assert "secret: expected a file of this folder, got one outside of it." in push(REPO).stderr
+    assert "surgery.json: expected files of its own folder, got '../secret'." in push(REPO).stderr
     assert hub.requests == []
 
 

@@ -97,7 +97,7 @@ def test_command_says_equal_and_exits_0(run_cli: Callable[..., Ran], source: Pat
     first, second, third = ran.out.splitlines()
     assert first == f"out is bit for bit equal to what its recipe makes of {source}"
     assert second == "  tensors      3 equal, 0 differ"
-    assert third.startswith("  read         0.0 MB in ")
+    assert third.startswith("  read         1.3 kB in ")
     assert tree_digest(tmp_path, skip="hf-home") == before
 
 
@@ -459,10 +459,16 @@ def test_checkpoint_on_the_hub(run_cli: Callable[..., Ran], tmp_path: Path) -> N
         pushed["model.fp16.safetensors"] = pushed["model.fp16.safetensors"][:-1] + b"\0"
         hub.add("me/noisy", pushed | {"pytorch_model.bin": b"x"}, token=TOKEN)
         ran = run_cli("verify", "me/noisy@main", "--token", TOKEN, "--json", env=env)
+        hub.add("me/recipe", {"surgery.json": pushed["surgery.json"]}, token=TOKEN)
+        without = run_cli("verify", "me/recipe", "--token", TOKEN, env=env)
     rows = json.loads(ran.out)
     assert [row["differing"] for row in rows["differences"]] == [1]
     assert rows["faults"] == [
         "pytorch_model.bin: expected no weights but the recipe's, got a file that a loader may take for them."
     ]
     assert ran.code == 1
+    assert without.err == (
+        "error: me/recipe: expected the weights that surgery.json names, got a repository without any. "
+        "`surgery materialize me/recipe` writes them.\n"
+    )
     assert TOKEN not in ran.out + ran.err

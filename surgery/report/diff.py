@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgery.diff import CHANGED, EQUAL, ONLY_IN_A, ONLY_IN_B, RESHAPED
+from surgery.errors import some
 from surgery.noise import UNIT_STD
 from surgery.report.inspect import as_shape, as_source, number, recipe_row, recipe_text
 from surgery.report.tables import Alarm, Column, Look, lay_out
-from surgery.report.text import finite, line, some
+from surgery.report.text import finite, line
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint

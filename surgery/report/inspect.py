@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from surgery.errors import some
 from surgery.patterns import group
 from surgery.recipe import Recipe
 from surgery.report.tables import Alarm, Column, Look, lay_out
-from surgery.report.text import as_bytes, finite, line, some
+from surgery.report.text import as_bytes, finite, line
 from surgery.survey import REFUSED, components
 
 if TYPE_CHECKING:

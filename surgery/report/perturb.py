@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.errors import some
 from surgery.noise import UNIT_STD
 from surgery.plan import Plan
 from surgery.recipe import Recipe
-from surgery.report.text import as_bytes, line, some
+from surgery.report.text import as_bytes, line
 
 
 def plan_rows(plan: Plan) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from surgery.errors import some
 from surgery.push import Order, Pushed
 from surgery.remote import Shipment
-from surgery.report.text import as_bytes, line, some
+from surgery.report.text import as_bytes, line
 
 
 def plan_rows(order: Order, shipment: Shipment) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 VALUE_AT = 15
@@ -22,11 +22,6 @@ def finite(value: float | None) -> float | None:
 def line(label: str, value: str) -> str:
     """Lay out one labelled value."""
     return f"  {label:<{VALUE_AT - 3}} {value}"
-
-
-def some(names: Sequence[str]) -> str:
-    """Name the first two of many."""
-    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
 def as_bytes(n: int) -> str:
