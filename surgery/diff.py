@@ -95,14 +95,14 @@ def diff_checkpoints(
         a, b: Hub ids, perhaps with `@revision`, folders, or .safetensors or PyTorch files.
         variant: as in from_pretrained, such as "fp16"; of both.
         token: Hub token; default: the one stored on this machine.
-        workers: threads; default: two per core, at most 16.
+        workers: threads; default: one per core, at most 16.
     Raises:
         SettingError, SourceError: one of them is missing, malformed or unsafe.
     """
     from surgery.figures import agree
     from surgery.pairs import is_comparable, pair_job
     from surgery.scan import scan
-    from surgery.threads import default_workers
+    from surgery.threads import computing_workers
 
     sides = [resolve(source, variant=variant, token=token) for source in (a, b)]
     with ExitStack() as stack:
@@ -114,7 +114,7 @@ def diff_checkpoints(
                 jobs[i] = pair_job(one, other)
         nbytes = sum(tensor.nbytes for job in jobs.values() for _, tensor in job.readers)
         with bar(nbytes, "comparing") as on_bytes:
-            scan(jobs.values(), workers=workers or default_workers(), on_bytes=on_bytes)
+            scan(jobs.values(), workers=workers or computing_workers(), on_bytes=on_bytes)
     tensors = [
         Difference(component, one and one[1], other and other[1], jobs[i].result if i in jobs else None)
         for i, (component, one, other) in enumerate(found)

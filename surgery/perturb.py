@@ -21,7 +21,7 @@ from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, warn_of_vanished
 from surgery.shard import Task
 from surgery.tasks import Measured, make_record, make_task, measure, with_ties
-from surgery.threads import default_workers
+from surgery.threads import streaming_workers
 
 
 def perturb_checkpoint(
@@ -74,7 +74,7 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
     """Do what the plan says, or finish it, and return the recipe that was written. Raises as perturb_checkpoint."""
     if not overwrite and (recipe := _already_done(plan)):
         return recipe
-    workers = workers or default_workers()
+    workers = workers or streaming_workers()
     plan = with_ties(plan)
     folder = OutputFolder(plan.out, _job(plan), plan.command, plan.sizes)
     with folder.claim(overwrite=overwrite):

@@ -12,7 +12,7 @@ from surgery.tensorfile import BITS, Tensor
 if TYPE_CHECKING:
     from surgery.shard import Source
 
-_PIECE = 1 << 20  # bytes: the pieces of a pair fit a core's cache beside their values
+_PIECE = 2 << 20  # bytes: enough that a call costs nothing beside the work
 _Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
 

@@ -85,7 +85,7 @@ def inspect_checkpoint(
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained, such as "fp16".
         token: Hub token; default: the one stored on this machine.
-        workers: threads; default: two per core, at most 16.
+        workers: threads; default: one per core, at most 16.
     Raises:
         SettingError, SourceError: the checkpoint is missing, malformed or unsafe.
     """
@@ -173,13 +173,13 @@ def _measure(
     from surgery.dtypes import is_measurable
     from surgery.scan import scan
     from surgery.stats import stats_job
-    from surgery.threads import default_workers
+    from surgery.threads import computing_workers
     from surgery.ties import find_ties
 
     infos = [info for info in described.tensors if is_measurable(info.tensor.dtype)]
     jobs = [stats_job(sources[info.file], info.tensor) for info in infos]
     with bar(sum(info.tensor.nbytes for info in infos), "reading") as on_bytes:
-        scan(jobs, workers=workers or default_workers(), on_bytes=on_bytes)
+        scan(jobs, workers=workers or computing_workers(), on_bytes=on_bytes)
     results = {id(info): job.result for info, job in zip(infos, jobs, strict=True)}
     ties = find_ties(shards, partial(open_source, described.checkpoint))
     tied = _by_folder([replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in shards])

@@ -2,8 +2,18 @@
 
 import os
 
+_MOST = 16
 
-def default_workers() -> int:
+
+def streaming_workers() -> int:
     """Two threads per core, so that one computes while another waits for the disk or its turn; at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(2 * cores, 16)
+    return min(2 * _cores(), _MOST)
+
+
+def computing_workers() -> int:
+    """One thread per core, for work that does not wait; at most 16."""
+    return min(_cores(), _MOST)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,7 +19,7 @@ from surgery.repeat import find_recipe, find_source, plan_again, refuse_other
 from surgery.shard import Task
 from surgery.tasks import make_record, make_task, measure, with_ties
 from surgery.tensorfile import read_header
-from surgery.threads import default_workers
+from surgery.threads import streaming_workers
 
 _OWNERS = (CARD, ".gitattributes")  # the card is its owner's to edit, and the Hub adds to .gitattributes
 
@@ -76,7 +76,7 @@ def verify_checkpoint(
     damaged = list(_header_faults(plan, names))
     todo = [shard for shard in plan.shards if shard.name in names and shard.name not in dict(damaged)]
     faults = [*_companion_faults(recipe, root), *_weight_file_faults(recipe, names), *(fault for _, fault in damaged)]
-    differences, wrong = _compare(plan, recipe, todo, workers or default_workers())
+    differences, wrong = _compare(plan, recipe, todo, workers or streaming_workers())
     return Verification(
         folder=str(folder),
         source=recipe.source,

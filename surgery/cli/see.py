@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _workers_option(function: Any) -> Any:
-    help = "Threads.  [default: two per core, at most 16]"
+    help = "Threads.  [default: one per core, at most 16]"
     return click.option("--workers", type=click.IntRange(min=1), help=help)(function)
 
 

@@ -1,6 +1,5 @@
 """The kernels over torch tensors: on the CPU in place, on CUDA with Triton, and elsewhere by way of the CPU."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -11,14 +10,14 @@ import torch
 
 from surgery.kernels import cpu
 from surgery.noise import BLOCK
+from surgery.threads import computing_workers
 
 _PIECE = 64 * BLOCK  # elements to a task: 0.2 ms of work, so that a matrix of a base-sized model occupies some threads
 
 
 def workers() -> ThreadPoolExecutor:
     """Make the threads that share the pieces of a tensor on the CPU; use it in `with`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(min(cores, 16), thread_name_prefix="surgery")
+    return ThreadPoolExecutor(computing_workers(), thread_name_prefix="surgery")
 
 
 def flatten(tensor: torch.Tensor) -> torch.Tensor:
