@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from surgery.dtypes import storage, to_numbers
 from surgery.errors import some
 from surgery.tensorfile import BITS, Header, Tensor, TensorFile
 
@@ -56,11 +57,9 @@ class Difference:
 
 def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
     """Return the values of elements in float64, or complex, of any dtype that `surgery perturb` lets pass."""
-    if dtype == "BF16":
-        return (bits.astype("<u4") << 16).view("<f4").astype(np.float64)
-    kind = "u" if dtype == "BOOL" else dtype[0].lower()
-    values = bits.view(f"<{kind}{BITS[dtype] // 8}")
-    return values if kind == "c" else values.astype(np.float64)
+    if dtype == "C64":
+        return bits.view(np.complex64)
+    return to_numbers(storage(bits.data, dtype), dtype)[0].astype(np.float64)
 
 
 class Comparison:

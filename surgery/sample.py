@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from surgery.dtypes import storage, to_numbers
 from surgery.noise import BLOCK
 from surgery.noisytune import FLOATS
 from surgery.shard import Source
@@ -30,6 +31,4 @@ def _read(source: Source, tensor: Tensor, block: int) -> np.ndarray:
     count = min(BLOCK, tensor.size - block * BLOCK)
     data = bytearray(count * width)
     source.read_into(tensor, block * BLOCK * width, memoryview(data))
-    if tensor.dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.frombuffer(data, f"f{width}").astype(np.float64)
+    return to_numbers(storage(memoryview(data), tensor.dtype), tensor.dtype)[0].astype(np.float64)
