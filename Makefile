@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/demo.py demo-out
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n logical --maxprocesses 8
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
