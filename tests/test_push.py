@@ -581,7 +581,9 @@ def test_resumed_push_uploads_only_what_had_not_come(hub: Hub, push: Push, finis
     assert done.stderr.startswith(
         f"error: {REPO}: expected an answer from {hub.url}, got HTTP 403. Use a token that may"
     )
-    assert (done.exit_code, done.stderr.count("\n"), len(uploads(hub)), len(hub.stored)) == (1, 1, 3, 2)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    came = len(hub.stored)  # as far as the threads had got when the first failed
+    assert len(uploads(hub)) == came + 1
     succeeded(push(REPO, folder=finished / "shards"))
     assert (len(uploads(hub)), len(hub.stored)) == (4, 3)
 

@@ -66,6 +66,16 @@ def test_no_line_is_wider_than_the_terminal(args: str, width: int, flawed: Path)
     assert len(lines) > 20
 
 
+@pytest.mark.parametrize("options", [["--dry-run"], []], ids=["plan", "result"])
+def test_no_line_of_perturb_but_the_command_is_wider(options: list[str], tmp_path: Path) -> None:
+    command = ("perturb", MINILM, "-o", tmp_path / "out", "--include", "**.output.**", *options)
+    lines = on_terminal(*command, width=60).splitlines()
+    *others, run = (line for line in lines if not line.startswith("python "))
+    assert max(map(width_of, others)) <= 60
+    assert run.startswith(("run: surgery perturb ", "next: python -c "))
+    assert "not in --include" in " ".join(" ".join(others).split())
+
+
 def test_terminal_has_colour_and_no_color_takes_it_away(flawed: Path) -> None:
     shown = on_terminal("diff", MINILM, flawed, width=120)
     assert "\x1b[31m1 NaN or Inf\x1b[0m" in shown

@@ -60,10 +60,11 @@ def push_order(order: "Order", *, is_quiet: bool) -> dict[str, Any]:
     from surgery.parcel import pack
     from surgery.push import execute
     from surgery.report import push as report
+    from surgery.report.tables import look_of_stdout
 
     rows = report.result_rows(order, execute(order, pack(order.folder, recipe_only=order.recipe_only)))
     if not is_quiet:
-        click.echo(report.result_table(rows))
+        click.echo(report.result_table(rows, look_of_stdout()))
     return rows
 
 
@@ -71,8 +72,9 @@ def _plan_order(order: "Order", *, is_quiet: bool) -> dict[str, Any]:
     from surgery.parcel import pack
     from surgery.push import plan
     from surgery.report import push as report
+    from surgery.report.tables import look_of_stdout
 
     rows = report.plan_rows(order, plan(order, pack(order.folder, recipe_only=order.recipe_only)))
     if not is_quiet:
-        click.echo(report.plan_table(rows))
+        click.echo(report.plan_table(rows, look_of_stdout()))
     return rows

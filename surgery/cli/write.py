@@ -70,6 +70,7 @@ def perturb(
     from surgery.perturb import execute
     from surgery.plan import make_plan
     from surgery.report import perturb as report
+    from surgery.report.tables import look_of_stdout
     from surgery.report.text import as_json as to_json
 
     start = time.perf_counter()
@@ -86,7 +87,7 @@ def perturb(
     order = replace(order, folder=plan.out) if order else None
     if dry_run:
         rows = report.plan_rows(plan) | ({"push": order.command} if order else {})
-        click.echo(to_json(rows) if as_json else report.plan_table(rows))
+        click.echo(to_json(rows) if as_json else report.plan_table(rows, look_of_stdout()))
         return
     is_new = overwrite or not is_finished(plan.out)
     recipe = execute(plan, overwrite=overwrite, workers=workers)
@@ -94,7 +95,7 @@ def perturb(
     if plot:
         draw(noise_picture(recipe, plan), plot)
     if not as_json:
-        click.echo(report.result_table(rows))
+        click.echo(report.result_table(rows, look_of_stdout()))
     if order:
         rows["push"] = share.push_order(order, is_quiet=as_json)
     if as_json:
@@ -142,6 +143,7 @@ def materialize(
     from surgery.materialize import execute_again, plan_recipe
     from surgery.output import is_finished
     from surgery.report import perturb as report
+    from surgery.report.tables import look_of_stdout
     from surgery.report.text import as_json as to_json
 
     start = time.perf_counter()
@@ -149,4 +151,4 @@ def materialize(
     is_new = overwrite or not is_finished(plan.out)
     written = execute_again(plan, overwrite=overwrite, workers=workers)
     rows = report.result_rows(written, plan, time.perf_counter() - start, is_new=is_new)
-    click.echo(to_json(rows) if as_json else report.result_table(rows))
+    click.echo(to_json(rows) if as_json else report.result_table(rows, look_of_stdout()))

@@ -99,7 +99,7 @@ def table(rows: Mapping[str, Any], look: Look, *, is_all: bool) -> str:
     body = ["", *lay_out(_COLUMNS, [_cells(row) for row in shown], look)] if shown else []
     if len(listed) > len(shown):
         body += look.wrap(f"{len(listed) - len(shown)} more differ less: --all shows them")
-    return "\n".join([*(wrapped for text in lines for wrapped in look.wrap(text)), *body])
+    return "\n".join([*look.wrap_all(lines), *body])
 
 
 def _summary(rows: Mapping[str, Any]) -> list[str]:

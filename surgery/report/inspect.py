@@ -138,7 +138,7 @@ def table(rows: Mapping[str, Any], look: Look, *, is_all: bool) -> str:
     Args:
         is_all: a line for each tensor instead of one for each group.
     """
-    lines = [wrapped for text in [as_source(rows), *_summary(rows)] for wrapped in look.wrap(text)]
+    lines = look.wrap_all([as_source(rows), *_summary(rows)])
     listed = rows["tensors"] if is_all else rows["groups"]
     return "\n".join([*lines, "", *lay_out(_COLUMNS, [_cells(row) for row in listed], look)])
 

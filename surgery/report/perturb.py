@@ -10,6 +10,7 @@ from surgery.errors import some
 from surgery.noise import UNIT_STD
 from surgery.plan import Plan
 from surgery.recipe import Recipe
+from surgery.report.tables import Look
 from surgery.report.text import as_bytes, line
 
 
@@ -107,7 +108,7 @@ def _parameters(tensors: list[dict[str, Any]]) -> int:
     return sum(math.prod(tensor["shape"]) for tensor in tensors if tensor["perturbed"])
 
 
-def plan_table(rows: Mapping[str, Any]) -> str:
+def plan_table(rows: Mapping[str, Any], look: Look) -> str:
     """Lay out plan_rows for people."""
     lines = [
         _title(rows, "would be perturbed into"),
@@ -115,13 +116,12 @@ def plan_table(rows: Mapping[str, Any]) -> str:
         line("bytes", f"{as_bytes(rows['bytes'])} in {rows['shards']} shard{'s' * (rows['shards'] > 1)} and "
               f"{len(rows['companions'])} companion files"),
         *_left_out_lines(rows),
-        f"run: {rows['command']}",
-        *([f"then: {rows['push']}"] if "push" in rows else []),
     ]  # fmt: skip
-    return "\n".join(lines)
+    commands = [f"run: {rows['command']}", *([f"then: {rows['push']}"] if "push" in rows else [])]
+    return "\n".join(look.wrap_all(lines) + commands)
 
 
-def result_table(rows: Mapping[str, Any]) -> str:
+def result_table(rows: Mapping[str, Any], look: Look) -> str:
     """Lay out result_rows for people, with the next command to try."""
     expected = rows["noise_over_std_expected"]
     lines = [
@@ -134,12 +134,8 @@ def result_table(rows: Mapping[str, Any]) -> str:
         hint = "--rounding stochastic keeps its mean"
         lines.append(line("vanished", f"noise lost in {len(vanished)} tensors ({some(vanished)}); {hint}"))
     lines += [line("note", note) for note in rows["notes"]]
-    lines += [
-        line("written", _written(rows)),
-        *_left_out_lines(rows),
-        f"next: {rows['next']}",
-    ]
-    return "\n".join(lines)
+    lines += [line("written", _written(rows)), *_left_out_lines(rows)]
+    return "\n".join([*look.wrap_all(lines), f"next: {rows['next']}"])
 
 
 def _title(rows: Mapping[str, Any], verb: str) -> str:

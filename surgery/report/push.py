@@ -6,6 +6,7 @@ from typing import Any
 from surgery.errors import some
 from surgery.push import Order, Pushed
 from surgery.remote import Shipment
+from surgery.report.tables import Look
 from surgery.report.text import as_bytes, line
 
 
@@ -41,24 +42,24 @@ def _rows(order: Order, shipment: Shipment) -> dict[str, Any]:
     }
 
 
-def plan_table(rows: Mapping[str, Any]) -> str:
+def plan_table(rows: Mapping[str, Any], look: Look) -> str:
     """Lay out plan_rows for people."""
     state = f"{'new' if rows['new'] else 'existing'}, {'private' if rows['private'] else 'public'}"
     lines = [f"would push {_amount(rows)}, to {_target(rows)}, {state}", *_lines(rows, "would go")]
     if not rows["logged_in"]:
         unknown = "; if the model is there and private, it is not seen" if rows["new"] else ""
         lines.append(line("login", f"none: `hf auth login`, or give --token, to push{unknown}"))
-    return "\n".join([*lines, f"run: {rows['command']}"])
+    return "\n".join([*look.wrap_all(lines), f"run: {rows['command']}"])
 
 
-def result_table(rows: Mapping[str, Any]) -> str:
+def result_table(rows: Mapping[str, Any], look: Look) -> str:
     """Lay out result_rows for people."""
     if rows["files"] or rows["deleted"]:
         title = f"pushed {_amount(rows)}, to {_target(rows)}"
     else:
         title = f"nothing to push: all of it is in {_target(rows)}"
     lines = [title, *_lines(rows, "are gone"), *(line("note", note) for note in rows["notes"])]
-    return "\n".join([*lines, line("url", rows["url"])])
+    return "\n".join([*look.wrap_all(lines), line("url", rows["url"])])
 
 
 def _amount(rows: Mapping[str, Any]) -> str:

@@ -39,6 +39,10 @@ class Look:
         lines = textwrap.wrap(text, self.width, subsequent_indent=indent, drop_whitespace=True)
         return [shorten(line, self.width) for line in lines]  # textwrap takes wide characters for narrow
 
+    def wrap_all(self, lines: Sequence[str]) -> list[str]:
+        """Wrap every line."""
+        return [wrapped for line in lines for wrapped in self.wrap(line)]
+
 
 def look_of_stdout() -> Look:
     """Return the terminal's width and colour, unless NO_COLOR is set; a pipe has neither."""

@@ -37,7 +37,7 @@ def verify_table(rows: Mapping[str, Any], look: Look) -> str:
         f"{rows['folder']} is {verdict} what its recipe makes of {rows['source']}{commit}",
         line("tensors", f"{rows['tensors'] - len(differences)} equal, {len(differences)} differ"),
         line("read", f"{as_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"),
-        *(wrapped for fault in rows["faults"] for wrapped in look.wrap(line("fault", fault))),
+        *look.wrap_all([line("fault", fault) for fault in rows["faults"]]),
     ]
     return "\n".join(lines + (_difference_lines(differences, look) if differences else []))
 
