@@ -1,7 +1,7 @@
 """The Hugging Face Hub: fetch a checkpoint's weights and companions, and nothing else, into the Hub's own cache."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -48,9 +48,7 @@ def _download(
     except (OfflineModeIsEnabled, HttpLibraryError):
         return _cached(repo_id, revision=revision, variant=variant)
     digests = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or ()}
-    for name in digests:
-        if ".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name:
-            raise SourceError(f"{repo_id}: expected files of its own, got {name!r}. Do not trust this checkpoint.")
+    refuse_escaping(repo_id, digests)
     wanted = _wanted(arrange(digests, variant=variant, what=repo_id), digests)
     # by its name rather than its sha, for the cache to know the branch or tag when there is no network
     folder = Path(
@@ -60,6 +58,17 @@ def _download(
         raise SourceError(f"{repo_id}: expected one commit, got another while it was fetched. Run the command again.")
     _refuse_damaged(repo_id, folder, {name: digests[name] for name in wanted})
     return folder, folder.name, list(digests)
+
+
+def refuse_escaping(repo_id: str, names: Iterable[str]) -> None:
+    """Refuse a repository with names that lead out of its folder.
+
+    Raises:
+        SourceError: it has one.
+    """
+    for name in names:
+        if ".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name:
+            raise SourceError(f"{repo_id}: expected files of its own, got {name!r}. Do not trust this checkpoint.")
 
 
 def _cached(repo_id: str, *, revision: str | None, variant: str | None) -> tuple[Path, str, list[str] | None]:

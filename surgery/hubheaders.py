@@ -11,6 +11,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from surgery.checkpoint import Checkpoint, from_listing
 from surgery.errors import SourceError
+from surgery.hub import refuse_escaping
 from surgery.huberrors import FETCH, HttpLibraryError, one_line
 from surgery.layout import RECIPE, arrange
 from surgery.tensorfile import Header, parse_entries, read_header
@@ -39,6 +40,7 @@ def read_remote(
         except (OfflineModeIsEnabled, HttpLibraryError):
             return None
         names = [file.rfilename for file in info.siblings or ()]
+        refuse_escaping(repo_id, names)
         commit = str(info.sha)
         cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
         for name in _small(names, variant, repo_id):

@@ -284,6 +284,13 @@ def test_pickle_on_the_hub_is_not_fetched(hub: Hub, remote: Callable[..., Ran]) 
     assert hub.downloaded(MODEL) == set()
 
 
+def test_names_that_lead_out_of_a_repository_are_refused(hub: Hub, remote: Callable[..., Ran]) -> None:
+    hub.add(MODEL, {"model.safetensors": _big(0, "w"), "../../../model.safetensors": b"{}"})
+    assert remote(MODEL).err == (
+        "error: org/model: expected files of its own, got '../../../model.safetensors'. Do not trust this checkpoint.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
