@@ -127,6 +127,15 @@ def test_usage_errors_exit_2(args):
     assert "Usage: " in done.stderr
 
 
+def test_reader_that_has_gone_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "surgery", "inspect", MINILM]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.stderr == ""
+
+
 def test_debug_shows_the_traceback(tmp_path):
     done = surgery("perturb", str(tmp_path / "nowhere"), "--debug")
     assert done.exit_code == 1

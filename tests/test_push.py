@@ -150,6 +150,7 @@ def test_second_push_sends_nothing(hub: Hub, push: Push) -> None:
     hub.requests.clear()
     stdout = succeeded(push(REPO))
     assert stdout.startswith(f"nothing to push: all of it is in {REPO}@main\n  unchanged    5 files, ")
+    assert succeeded(push(REPO, "--create-pr")).startswith(f"nothing to push: all of it is in {REPO}@main\n")
     assert (sent(hub), len(hub.repos[REPO].commits)) == ([], 2)
 
 

@@ -36,6 +36,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, as_json: bool, debug: bool, **kwargs: Any) -> None:
         try:
             function(*args, as_json=as_json, **kwargs)
+        except BrokenPipeError:  # `| head`: click ends quietly
+            raise
         except (SurgeryError, OSError, MemoryError) as error:
             _fail(str(error), as_json=as_json, debug=debug)
         except KeyboardInterrupt:

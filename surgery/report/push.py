@@ -57,7 +57,7 @@ def result_table(rows: Mapping[str, Any], look: Look) -> str:
     if rows["files"] or rows["deleted"]:
         title = f"pushed {_amount(rows)}, to {_target(rows)}"
     else:
-        title = f"nothing to push: all of it is in {_target(rows)}"
+        title = f"nothing to push: all of it is in {_branch(rows)}"
     lines = [title, *_lines(rows, "are gone"), *(line("note", note) for note in rows["notes"])]
     return "\n".join([*look.wrap_all(lines), line("url", rows["url"])])
 
@@ -71,12 +71,16 @@ def _files(files: list[Any]) -> str:
 
 
 def _target(rows: Mapping[str, Any]) -> str:
-    target = f"{rows['repo']}@{rows['revision']}"
+    if rows["pull_request"] and not rows["resumed_pull_request"]:
+        return f"{_branch(rows)} as a pull request"
+    return _branch(rows)
+
+
+def _branch(rows: Mapping[str, Any]) -> str:
+    branch = f"{rows['repo']}@{rows['revision']}"
     if rows["resumed_pull_request"]:
-        return f"{target} (the pull request that is open)"
-    if rows["pull_request"]:
-        return f"{target} as a pull request"
-    return f"{target} (a new branch)" if rows["new_branch"] else target
+        return f"{branch} (the pull request that is open)"
+    return f"{branch} (a new branch)" if rows["new_branch"] else branch
 
 
 def _lines(rows: Mapping[str, Any], fate: str) -> list[str]:
