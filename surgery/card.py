@@ -156,4 +156,7 @@ def _load(recipe: Recipe, library: str | None) -> str:
         )
     else:
         code = f"from safetensors.torch import load_file\n\ntensors = load_file({recipe.files[0].name!r})"
-    return f"## Load\n\n```python\n{code}\n```"
+    return (
+        f"## Load\n\n```python\n{code}\n```\n\n"
+        "If this repository holds only the recipe and no weights, `surgery materialize` writes them."
+    )

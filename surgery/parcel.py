@@ -69,9 +69,12 @@ def pack(folder: Path, *, recipe_only: bool) -> Parcel:
     held = {name: sha256 for name, sha256 in digests.items() if recipe_only and is_weight(name)}
     pushed = [_item(folder, name, sha256) for name, sha256 in digests.items() if name not in held]
     _refuse_altered(pushed)
-    if (folder / CARD).is_file():
-        content = _inside(folder, CARD).read_bytes()
-        pushed.append(Item(CARD, content, len(content), hashlib.sha256(content).hexdigest()))
+    if not (folder / CARD).is_file():  # a former push's card would stay, and speak of other weights
+        raise OutputError(
+            f"{folder / CARD}: expected a card, got none. Restore it, write one, or perturb again with --overwrite."
+        )
+    content = _inside(folder, CARD).read_bytes()
+    pushed.append(Item(CARD, content, len(content), hashlib.sha256(content).hexdigest()))
     text = _without_local_path(folder)
     pushed.append(Item(RECIPE, text, len(text), hashlib.sha256(text).hexdigest()))
     held_back = tuple(_item(folder, name, sha256) for name, sha256 in held.items())

@@ -83,6 +83,8 @@ from transformers import AutoModel
 
 model = AutoModel.from_pretrained("ORG/NAME")  # this repository's id, or the folder that holds it
 ```
+
+If this repository holds only the recipe and no weights, `surgery materialize` writes them.
 """
 
 

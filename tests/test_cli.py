@@ -136,6 +136,12 @@ def test_reader_that_has_gone_is_no_error():
     assert done.stderr == ""
 
 
+def test_source_that_has_noise_already_is_remarked_on(tmp_path):
+    assert surgery("perturb", MINILM, "-o", str(tmp_path / "one")).exit_code == 0
+    done = surgery("perturb", str(tmp_path / "one"), "-o", str(tmp_path / "two"))
+    assert "note         the source has noise already: it holds a surgery.json" in done.stdout
+
+
 def test_debug_shows_the_traceback(tmp_path):
     done = surgery("perturb", str(tmp_path / "nowhere"), "--debug")
     assert done.exit_code == 1

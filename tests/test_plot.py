@@ -148,6 +148,19 @@ def test_diff_picture_of_any_two_expects_nothing(tmp_path):
     np.testing.assert_array_equal(drawn.histogram.counts, counts)
 
 
+def test_diff_picture_marks_what_cannot_be_compared(tmp_path):
+    a = write_weights(tmp_path / "a.safetensors")
+    b = a | {"dense.weight": a["dense.weight"][:2], "more": np.ones(2, np.float32)}
+    b["out.weight"] = b["out.weight"].copy()
+    b["out.weight"][0, 0] = np.nan
+    save_file(b, tmp_path / "b.safetensors")
+    drawn = diff_picture(diff_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
+    assert drawn.values == pytest.approx(
+        {"dense.bias": None, "dense.weight": math.nan, "more": math.nan, "out.weight": math.nan}, nan_ok=True
+    )
+    assert np.isposinf(_lay_out(drawn.values)[2]).sum() == 3
+
+
 def test_diff_picture_of_nan_and_of_equal_copies_is_still_one(tmp_path):
     a = write_weights(tmp_path / "a.safetensors")
     a["dense.weight"][0, 0] = np.nan

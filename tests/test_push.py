@@ -365,6 +365,10 @@ _FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda out: (out / "surgery.json").write_text("{}"),
         "{out}/surgery.json: expected a recipe, got another or a damaged file.",
     ),
+    "no card": (
+        lambda out: (out / "README.md").unlink(),
+        "{out}/README.md: expected a card, got none. Restore it, write one, or perturb again with --overwrite.",
+    ),
     "missing": (
         lambda out: (out / "config.json").unlink(),
         "{out}/config.json: expected a file, as surgery.json names it, got none. Restore it, or",
@@ -653,6 +657,17 @@ def test_perturb_push_reports_both(hub: Hub, finished: Path, tmp_path: Path) -> 
     assert (hub.repos[REPO].private, hub.repos[REPO].pulls[0].title) == (True, "Both")
     stdout = succeeded(CliRunner().invoke(main, args))
     assert stdout.index("perturbed into") < stdout.index("nothing to push: all of it is in")
+
+
+def test_perturb_pushes_though_its_reader_has_gone(hub: Hub, token: str, finished: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    args = command("perturb", finished / "source", "-o", tmp_path / "new", "--push", REPO, "--token", token)
+    env = clean_env(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
+    done = subprocess.run(args, env=env, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.stderr == ""
+    assert hub.repos[REPO].files.keys() >= {"README.md", "surgery.json"}
 
 
 def test_pushed_model_loads_from_the_hub(hub: Hub, token: str, run_cli: Callable[..., Ran], tmp_path: Path) -> None:

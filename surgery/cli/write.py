@@ -1,6 +1,7 @@
 """The commands that write checkpoints."""
 
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,9 @@ def perturb(
     if plot:
         draw(noise_picture(recipe, plan), plot)
     if not as_json:
-        click.echo(report.result_table(rows, look_of_stdout()))
+        # a reader that has gone does not keep the push from being made
+        with suppress(BrokenPipeError) if order else nullcontext():
+            click.echo(report.result_table(rows, look_of_stdout()))
     if order:
         rows["push"] = share.push_order(order, is_quiet=as_json)
     if as_json:

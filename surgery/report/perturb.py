@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import some
+from surgery.layout import RECIPE
 from surgery.noise import UNIT_STD
 from surgery.plan import Plan
 from surgery.recipe import Recipe
@@ -67,7 +68,7 @@ def result_rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> 
         "bytes": nbytes,
         "seconds": seconds,
         "gb_per_second": nbytes / 1e9 / seconds,
-        "notes": _notes(recipe),
+        "notes": _notes(recipe, plan),
         "next": _next_command(recipe, plan.out),
         "left_out": recipe.left_out,
         "tied": {name: kept for file in recipe.files for name, kept in file.tied.items()},
@@ -75,14 +76,16 @@ def result_rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> 
     }
 
 
-def _notes(recipe: Recipe) -> list[str]:
-    """Name settings that had nothing to act on."""
+def _notes(recipe: Recipe, plan: Plan) -> list[str]:
+    """Name settings that had nothing to act on, and a source that is not a pretrained one."""
     perturbed = [tensor for tensor in recipe.tensors if tensor.copied is None]
     notes = []
     if recipe.settings.rounding == "stochastic" and not any(t.dtype in ("F16", "BF16") for t in perturbed):
         notes.append("--rounding stochastic had nothing to do: no 16-bit tensor was perturbed")
     if recipe.settings.lam == 0:
         notes.append("lam is 0: the copy equals the source")
+    if plan.checkpoint.path(RECIPE).is_file():
+        notes.append(f"the source has noise already: it holds a {RECIPE}")
     return notes
 
 

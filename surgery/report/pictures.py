@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.diff import Comparison, Difference, Side
+from surgery.diff import EQUAL, Comparison, Difference, Side
 from surgery.errors import SettingError
 from surgery.noise import UNIT_STD
 from surgery.noisytune import FLOATS, Moments, NoisyTune
@@ -42,7 +42,7 @@ def noise_picture(recipe: Recipe, plan: Plan) -> Picture:
     unit = "pooled std" if recipe.pooled_std else "std(w)"
     histogram = _histogram(f"d / {unit}", _changes(recipe, plan), *_expected_noise(settings))
     title = f"{plan.checkpoint.short_name}: NoisyTune, lam {settings.lam:g}, seed {settings.seed}"
-    return Picture(title, values, f"rms d / {unit}", settings.lam * UNIT_STD, histogram)
+    return Picture(title, values, f"rms d / {unit} of a sample", settings.lam * UNIT_STD, histogram)
 
 
 def diff_picture(comparison: Comparison) -> Picture:
@@ -53,8 +53,9 @@ def diff_picture(comparison: Comparison) -> Picture:
     recipe = comparison.agreement.recipe if comparison.agreement else None
     pooled = recipe.pooled_std if recipe else None
     drawn = [found for tensor in comparison.tensors if (found := _drawn(tensor, pooled))]
-    values: dict[str, float | None] = dict.fromkeys(sorted(tensor.name for tensor in comparison.tensors))
+    values = {tensor.name: None if tensor.kind == EQUAL else math.nan for tensor in comparison.tensors}
     values |= {tensor.name: tensor.value for tensor in drawn}
+    values = dict(sorted(values.items()))
     what, samples = f"d / {'pooled std' if pooled else 'std(A)'}", _differences(comparison, drawn)
     title = f"{comparison.b.short_name} against {comparison.a.short_name}"
     if recipe and recipe.settings.lam:
@@ -94,7 +95,7 @@ class _Drawn:
 def _drawn(tensor: Difference, pooled_std: float | None) -> _Drawn | None:
     """Return what to draw of a tensor; None if it is unchanged, or has no spread to measure a change by."""
     a, b, pair = tensor.a, tensor.b, tensor.pair
-    if not (a and b and pair and pair.stats and pair.changed and {a.dtype, b.dtype} <= set(FLOATS)):
+    if not (a and b and pair and pair.stats and pair.changed and not pair.broken and {a.dtype, b.dtype} <= set(FLOATS)):
         return None
     std = pooled_std or pair.stats.moments.std
     return _Drawn(tensor.name, tensor.component, a, b, std, pair.rms / std) if 0 < std < math.inf else None

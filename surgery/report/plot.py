@@ -55,7 +55,7 @@ class Picture:
 
     Args:
         title: one line.
-        values: a figure for each tensor by name; None for one that has none.
+        values: a figure for each tensor by name; None for one that has none, NaN for one that cannot be compared.
         what: what the figures are.
         expected: the figure that every tensor should have, if there is one.
         histogram: of elements.
@@ -117,7 +117,7 @@ def _lay_out(values: Mapping[str, float | None]) -> tuple[list[str], list[int | 
 
     Returns:
         The kinds, those in layers first, in order of appearance; the layers, none of them first; the grid, NaN where
-        there is no tensor, -Inf where a tensor has no figure.
+        there is no tensor, -Inf where a tensor has no figure, Inf where one cannot be compared.
     """
     layer_of = depths(values)
     kind_of = {name: without_numbers(name) for name in values}
@@ -130,7 +130,8 @@ def _lay_out(values: Mapping[str, float | None]) -> tuple[list[str], list[int | 
         cells[rows[kind_of[name]], layers.index(layer_of[name])] += [] if value is None else [value]
     grid = np.full((min(len(kinds), _MOST_KINDS), len(layers)), math.nan)
     for place, found in cells.items():
-        grid[place] = math.sqrt(sum(value * value for value in found) / len(found)) if found else -math.inf
+        rms = math.sqrt(sum(value * value for value in found) / len(found)) if found else -math.inf
+        grid[place] = math.inf if math.isnan(rms) else rms
     return _labels(kinds, list(layered)), layers, grid
 
 
@@ -171,11 +172,14 @@ def _draw_map(
     step = math.ceil(len(layers) / 24)
     ticks = [place for place, layer in enumerate(layers) if layer is None or layer % step == 0]
     axes.set_xticks(ticks, ["none" if layers[i] is None else str(layers[i]) for i in ticks], fontsize=7)
-    axes.set_xlabel("layer" + (f"        = : {picture.missing}" if np.isneginf(grid).any() else ""))
+    marks = [f"= : {picture.missing}"] if np.isneginf(grid).any() else []
+    marks += ["x : not comparable"] if np.isposinf(grid).any() else []
+    axes.set_xlabel("        ".join(["layer", *marks]))
     axes.set_title(f"{picture.what}, by kind of matrix and layer", fontsize=9)
     for (row, column), value in np.ndenumerate(grid):
         if math.isinf(value):
-            axes.text(column, row, "=", ha="center", va="center", fontsize=6, color="0.4")
+            mark, colour = ("=", "0.4") if value < 0 else ("x", "red")
+            axes.text(column, row, mark, ha="center", va="center", fontsize=6, color=colour)
         elif len(layers) <= _MOST_NUMBERED and not math.isnan(value):
             colour = "black" if norm(value) > 0.6 else "white"
             axes.text(column, row, f"{value:#.3g}", ha="center", va="center", fontsize=6, color=colour)
