@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from surgery.errors import SettingError as SettingError
     from surgery.errors import SourceError as SourceError
     from surgery.errors import SurgeryError as SurgeryError
+    from surgery.hooks import Anchor as Anchor
+    from surgery.hooks import Mixout as Mixout
+    from surgery.hooks import SurgeryCallback as SurgeryCallback
+    from surgery.hooks import describe as describe
+    from surgery.hooks import patch_model as patch_model
+    from surgery.hooks import patched as patched
+    from surgery.hooks import stats as stats
+    from surgery.hooks import unpatch_model as unpatch_model
     from surgery.live import perturb_model as perturb_model
     from surgery.live import perturb_state_dict as perturb_state_dict
     from surgery.materialize import materialize_checkpoint as materialize_checkpoint
@@ -24,20 +32,28 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
+    "Anchor": "surgery.hooks",
+    "Mixout": "surgery.hooks",
     "OutputError": "surgery.errors",
     "Pushed": "surgery.push",
     "Recipe": "surgery.recipe",
     "SettingError": "surgery.errors",
     "SourceError": "surgery.errors",
+    "SurgeryCallback": "surgery.hooks",
     "SurgeryError": "surgery.errors",
     "Verification": "surgery.verify",
+    "describe": "surgery.hooks",
     "diff_checkpoints": "surgery.diff",
     "inspect_checkpoint": "surgery.survey",
     "materialize_checkpoint": "surgery.materialize",
+    "patch_model": "surgery.hooks",
+    "patched": "surgery.hooks",
     "perturb_checkpoint": "surgery.perturb",
     "perturb_model": "surgery.live",
     "perturb_state_dict": "surgery.live",
     "push_checkpoint": "surgery.push",
+    "stats": "surgery.hooks",
+    "unpatch_model": "surgery.hooks",
     "verify_checkpoint": "surgery.verify",
 }
 __all__ = sorted(_HOMES)

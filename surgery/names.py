@@ -6,7 +6,7 @@ with a checkpoint; what is in none of them is new.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Names:
         canonical: the name to draw noise for, by live name.
         copied: why a tensor is left as it is, by live name.
         notes: what could not be mapped, in sentences.
+        converted: live names of what has no counterpart of its shape; the checkpoint's shape where only that differs.
     """
 
     source: str
@@ -44,9 +45,10 @@ class Names:
     canonical: dict[str, str]
     copied: dict[str, str]
     notes: tuple[str, ...] = ()
+    converted: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
 
 
-def find_names(model: torch.nn.Module, source: str | Path | None) -> Names:
+def find_names(model: torch.nn.Module, source: str | Path | Checkpoint | None) -> Names:
     """Find the canonical names of a model's parameters and persistent buffers. Reads headers only.
 
     Args:
@@ -55,7 +57,7 @@ def find_names(model: torch.nn.Module, source: str | Path | None) -> Names:
     Raises:
         SourceError: `source` cannot be used, or names nothing in the model.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     tensors, buffers = _tensors(model)
     what = type(model).__name__
     parts = list(_pretrained_parts(model))
@@ -64,7 +66,7 @@ def find_names(model: torch.nn.Module, source: str | Path | None) -> Names:
     read: list[CheckpointNames] = []
     mapped: set[str] = set()
     for path, part in _choose_parts(model, parts, source):
-        checkpoint = _read_names(resolve(source)) if source else _local_names(part)
+        checkpoint = _read_names(_resolve(source)) if source else _local_names(part)
         members = {name: _inner(name, path) for name in tensors if not path or name.startswith(f"{path}.")}
         found = (
             send(part, {inner: tensors[name] for name, inner in members.items()}, checkpoint) if checkpoint else None
@@ -77,17 +79,17 @@ def find_names(model: torch.nn.Module, source: str | Path | None) -> Names:
         notes += _apply(found, members, names, checkpoint)
     if not read:
         notes = notes or [_no_checkpoint(model, None, is_given=False)]
-        return Names(what, None, tensors, names.canonical, names.copied, tuple(notes))
+        return replace(names, notes=tuple(notes))
     names.copied.update({name: NEW for name in tensors if name not in mapped and name not in buffers})
     ids = ", ".join(dict.fromkeys(checkpoint.id for checkpoint in read))
     commit = read[0].commit if len(read) == 1 else None
-    return Names(ids, commit, tensors, names.canonical, names.copied, tuple(notes))
+    return replace(names, source=ids, commit=commit, notes=tuple(notes))
 
 
 # -- the live side ------------------------------------------------------------------------------------------------
 
 
-def _unwrap(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """Take off torch.compile, DataParallel and DistributedDataParallel."""
     while hasattr(model, "_orig_mod") or isinstance(model, DataParallel | DistributedDataParallel):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
@@ -118,7 +120,7 @@ def _pretrained_parts(model: torch.nn.Module) -> Iterable[tuple[str, Any]]:
 
 
 def _choose_parts(
-    model: torch.nn.Module, parts: list[tuple[str, Any]], source: str | Path | None
+    model: torch.nn.Module, parts: list[tuple[str, Any]], source: str | Path | Checkpoint | None
 ) -> list[tuple[str, Any]]:
     if source is None:
         return parts
@@ -148,6 +150,7 @@ def _apply(found: Counterparts, members: Mapping[str, str], names: Names, checkp
             continue
         elif inner in found.converted:
             converted.append(name)
+            names.converted[name] = found.converted[inner]
         else:
             names.copied[name] = NEW
     faults = {
@@ -171,6 +174,10 @@ def _no_checkpoint(part: Any, checkpoint: CheckpointNames | None, *, is_given: b
 
 
 # -- the checkpoint side ------------------------------------------------------------------------------------------
+
+
+def _resolve(source: str | Path | Checkpoint) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else resolve(source)
 
 
 def _read_names(checkpoint: Checkpoint) -> CheckpointNames:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from surgery.dtypes import is_measurable, storage, to_numbers
+from surgery.elements import Stats, first_number, merge_sums, sums_of
 from surgery.kernels.sums import Differences, Sums, compare
 from surgery.noisytune import FLOATS
 from surgery.scan import Job
-from surgery.stats import Stats, first_number, merge_sums, sums_of
 from surgery.tensorfile import Tensor
 
 if TYPE_CHECKING:

@@ -34,10 +34,15 @@ class CheckpointNames:
 
 @dataclass
 class Counterparts:
-    """The written name of each live tensor that has one, and live tensors made of what is converted or resized."""
+    """Where live tensors come from, by live name.
+
+    Args:
+        canonical: the written name of each that has one.
+        converted: those made of what is fused, split or resized; the checkpoint's shape if only that differs.
+    """
 
     canonical: dict[str, str] = field(default_factory=dict)
-    converted: set[str] = field(default_factory=set)
+    converted: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.canonical) + len(self.converted)
@@ -69,13 +74,13 @@ def _arrive(rename: _Rename, tensors: Mapping[str, torch.Tensor], checkpoint: Ch
     for name in sorted(checkpoint.written, key=_natural):
         live, made = rename(name)
         if made:
-            found.converted.update(target for target in made if target in tensors)
+            found.converted |= {target: None for target in made if target in tensors}
         elif live in tensors:
             written = checkpoint.written[name]
             if tuple(tensors[live].shape) == checkpoint.shapes[written]:
                 found.canonical.setdefault(live, written)
             else:
-                found.converted.add(live)
+                found.converted[live] = checkpoint.shapes[written]
     found.canonical = {live: name for live, name in found.canonical.items() if live not in found.converted}
     return found
 

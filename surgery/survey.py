@@ -18,8 +18,8 @@ from surgery.recipe import Recipe
 from surgery.tensorfile import Header, Tensor
 
 if TYPE_CHECKING:
+    from surgery.elements import Stats
     from surgery.shard import Source
-    from surgery.stats import Stats
 
 PACKED = "quantized: perturb refuses it"
 NOT_FINITE = "NaN or Inf: perturb refuses it"
@@ -171,8 +171,8 @@ def _measure(
 ) -> Inspection:
     """Add what only the bytes tell: statistics, and tensors that repeat another one."""
     from surgery.dtypes import is_measurable
+    from surgery.elements import stats_job
     from surgery.scan import scan
-    from surgery.stats import stats_job
     from surgery.threads import computing_workers
     from surgery.ties import find_ties
 

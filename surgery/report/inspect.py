@@ -13,7 +13,7 @@ from surgery.report.text import as_bytes, finite, line
 from surgery.survey import REFUSED, components
 
 if TYPE_CHECKING:
-    from surgery.stats import Stats
+    from surgery.elements import Stats
     from surgery.survey import Inspection, TensorInfo
 
 
@@ -89,7 +89,7 @@ def _group_rows(inspection: "Inspection") -> list[dict[str, Any]]:
 def _pooled(stats: "list[Stats]") -> "Stats | None":
     if not stats:
         return None
-    from surgery.stats import pool_stats  # takes numba, which headers alone must not wait for
+    from surgery.elements import pool_stats  # takes numba, which headers alone must not wait for
 
     return pool_stats(stats)
 

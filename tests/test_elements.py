@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 from surgery import scan as scan_module
 from surgery.dtypes import is_measurable, storage, to_numbers
+from surgery.elements import Stats, merge_sums, pool_stats, stats_job
 from surgery.kernels import cpu
 from surgery.kernels.sums import compare, summarize
 from surgery.noisytune import Moments, merge_blocks, pool
 from surgery.pairs import Pair, pair_job
 from surgery.scan import Job, scan
-from surgery.stats import Stats, merge_sums, pool_stats, stats_job
 from surgery.tensorfile import BITS, TensorFile
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

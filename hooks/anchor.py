@@ -1,0 +1,57 @@
+"""Decay toward w_pre before every optimizer step, whatever the optimizer."""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .pretrained import local
+
+if TYPE_CHECKING:
+    from .state import Patch
+
+_watched: "weakref.WeakSet[Patch]" = weakref.WeakSet()
+_handles: list[Any] = []
+
+
+def watch(patch: "Patch") -> None:
+    """Decay the patch's weights from now on, in any optimizer that holds them."""
+    _watched.add(patch)
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_before_step))
+        _handles.append(register_optimizer_step_post_hook(_after_step))
+
+
+def forget(patch: "Patch") -> None:
+    """Decay the patch's weights no longer; with the last patch, the optimizers' hooks go."""
+    _watched.discard(patch)
+    if not _watched:
+        while _handles:
+            _handles.pop().remove()
+
+
+@torch.no_grad()
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+    for patch in list(_watched):
+        patch.open_steps += 1
+        if patch.open_steps == 1:  # an optimizer that wraps another has both of them step
+            _decay(patch, optimizer)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+    for patch in list(_watched):
+        patch.open_steps = max(0, patch.open_steps - 1)
+
+
+def _decay(patch: "Patch", optimizer: Optimizer) -> None:
+    """Take w toward w_pre by lr * weight of the distance, where the step has a gradient for w, as AdamW does."""
+    assert patch.anchor is not None
+    sites = {id(site.weight): site for site in patch.sites}
+    is_ours = False
+    for group in optimizer.param_groups:
+        for w in group["params"]:
+            if w.grad is not None and (site := sites.get(id(w))) is not None:
+                local(w).lerp_(site.ready(w).part(w), float(group["lr"]) * patch.anchor.weight)
+                is_ours = True
+    patch.anchored += is_ours

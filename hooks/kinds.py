@@ -1,0 +1,51 @@
+"""Which modules have a weight that can be mixed, and which of its axes are input features."""
+
+import torch
+from torch import nn
+
+Shape = tuple[int, ...]
+
+
+def mask_shape(module: nn.Module) -> tuple[Shape, int] | None:
+    """Return the shape of a mask per input feature, and how often each of its rows is repeated; None if not mixable.
+
+    The mask, its rows repeated, broadcasts over `module.weight`. A feature of a Conv is an input channel, of an
+    Embedding a token: the row whose weights leave the same input together.
+
+    Args:
+        module: nn.Linear (out, in), transformers' Conv1D (in, out), nn.Conv1d or nn.Conv2d (out, in / groups, ...), or
+            nn.Embedding (in, out).
+    """
+    weight = module._parameters.get("weight")
+    shape = tuple(weight.shape) if weight is not None and _is_known(module) else ()
+    if not shape:
+        return None
+    if isinstance(module, nn.Linear):
+        return (1, shape[1]), 1
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        taps = (1,) * (len(shape) - 2)
+        return (module.groups, shape[1], *taps), shape[0] // module.groups if module.groups > 1 else 1
+    return (shape[0], 1), 1
+
+
+def _is_known(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return False
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether this is transformers' Conv1D, GPT-2's linear layer, without importing transformers."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
+    )
+
+
+def is_read_by_attention(module: nn.Module) -> bool:
+    """Tell whether nn.MultiheadAttention reads this layer's weight without calling the layer, so that no hook fires."""
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Tell whether a weight is packed or of so few bits that W_mix could not be held in its dtype."""
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.is_quantized

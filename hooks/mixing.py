@@ -1,0 +1,164 @@
+"""W_mix = w_pre + (w - w_pre) * m / (1 - p), its derivative, and how it is made again in the backward pass."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from .masks import Draw
+
+Pretrained = Callable[[torch.Tensor], torch.Tensor]
+"""Gives w_pre, dense, on the device and in the dtype of the weight that it is handed."""
+
+
+def mix(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, *, p: float) -> torch.Tensor:
+    """Return w_pre + (w - w_pre) * m / (1 - p): w_pre where the mask is 0, also for p = 1.
+
+    Mixout, Lee et al., arXiv 1909.11299, eq. 5. One fused pass in float32 and float64. In float16 and bfloat16, where
+    1 / (1 - p) would be rounded, two passes that compute in float32 and round once.
+
+    Args:
+        w, w_pre: floating point, of one shape, dtype and device.
+        mask: broadcasts over w; 0 and 1 in the dtype of w, or bools if that is float16 or bfloat16.
+        p: probability in [0, 1] of w_pre.
+    """
+    scale = _scale(p)
+    if mask.dtype != torch.bool:
+        return torch.lerp(w_pre, w, mask * scale)
+    mixed = torch.lerp(w_pre, w, scale)
+    return torch.where(mask, mixed, w_pre)
+
+
+def _scale(p: float) -> float:
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the derivative takes from the settings: the probability p, and whether it is the authors'."""
+
+    p: float
+    is_official: bool
+
+    @property
+    def slope(self) -> float:
+        """dW_mix/dw where the mask is 1."""
+        return 1.0 if self.is_official else _scale(self.p)
+
+
+class _Mix(torch.autograd.Function):
+    """Mix; backward: grad * m / (1 - p), or grad * m as in the authors' code. w_pre gets no gradient."""
+
+    @staticmethod
+    def forward(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, rule: Rule, _: Draw | None) -> torch.Tensor:
+        return mix(w, w_pre, mask, p=rule.p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG004
+        _, _, mask, ctx.rule, ctx.draw = inputs
+        if ctx.draw is None:
+            ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        mask = ctx.saved_tensors[0] if ctx.draw is None else ctx.draw.mask(grad)
+        if mask.dtype == torch.bool:
+            return torch.where(mask, grad * ctx.rule.slope, 0), None, None, None, None
+        return grad * (mask * ctx.rule.slope), None, None, None, None
+
+
+def mixed_weight(
+    w: torch.Tensor, pretrained: Pretrained, mask: torch.Tensor | Draw, rule: Rule, *, is_traced: bool
+) -> torch.Tensor:
+    """Mix in a way that autograd follows; W_mix is not kept for the backward pass where this can be helped.
+
+    Args:
+        w: the trainable weight.
+        pretrained: gives w_pre.
+        mask: the mask of this call, or the draw that makes it.
+        is_traced: torch.compile is looking: its partitioner decides by itself to recompute W_mix.
+    Returns:
+        W_mix. Eager, it is a MixedWeight: a tensor that whatever function it is passed to saves as a recipe.
+    """
+    draw = mask if isinstance(mask, Draw) else None
+    drawn = mask.mask(w) if isinstance(mask, Draw) else mask
+    mixed: torch.Tensor = _Mix.apply(w, pretrained(w), drawn, rule, draw)  # type: ignore[no-untyped-call]
+    if is_traced or not torch.is_grad_enabled() or not _may_hook():
+        return mixed
+    shadow = mixed.as_subclass(MixedWeight)
+    shadow.again = _Again(w, w._version, pretrained, mask, rule.p)
+    return shadow
+
+
+def _may_hook() -> bool:
+    """Tell whether saved tensors are nobody else's yet.
+
+    Gradient checkpointing and save_on_cpu have hooks of their own, which would not see what ours take: they look after
+    W_mix then. torch.func has none at all.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+class MixedWeight(torch.Tensor):
+    """W_mix for one forward pass of a layer. Every function takes it as the plain tensor that it is."""
+
+    again: "_Again"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            mixed = next((arg for arg in args if isinstance(arg, MixedWeight)), None)
+            if mixed is None or not torch.is_grad_enabled() or not _may_hook():
+                return func(*args, **(kwargs or {}))
+            with saved_tensors_hooks(mixed._pack, _unpack):
+                return func(*args, **(kwargs or {}))
+
+    def _pack(self, saved: torch.Tensor) -> Any:
+        """Replace W_mix, or a view of it, by how to make it again; leave all else as autograd would have it."""
+        if saved.device == self.device and saved.untyped_storage().data_ptr() == self.untyped_storage().data_ptr() != 0:
+            return self.again, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
+        return saved, saved._version
+
+
+def _unpack(packed: Any) -> torch.Tensor:
+    if len(packed) > 2:
+        again, dtype, size, stride, offset = packed
+        made: torch.Tensor = again()
+        return made.view(dtype).as_strided(size, stride, offset)
+    saved: torch.Tensor = packed[0]
+    version: int = packed[1]
+    if saved._version != version:
+        raise RuntimeError(_stale(saved))
+    return saved
+
+
+@dataclass(frozen=True)
+class _Again:
+    """All that it takes to make W_mix again, none of it of its size but what lives anyhow."""
+
+    w: torch.Tensor
+    version: int
+    pretrained: Pretrained
+    mask: torch.Tensor | Draw
+    p: float
+
+    def __call__(self) -> torch.Tensor:
+        if self.w._version != self.version:
+            raise RuntimeError(_stale(self.w))
+        with torch.no_grad():
+            mask = self.mask.mask(self.w) if isinstance(self.mask, Draw) else self.mask
+            return mix(self.w, self.pretrained(self.w), mask, p=self.p)
+
+
+def _stale(tensor: torch.Tensor) -> str:
+    """Say what autograd says of a saved tensor; tensors that go through hooks are not its own to check."""
+    return (
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{tensor.type()} {list(tensor.shape)}]. Run backward before the optimizer's step."
+    )

@@ -1,0 +1,153 @@
+"""Mixout on a live model: hooks that put W_mix in the place of a layer's weight for the time of its forward."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import SourceError
+
+from .masks import Draw, SharedSeeds, draw_mask, draw_seed
+from .mixing import Rule, mixed_weight
+from .offload import Offload
+from .pretrained import Pretrained, keep
+from .settings import Mixout
+from .targets import Target
+
+SITE = "_surgery_site"
+"""The attribute of a mixed module that holds its Site."""
+
+
+@dataclass
+class Pass:
+    """The forward pass of the patched model that is under way, if one is."""
+
+    is_open: bool = False
+
+
+class Site:
+    """One weight that is mixed: its w_pre, and how masks are drawn for it.
+
+    Args:
+        target: the weight, with the modules that use it.
+        mixout: None if the weight is only anchored.
+        offload: fetches w_pre from the CPU's memory; None: w_pre lies beside the weight.
+        forward: the model's forward pass.
+    """
+
+    def __init__(self, target: Target, mixout: Mixout | None, offload: Offload | None, forward: Pass) -> None:
+        self.target = target
+        self.mixout = mixout
+        self.pretrained: Pretrained | None = None  # as long as the weight is frozen
+        self.calls = 0
+        self.is_traced = False
+        self._version = target.weight._version
+        self._mask_shape, self._repeats = target.mask
+        self._offload = offload
+        self._forward = forward
+        self._seeds = SharedSeeds() if len(target.owners) > 1 else None
+        self._shared: torch.Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The live parameter."""
+        return self.target.weight
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """w_pre, dense or a DTensor; None if it has not been taken yet, or has stayed behind a pickle."""
+        return self.pretrained.values if self.pretrained is not None else None
+
+    def take(self, values: torch.Tensor) -> None:
+        """Copy w_pre from `values`."""
+        self.pretrained = keep(self.name, self.weight, values, self._offload)
+
+    def ready(self, w: torch.Tensor) -> Pretrained:
+        """Return w_pre; take it now if `w` was frozen until now.
+
+        Raises:
+            SourceError: it has been written to while it was frozen, and so may not be pretrained any more.
+        """
+        if self.pretrained is None:
+            if w is not self.weight or w._version != self._version:
+                raise SourceError(
+                    f"{self.name}: expected a weight as it was when it was frozen, got one that has been written to "
+                    "since patch_model. Call patch_model(model, w_pre=...) after unfreezing it."
+                )
+            self.take(w)
+        assert self.pretrained is not None
+        return self.pretrained
+
+    def begin(self) -> None:
+        """Start or end a forward pass of the model: uses of a tied weight before it and after it differ."""
+        self._shared = None
+        if self._seeds is not None:
+            self._seeds.begin()
+
+    def mixed(self, w: torch.Tensor) -> torch.Tensor:
+        """Return W_mix for one call of a module, with a mask of its own or that of its tied weight."""
+        assert self.mixout is not None
+        is_traced = torch.compiler.is_compiling()
+        rule = Rule(self.mixout.p, self.mixout.gradient == "official")
+        mask = self._draw_traced(w) if is_traced else self._draw(w)
+        if is_traced:
+            self.is_traced = True
+        else:
+            self.calls += 1
+        return mixed_weight(w, self.ready(w), mask, rule, is_traced=is_traced)
+
+    def _draw(self, w: torch.Tensor) -> torch.Tensor | Draw:
+        assert self.mixout is not None
+        share = 1 - self.mixout.p
+        is_element = self.mixout.granularity == "element"
+        if not is_element and self._seeds is None:
+            return draw_mask(self._mask_shape, self._repeats, share, w)
+        seed = draw_seed() if self._seeds is None else self._seeds.seed(is_in_pass=self._forward.is_open)
+        if is_element:
+            return Draw(seed, tuple(w.shape), 1, share)
+        return Draw(seed, self._mask_shape, self._repeats, share).mask(w)
+
+    def _draw_traced(self, w: torch.Tensor) -> torch.Tensor:
+        """Draw under torch.compile, which cannot follow a seed out of the graph, and recomputes in its own way."""
+        assert self.mixout is not None
+        if self._shared is not None:
+            return self._shared
+        is_element = self.mixout.granularity == "element"
+        shape, repeats = (tuple(w.shape), 1) if is_element else (self._mask_shape, self._repeats)
+        mask = draw_mask(shape, repeats, 1 - self.mixout.p, w)
+        if self._seeds is not None and self._forward.is_open:
+            self._shared = mask
+        return mask
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shared": None}
+
+
+def shadow_weight(module: nn.Module, args: Any) -> None:
+    """Put W_mix before the module's weight; a forward pre-hook.
+
+    The Parameter stays where it is, in module._parameters: an attribute of the instance is found before it.
+    """
+    reveal_weight(module, args, None)  # a KeyboardInterrupt runs no hooks: the last forward may have left its W_mix
+    if not module.training:
+        return
+    site: Site = getattr(module, SITE)
+    w = module._parameters.get("weight")
+    if w is None or not isinstance(w, nn.Parameter):
+        raise SourceError(
+            f"{site.name}: expected the layer's own parameter, got none. DataParallel, FSDP 1 and parametrizations "
+            "take it away: use DistributedDataParallel or fully_shard, and patch after parametrizing."
+        )
+    if w.requires_grad:
+        module.__dict__["weight"] = site.mixed(w)
+
+
+def reveal_weight(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+    """Take W_mix away again; a forward hook that is also called when forward raises."""
+    if "weight" in module.__dict__:
+        del module.__dict__["weight"]

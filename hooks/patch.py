@@ -1,0 +1,205 @@
+"""patch_model and its siblings: check everything, then change the model, or leave it as it was."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel
+
+from surgery.errors import SettingError, SourceError
+from surgery.names import unwrap
+from surgery.noisytune import as_globs
+
+from .mixout import SITE, Pass, Site
+from .offload import Offload
+from .settings import Anchor, Mixout
+from .sources import Kept, Source, open_origin
+from .state import PATCH, Patch
+from .targets import choose, refuse_unready
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_DEFAULT = Mixout(0.7)
+
+
+def patch_model(
+    model: _Model,
+    *,
+    mixout: float | Mixout | None = None,
+    anchor: float | Anchor | None = None,
+    w_pre: Source | None = None,
+    w_pre_device: Literal["same", "cpu"] = "same",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> _Model:
+    """Regularize a model's training toward its pretrained weights, in place. No other line of the script changes.
+
+    Mixout, Lee et al., ICLR 2020, arXiv 1909.11299: whenever a layer runs in training mode, its weight is replaced by
+    W_mix = w_pre + (w - w_pre) * m / (1 - p) for that call. Parameters stay the same objects, with the same names,
+    values and state_dict, so an optimizer made before still works; eval mode is untouched. Masks come from torch's
+    global generators: torch.manual_seed rules.
+
+    Mixed are the weights of nn.Linear, transformers' Conv1D, nn.Conv1d and nn.Conv2d, and of an nn.Embedding that
+    `include` names or that shares its weight with one of them. Biases, norms, frozen weights, PEFT's adapters and new
+    layers are not; a weight that is unfrozen later is mixed from then on. New are the layers that transformers did not
+    load, or that are not in `w_pre`; in other models name them in `exclude`. Their dropout is kept.
+
+    Patching again replaces the settings and keeps w_pre, unless another one is given.
+
+    Args:
+        model: any nn.Module, before torch.compile; DistributedDataParallel and fully_shard may come before or after.
+        mixout: p, or a Mixout. If neither mixout nor anchor is given: 0.7.
+        anchor: weight, or an Anchor: weight decay toward w_pre of the weights chosen here.
+        w_pre: the pretrained weights: a Hub id, a folder, a file or a state_dict. Default: those the model has now.
+        w_pre_device: "same" keeps w_pre beside the weights and moves it with the model. "cpu" keeps it in the CPU's
+            memory, pinned, and copies it to the GPU layer by layer, one ahead.
+        include: globs of parameters or modules; if any, only these are mixed. `*` stays within one dotted part of a
+            name, `**` spans several.
+        exclude: globs of parameters or modules that are not mixed.
+    Returns:
+        The model itself.
+    Raises:
+        SettingError: a setting is out of range, a glob matches nothing, or no weight is left to mix.
+        SourceError: the model is compiled, wrapped, sharded or swapped in a way that hooks cannot work with, or w_pre
+            does not fit. The model is as it was after either.
+    """
+    root = _root(model)
+    settings = _settings(mixout, anchor)
+    if w_pre_device not in ("same", "cpu"):
+        raise SettingError(f"w_pre_device: expected same or cpu, got {w_pre_device!r}. Choose one of them.")
+    former: Patch | None = root.__dict__.get(PATCH)
+    _refuse_others(root, former)
+    patch = _plan(
+        root,
+        former if w_pre is None else None,
+        settings,
+        w_pre,
+        Offload() if w_pre_device == "cpu" else None,
+        include=as_globs(include or ()),
+        exclude=as_globs(exclude or ()),
+    )
+    if former is not None:
+        former.detach(root)
+    patch.attach(root)
+    return model
+
+
+def unpatch_model(model: _Model) -> _Model:
+    """Undo patch_model: hooks, dropout rates and w_pre go; parameters are the same objects, with the values they have.
+
+    Does nothing to a model that is not patched.
+
+    Raises:
+        SourceError: it is a part of a patched model.
+    """
+    root = _unwrap(model)
+    patch: Patch | None = root.__dict__.get(PATCH)
+    _refuse_others(root, patch)
+    if patch is not None:
+        patch.detach(root)
+    return model
+
+
+@contextmanager
+def patched(model: _Model, **settings: Any) -> Iterator[_Model]:
+    """Patch a model for the body of a `with`, and restore what it was before, patched or not.
+
+    Args:
+        model, settings: as for patch_model.
+    """
+    former: Patch | None = _unwrap(model).__dict__.get(PATCH)
+    patch_model(model, **settings)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+        if former is not None:
+            former.attach(_unwrap(model))
+
+
+def find_patch(model: nn.Module) -> Patch | None:
+    """Return the patch of a model, which may have been compiled or wrapped since."""
+    patch: Patch | None = _unwrap(model).__dict__.get(PATCH)
+    return patch
+
+
+def _settings(mixout: float | Mixout | None, anchor: float | Anchor | None) -> tuple[Mixout | None, Anchor | None]:
+    if mixout is None and anchor is None:
+        return _DEFAULT, None
+    mix = mixout if mixout is None or isinstance(mixout, Mixout) else Mixout(mixout)
+    return mix, anchor if anchor is None or isinstance(anchor, Anchor) else Anchor(anchor)
+
+
+def _unwrap(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise SettingError(f"model: expected an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    unwrapped: nn.Module = unwrap(model)
+    return unwrapped
+
+
+def _root(model: Any) -> nn.Module:
+    """Return the model within DistributedDataParallel; refuse what hooks cannot work with."""
+    root = _unwrap(model)
+    what = type(root).__name__
+    if isinstance(model, DataParallel):
+        raise SourceError(
+            f"{what}: expected a model in one place, got DataParallel, whose replicas are not its layers. "
+            "Use DistributedDataParallel."
+        )
+    for name, module in model.named_modules():
+        path = name or type(module).__name__
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise SourceError(
+                f"{path}: expected a model that is not compiled, got one that is: its hooks would never run. "
+                "Call patch_model before torch.compile."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SourceError(f"{path}: expected Python modules, got TorchScript. Patch the model before scripting it.")
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise SourceError(
+                f"{path}: expected whole weights or FSDP 2, got FSDP 1, which flattens them. Use fully_shard."
+            )
+    return root
+
+
+def _refuse_others(root: nn.Module, own: Patch | None) -> None:
+    """Refuse modules that belong to the patch of another model: one of the two would undo the other."""
+    ours = {id(site) for site in own.sites} if own else set()
+    for name, module in root.named_modules():
+        site = module.__dict__.get(SITE)
+        if (module is not root and PATCH in module.__dict__) or (site is not None and id(site) not in ours):
+            raise SourceError(
+                f"{name or type(root).__name__}: expected modules of one patched model, got one that patch_model has "
+                "patched as a part of another. Call unpatch_model on that one first."
+            )
+
+
+def _plan(
+    root: nn.Module,
+    former: Patch | None,
+    settings: tuple[Mixout | None, Anchor | None],
+    w_pre: Source | None,
+    offload: Offload | None,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> Patch:
+    """Choose the weights and take their w_pre, without touching the model."""
+    mixout, anchor = settings
+    origin = Kept(former.sites, former.left, former.label) if former else open_origin(root, w_pre)
+    choice = choose(root, origin.fresh, include=include, exclude=exclude)
+    refuse_unready(choice.targets)
+    forward = Pass()
+    sites = {target.name: Site(target, mixout, offload, forward) for target in choice.targets}
+    wanted = [target for target in choice.targets if target.weight.requires_grad or w_pre is not None]
+    for target, values in origin.read(wanted):
+        sites[target.name].take(values)
+    return Patch(
+        mixout=mixout,
+        anchor=anchor,
+        sites=list(sites.values()),
+        left=choice.left,
+        label=origin.label,
+        forward=forward,
+    )

@@ -1,0 +1,104 @@
+"""w_pre: the frozen copy of one weight's pretrained values, wherever it lies."""
+
+from typing import Any
+
+import torch
+
+from surgery.errors import SourceError
+
+from .offload import Offload
+
+
+class Pretrained:
+    """The pretrained values of one weight: read only, no parameter, in no state_dict and no pickle.
+
+    Args:
+        name: the weight's, for messages.
+        values: a copy of its own: dense or a DTensor, frozen.
+        offload: brings values from the CPU's memory where they are kept there; None: they follow the weight.
+    """
+
+    def __init__(self, name: str, values: torch.Tensor, offload: Offload | None) -> None:
+        self.name = name
+        self.values: torch.Tensor | None = values
+        self.offload = offload
+
+    def __call__(self, w: torch.Tensor) -> torch.Tensor:
+        """Return the values, dense, on the device and in the dtype of `w`.
+
+        Raises:
+            SourceError: they were left behind by a pickle, or do not have the shape of `w`.
+        """
+        values = self.values
+        if values is None:
+            raise SourceError(
+                f"{self.name}: expected w_pre, got a model from a pickle, which does not carry it. "
+                "Call patch_model(model, w_pre=...) with the checkpoint it was trained from, or unpatch_model(model)."
+            )
+        if values.shape != w.shape:
+            raise SourceError(
+                f"{self.name}: expected shape {tuple(values.shape)} as when it was patched, got {tuple(w.shape)}. "
+                "Patch the model after resizing it; sharding by FSDP 1 or ZeRO-3 cannot be mixed."
+            )
+        if is_distributed(values):
+            return values.to(w.dtype).full_tensor()  # type: ignore[attr-defined, no-any-return]
+        if values.device == w.device and values.dtype == w.dtype:
+            return values
+        if self.offload is not None:
+            return self.offload.fetch(self, w)
+        self.values = values.to(w.device, w.dtype)  # the model has moved
+        return self.values
+
+    def part(self, w: torch.Tensor) -> torch.Tensor:
+        """Return the values that belong to the part of `w` on this rank: all of them, unless `w` is a DTensor."""
+        if is_distributed(w) and self.values is not None and is_distributed(self.values):
+            return local(self.values)
+        return local(distributed_like(w, self(w))) if is_distributed(w) else self(w)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on this rank."""
+        if self.values is None:
+            return 0
+        return local(self.values).nbytes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Pretrained":
+        copied = Pretrained.__new__(Pretrained)
+        memo[id(self)] = copied
+        copied.__dict__.update(self.__dict__)  # nothing writes to the values, so that copies of a model share them
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "values": None, "offload": None}
+
+
+def is_distributed(tensor: torch.Tensor) -> bool:
+    """Tell whether this is a DTensor, without importing torch.distributed."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a DTensor that lies on this rank; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def distributed_like(w: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """Split a tensor as the DTensor `w` is. Nothing is sent: every rank has the whole."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, w.device_mesh, w.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def keep(name: str, w: torch.Tensor, values: torch.Tensor, offload: Offload | None) -> Pretrained:
+    """Copy `values` into a w_pre for the weight `w`: in its dtype, split as it is, on its device or the CPU.
+
+    Args:
+        values: of the shape of `w`, floating point; never kept itself, since a state_dict shares memory with its model.
+    """
+    values = values.detach()
+    if is_distributed(w):
+        split = values if is_distributed(values) else distributed_like(w, values.to(w.device))
+        return Pretrained(name, split.to(w.dtype, copy=True), None)
+    device = w.device if offload is None else torch.device("cpu")
+    return Pretrained(name, values.to(device, w.dtype, copy=True), offload)

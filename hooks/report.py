@@ -1,0 +1,177 @@
+"""What a patch does to a model, for people and for logs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import SettingError, some
+
+from .patch import find_patch
+from .pretrained import is_distributed
+from .settings import Anchor, Mixout
+from .state import Patch
+
+_CHUNK = 1 << 22
+"""Elements whose distance is taken at once, so that no float64 copy of a large weight is made."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is patched, what is not, and why. str() lays it out for people.
+
+    Args:
+        mixout, anchor: the settings; both None if the model is not patched.
+        mixed: names of the weights that the regularizers act on.
+        tied: further names of these weights.
+        elements: how many elements those weights have.
+        left: why each other parameter is left alone, by name.
+        uncalled: mixed weights whose layers no forward in training mode has called yet, once there was one.
+        replaced, kept: names of the dropout rates set to 0, and of those that stay.
+        w_pre: where the pretrained weights come from.
+        w_pre_bytes: what they take on this rank, in bytes.
+        w_pre_device: where they lie.
+        anchored: optimizer steps that the anchor acted in.
+    """
+
+    mixout: Mixout | None = None
+    anchor: Anchor | None = None
+    mixed: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+    elements: int = 0
+    left: dict[str, str] | None = None
+    uncalled: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    w_pre: str = ""
+    w_pre_bytes: int = 0
+    w_pre_device: str = ""
+    anchored: int = 0
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def describe(model: nn.Module) -> Description:
+    """Say what patch_model has done to a model. One that is not patched has an empty description."""
+    patch = find_patch(model)
+    if patch is None:
+        return Description()
+    active = [site for site in patch.sites if site.weight.requires_grad]
+    frozen = {name: _FROZEN for site in patch.sites if not site.weight.requires_grad for name in site.target.names}
+    devices = {str(site.values.device) for site in active if site.values is not None}
+    return Description(
+        mixout=patch.mixout,
+        anchor=patch.anchor,
+        mixed=tuple(site.name for site in active),
+        tied=tuple(name for site in active for name in site.target.names[1:]),
+        elements=sum(site.weight.numel() for site in active),
+        left=patch.left | frozen,
+        uncalled=tuple(patch.uncalled()) if patch.steps and patch.is_mixing else (),
+        replaced=tuple(rate.name for rate in patch.replaced),
+        kept=tuple(rate.name for rate in patch.kept),
+        w_pre=patch.label,
+        w_pre_bytes=w_pre_bytes(patch),
+        w_pre_device=", ".join(sorted(devices)),
+        anchored=patch.anchored,
+    )
+
+
+_FROZEN = "frozen: mixed once it is trainable"
+
+
+def stats(model: nn.Module) -> dict[str, Any]:
+    """Measure a patched model. Under FSDP every rank must call it.
+
+    Returns:
+        steps: forward passes in training mode since it was patched; mixed: number of weights that the regularizers act
+        on; w_pre_bytes: on this rank; distance: ||w - w_pre||_2 over all of these weights, in float64.
+    Raises:
+        SettingError: the model is not patched.
+    """
+    patch = find_patch(model)
+    if patch is None:
+        raise SettingError(f"{type(model).__name__}: expected a patched model, got another. Call patch_model on it.")
+    return {
+        "steps": patch.steps,
+        "mixed": sum(site.weight.requires_grad for site in patch.sites),
+        "w_pre_bytes": w_pre_bytes(patch),
+        "distance": distance(patch),
+    }
+
+
+def w_pre_bytes(patch: Patch) -> int:
+    """Return what the patch's frozen copies take on this rank, in bytes."""
+    return sum(site.pretrained.nbytes for site in patch.sites if site.pretrained is not None)
+
+
+@torch.no_grad()
+def distance(patch: Patch) -> float:
+    """Return ||w - w_pre||_2 over all weights whose w_pre is there."""
+    squares = 0.0
+    for site in patch.sites:
+        if site.pretrained is None or site.values is None:
+            continue
+        w = site.weight.detach()
+        if is_distributed(w):
+            squares += _square_of_shards(w, site.pretrained.part(w))
+        else:
+            pieces = zip(
+                torch.split(w.flatten(), _CHUNK), torch.split(site.pretrained(w).flatten(), _CHUNK), strict=True
+            )
+            squares += sum(float((a.double() - b.double()).square().sum()) for a, b in pieces)
+    return float(squares**0.5)
+
+
+def _square_of_shards(w: Any, part: torch.Tensor) -> float:
+    """Sum over the ranks that hold a part of `w`; where it is replicated, every rank has all of it."""
+    from torch.distributed.tensor import DTensor
+
+    difference = w.to_local().double() - part.double()
+    whole = DTensor.from_local(
+        difference, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride()
+    )
+    total: Any = whole.square().sum()
+    return float(total.full_tensor())
+
+
+def _lines(found: Description) -> list[str]:
+    if found.mixout is None and found.anchor is None:
+        return ["not patched"]
+    lines = []
+    if found.mixout is not None:
+        m = found.mixout
+        lines.append(f"mixout       p = {m.p:g}, one mask value per {_UNIT[m.granularity]}, {m.gradient} gradient")
+    if found.anchor is not None:
+        lines.append(
+            f"anchor       weight {found.anchor.weight:g}, in {found.anchored} optimizer steps so far; set the "
+            "optimizer's weight_decay for these weights to 0"
+        )
+    verb = "mixed" if found.mixout is not None else "anchored"
+    lines.append(f"{verb:12} {len(found.mixed)} weights, {found.elements:,} elements: {some(found.mixed)}")
+    if found.tied:
+        lines.append(f"{'':12} {len(found.tied)} more names for them (tied): {some(found.tied)}")
+    lines.append(
+        f"w_pre        {found.w_pre}; {found.w_pre_bytes / 1e6:,.1f} MB on {found.w_pre_device or 'no device'}"
+    )
+    for reason, names in _by_reason(found.left or {}).items():
+        lines.append(f"not {verb:8} {len(names)} ({reason}): {some(names)}")
+    if found.uncalled:
+        lines.append(
+            f"NOT CALLED   {len(found.uncalled)} (no forward in training reached them): {some(found.uncalled)}"
+        )
+    for what, rates in (("set to 0", found.replaced), ("kept", found.kept)):
+        if rates:
+            lines.append(f"dropout      {len(rates)} {what}: {some(rates)}")
+    return lines
+
+
+_UNIT = {"neuron": "input feature", "element": "element"}
+
+
+def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:
+    turned: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        turned.setdefault(reason, []).append(name)
+    return turned

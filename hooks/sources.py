@@ -1,0 +1,200 @@
+"""Where w_pre comes from: the model itself, a state_dict or a checkpoint, each read one tensor at a time."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from surgery.checkpoint import Checkpoint, refuse_quantized, resolve
+from surgery.errors import SourceError, some
+from surgery.names import NEW, Names, find_names
+from surgery.pickles import DTYPES, PickleFile
+from surgery.progress import bar
+from surgery.tensorfile import Tensor, TensorFile
+
+from .mixout import Site
+from .targets import NEW as FRESH
+from .targets import Target
+
+_log = logging.getLogger(__name__)
+_TORCH = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
+
+Source = str | Path | Mapping[str, torch.Tensor]
+
+
+class Origin(Protocol):
+    """Somewhere that pretrained values come from.
+
+    Args:
+        label: what to call it.
+        fresh: live names of parameters that it has no value for.
+    """
+
+    label: str
+    fresh: set[str]
+
+    def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
+        """Yield each target with its values, of its shape, in any floating dtype. Keep no more than one."""
+        ...
+
+
+def open_origin(model: nn.Module, w_pre: Source | None) -> Origin:
+    """Find where the pretrained values are.
+
+    Raises:
+        SourceError: `w_pre` cannot be used, or does not fit the model.
+    """
+    if w_pre is None:
+        return _Live(model)
+    if isinstance(w_pre, Mapping):
+        return _StateDict(model, w_pre)
+    if isinstance(w_pre, str | Path):
+        return _Files(model, w_pre)
+    raise SourceError(
+        f"w_pre: expected a Hub id, a folder, a file or a state_dict, got {type(w_pre).__name__}. Give one of them."
+    )
+
+
+class _Live:
+    """The weights that the model has now. New are those that transformers did not load, or the checkpoint lacks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.label = "the model's weights when it was patched"
+        loaded = {name: hasattr(p, "_is_hf_initialized") for name, p in model.named_parameters(remove_duplicate=False)}
+        if any(loaded.values()):
+            self.fresh = {name for name, is_loaded in loaded.items() if not is_loaded}
+            return
+        names = find_names(model, None)
+        self.fresh = {name for name, reason in names.copied.items() if reason == NEW}
+        self.fresh |= {name for name, shape in names.converted.items() if shape is not None}
+        if names.source == type(model).__name__ and any(hasattr(module, "config") for module in model.modules()):
+            _log.warning("%s; so every weight counts as pretrained: name new layers in exclude.", names.notes[0])
+
+    def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
+        return ((target, target.weight.detach()) for target in targets)
+
+
+class Kept:
+    """What a former patch of the model took: the weights have been trained since."""
+
+    def __init__(self, sites: Sequence[Site], left: Mapping[str, str], label: str) -> None:
+        self.label = label
+        self.fresh = {name for name, reason in left.items() if reason == FRESH}
+        self._sites = {id(site.weight): site for site in sites}
+
+    def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
+        for target in targets:
+            site = self._sites.get(id(target.weight))
+            values = site.ready(target.weight).values if site else None
+            if values is None:
+                raise SourceError(
+                    f"{target.name}: expected w_pre from the former patch_model, got none. "
+                    "Give w_pre, or call unpatch_model first to take the weights as they are now."
+                )
+            yield target, values
+
+
+class _StateDict:
+    """A state_dict in memory: its names must be the model's, its shapes and dtypes those of the weights."""
+
+    def __init__(self, model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+        self.label = "a state_dict"
+        self._tensors = dict(state_dict)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        known = parameters.keys() | dict(model.named_buffers(remove_duplicate=False)).keys()
+        unknown = [name for name in self._tensors if name not in known]
+        if unknown:
+            raise SourceError(
+                f"w_pre: expected names of the model's tensors, such as {next(iter(parameters), '')!r}, got "
+                f"{some([repr(name) for name in unknown])}. Rename or leave out {len(unknown)}, or give the checkpoint."
+            )
+        self.fresh = parameters.keys() - self._tensors.keys() - self._tied(model)
+
+    def _tied(self, model: nn.Module) -> set[str]:
+        """Return the names that share a parameter with a name that is there."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        there = {id(parameter) for name, parameter in parameters.items() if name in self._tensors}
+        return {name for name, parameter in parameters.items() if id(parameter) in there}
+
+    def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
+        for target in targets:
+            name = next(name for name in target.names if name in self._tensors)
+            values, w = self._tensors[name], target.weight
+            if not isinstance(values, torch.Tensor):
+                raise SourceError(f"w_pre: {name}: expected a tensor, got {type(values).__name__}. Give a state_dict.")
+            _refuse_other_shape(name, w, values.shape)
+            if values.dtype != w.dtype:
+                raise SourceError(
+                    f"w_pre: {name}: expected {w.dtype}, got {values.dtype}. Cast it with .to({w.dtype})."
+                )
+            if values.is_meta:
+                raise SourceError(f"w_pre: {name}: expected values, got a tensor on the meta device. Load it first.")
+            yield target, values
+
+
+class _Files:
+    """A checkpoint: names are mapped as transformers does, and values cast as from_pretrained does."""
+
+    def __init__(self, model: nn.Module, source: str | Path) -> None:
+        checkpoint = resolve(source)
+        refuse_quantized(checkpoint)
+        self.label = checkpoint.id
+        self._checkpoint = checkpoint
+        self._names: Names = find_names(model, checkpoint)
+        self.fresh = {name for name, reason in self._names.copied.items() if reason == NEW}
+
+    def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
+        wanted: dict[str, list[Target]] = {}
+        for target in targets:
+            wanted.setdefault(self._written(target), []).append(target)
+        with bar(sum(target.weight.nbytes for target in targets), "w_pre") as advance:
+            for written, values in _stream(self._checkpoint, wanted.keys()):
+                for target in wanted.pop(written):
+                    yield target, values
+                    advance(target.weight.nbytes)
+
+    def _written(self, target: Target) -> str:
+        """Return the name of the target's values in the checkpoint."""
+        for name in target.names:
+            if name not in self._names.converted and name not in self._names.copied:
+                return self._names.canonical[name]
+        shape = self._names.converted[target.name]
+        got = f"{shape}" if shape is not None else "one that transformers makes from others when it loads them"
+        raise SourceError(
+            f"w_pre: {target.name}: expected shape {tuple(target.weight.shape)}, got {got}. "
+            f"Name it in exclude, or give a state_dict."
+        )
+
+
+def _stream(checkpoint: Checkpoint, wanted: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the wanted tensors of a checkpoint by name, one in memory at a time."""
+    names = set(wanted)
+    for path in (checkpoint.path(name) for weights in checkpoint.layout.weights for name in weights.files):
+        kind = TensorFile if path.suffix == ".safetensors" else PickleFile
+        file = kind(path, label=str(path))
+        try:
+            for tensor in file.header.tensors:
+                if tensor.name in names:
+                    names.remove(tensor.name)
+                    yield tensor.name, _read(file, tensor, path)
+        finally:
+            file.close()
+
+
+def _read(file: TensorFile | PickleFile, tensor: Tensor, path: Path) -> torch.Tensor:
+    if tensor.dtype not in _TORCH:
+        raise SourceError(f"w_pre: {tensor.name}: expected floating point, got {tensor.dtype} in {path}. Exclude it.")
+    values = torch.empty(tensor.shape, dtype=_TORCH[tensor.dtype])
+    file.read_into(tensor, 0, memoryview(values.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return values
+
+
+def _refuse_other_shape(name: str, w: torch.Tensor, shape: torch.Size) -> None:
+    if shape != w.shape:
+        raise SourceError(
+            f"w_pre: {name}: expected shape {tuple(w.shape)}, got {tuple(shape)}. Give the checkpoint it was trained "
+            "from, or name it in exclude."
+        )

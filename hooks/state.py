@@ -1,0 +1,188 @@
+"""What a patch changes in a live model, and how all of it is undone."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import SourceError, some
+
+from . import anchor as anchoring
+from .dropout import Rate, find_rates
+from .mixout import SITE, Pass, Site, reveal_weight, shadow_weight
+from .settings import Anchor, Mixout
+from .sharding import is_sharded, shard_pretrained
+from .targets import refuse_unready
+
+_log = logging.getLogger(__name__)
+PATCH = "_surgery_patch"
+"""The attribute of a patched model that holds its Patch."""
+
+
+class Patch:
+    """The regularizers of one model. It changes the model in attach, and in nothing else.
+
+    Args:
+        mixout, anchor: what was asked for.
+        sites: the weights that are regularized as long as they are trainable.
+        left: why each other parameter is not, by name.
+        label: where w_pre comes from.
+        forward: shared with the sites.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixout: Mixout | None,
+        anchor: Anchor | None,
+        sites: list[Site],
+        left: dict[str, str],
+        label: str,
+        forward: Pass,
+    ) -> None:
+        self.mixout = mixout
+        self.anchor = anchor
+        self.sites = sites
+        self.left = left
+        self.label = label
+        self.replaced: list[Rate] = []
+        self.kept: list[Rate] = []
+        self.anchored = 0
+        self.open_steps = 0
+        self._forward = forward
+        self._handles: list[Any] = []
+        self._steps = 0
+        self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device)
+        self._seen: tuple[int, int] | None = None
+        self._missed = 0
+
+    @property
+    def steps(self) -> int:
+        """Forward passes in training mode."""
+        return self._steps + int(self._traced_steps)
+
+    @property
+    def is_mixing(self) -> bool:
+        return self.mixout is not None and self.mixout.p > 0
+
+    def names(self) -> list[str]:
+        """Return every name of every weight that is regularized."""
+        return [name for site in self.sites for name in site.target.names]
+
+    def attach(self, root: nn.Module) -> None:
+        """Put the patch on the model: hooks, dropout rates, and an attribute for each module that has a hook."""
+        root.__dict__[PATCH] = self
+        self._handles = [root.register_forward_pre_hook(_begin)]
+        if self.is_mixing:
+            for site in self.sites:
+                self._handles += _attach_site(site)
+        self._handles.append(root.register_forward_hook(_end, always_call=True))
+        if self.mixout is not None and self.mixout.replace_dropout:
+            self.replaced, self.kept = find_rates(root, self.names(), self.left)
+            for rate in self.replaced:
+                setattr(rate.module, rate.attribute, 0.0)
+        if self.anchor is not None:
+            anchoring.watch(self)
+
+    def detach(self, root: nn.Module) -> None:
+        """Take the patch off again, whatever has become of the model meanwhile."""
+        anchoring.forget(self)
+        for rate in self.replaced:
+            if getattr(rate.module, rate.attribute, None) == 0:  # else somebody has set it since
+                setattr(rate.module, rate.attribute, rate.value)
+        for handle in self._handles:
+            handle.remove()
+        for module in self._owners():
+            module.__dict__.pop(SITE, None)
+            reveal_weight(module, None, None)
+        del root.__dict__[PATCH]
+
+    def begin(self, root: nn.Module) -> None:
+        """Open a forward pass of the model."""
+        self.open_steps = 0
+        self._forward.is_open = True
+        for site in self.sites:
+            site.begin()
+        if not root.training:
+            return
+        if torch.compiler.is_compiling():
+            self._traced_steps.add_(1)
+            return
+        if self._steps == 0:
+            refuse_unready(self.sites)
+            if is_sharded(root):
+                self._go_first(root)
+        elif self._steps == 1:
+            shard_pretrained(self.sites)
+        if self.anchor is not None:
+            self._refuse_unanchored()
+        self._steps += 1
+
+    def _go_first(self, root: nn.Module) -> None:
+        """Run before FSDP puts the root's weights together, so that the next pass sees all weights split."""
+        self._handles[0].remove()
+        self._handles[0] = root.register_forward_pre_hook(_begin, prepend=True)
+
+    def end(self, root: nn.Module) -> None:
+        """Close a forward pass; after the first one in training, say which weights it did not mix."""
+        self._forward.is_open = False
+        for site in self.sites:
+            site.begin()
+        if torch.compiler.is_compiling() or not root.training or self._steps != 1 or not self.is_mixing:
+            return
+        if silent := self.uncalled():
+            what = f"{some(silent)}: expected a call of the layer in forward, got none"
+            if len(silent) == sum(site.weight.requires_grad for site in self.sites):
+                raise SourceError(f"{what} of any. Patch the model whose forward calls its layers.")
+            _log.warning("%s (%d weights): not mixed. Something else reads the weight.", what, len(silent))
+
+    def uncalled(self) -> list[str]:
+        """Return the names of trainable weights whose layers no forward has called, so that they were never mixed."""
+        return [
+            site.name for site in self.sites if site.weight.requires_grad and site.calls == 0 and not site.is_traced
+        ]
+
+    def _refuse_unanchored(self) -> None:
+        """Raise where weights have changed twice with no optimizer step of torch that could have anchored them.
+
+        Once may be a load_state_dict.
+        """
+        site = next(site for site in self.sites if site.weight.requires_grad)
+        seen = site.weight._version, self.anchored
+        if self._seen is not None and seen[0] != self._seen[0]:
+            self._missed = self._missed + 1 if seen[1] == self._seen[1] else 0
+        self._seen = seen
+        if self._missed > 1:
+            raise SourceError(
+                f"anchor: expected a step of a torch.optim.Optimizer that holds {site.name}, got weights that change "
+                "without one. Use such an optimizer, built from the model's own parameters."
+            )
+
+    def _owners(self) -> Iterator[nn.Module]:
+        return (module for site in self.sites for module in site.target.owners)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Complete a copy of the patch, in a copy of the model: its weights are anchored as well."""
+        self.__dict__.update(state)
+        if self.anchor is not None:
+            anchoring.watch(self)
+
+
+def _attach_site(site: Site) -> Iterator[Any]:
+    for module in site.target.owners:
+        module.__dict__[SITE] = site
+        yield module.register_forward_pre_hook(shadow_weight)
+        # first of the forward hooks: FSDP's put the sharded weight back in theirs
+        yield module.register_forward_hook(reveal_weight, prepend=True, always_call=True)
+
+
+def _begin(root: nn.Module, args: Any) -> None:  # noqa: ARG001
+    patch: Patch = getattr(root, PATCH)
+    patch.begin(root)
+
+
+def _end(root: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+    patch: Patch = getattr(root, PATCH)
+    patch.end(root)

@@ -1,0 +1,63 @@
+"""A callback for transformers' Trainer that logs what the regularizers do."""
+
+import sys
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from surgery.errors import SettingError
+
+from .patch import find_patch, unpatch_model
+from .report import stats
+
+
+class SurgeryCallback(TrainerCallback):
+    """Log the distance from w_pre and the mixed share beside the training loss.
+
+    Adds `w_pre_distance`, ||w - w_pre||_2 over the weights chosen by patch_model, and `mixed_share`, the share of the
+    model's trainable elements that these weights are, to every log that has a training loss, for all reporters.
+
+    Args:
+        unpatch: call unpatch_model when training ends.
+    """
+
+    def __init__(self, *, unpatch: bool = False) -> None:
+        self.unpatch = unpatch
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Check that there is something to log, and go before the callbacks that report logs.
+
+        Raises:
+            SettingError: the model is not patched.
+        """
+        model: nn.Module = kwargs["model"]
+        if find_patch(model) is None:
+            raise SettingError(
+                f"SurgeryCallback: expected a patched model, got {type(model).__name__} as it is. "
+                "Call patch_model(model) before training."
+            )
+        # the Trainer puts a user's callbacks after its reporters, and hands no callback the list
+        handler = sys._getframe(1).f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Add the figures to a training log, and to the Trainer's history of it."""
+        model: nn.Module = kwargs["model"]
+        logs: dict[str, Any] = kwargs["logs"]
+        if "loss" not in logs or (patch := find_patch(model)) is None:
+            return
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        mixed = sum(site.weight.numel() for site in patch.sites if site.weight.requires_grad)
+        added = {"w_pre_distance": stats(model)["distance"], "mixed_share": mixed / trainable}
+        logs.update(added)
+        if state.log_history:
+            state.log_history[-1].update(added)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Take the patch off, if asked to."""
+        if self.unpatch:
+            unpatch_model(kwargs["model"])
