@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,14 +117,17 @@ class MixedWeight(torch.Tensor):
             mixed = next((arg for arg in args if isinstance(arg, MixedWeight)), None)
             if mixed is None or not torch.is_grad_enabled() or not _may_hook():
                 return func(*args, **(kwargs or {}))
-            with saved_tensors_hooks(mixed._pack, _unpack):
+            # autograd holds on to the hook, which therefore must not hold W_mix
+            pack = partial(_pack, mixed.untyped_storage().data_ptr(), mixed.again)
+            with saved_tensors_hooks(pack, _unpack):
                 return func(*args, **(kwargs or {}))
 
-    def _pack(self, saved: torch.Tensor) -> Any:
-        """Replace W_mix, or a view of it, by how to make it again; leave all else as autograd would have it."""
-        if saved.device == self.device and saved.untyped_storage().data_ptr() == self.untyped_storage().data_ptr() != 0:
-            return self.again, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
-        return saved, saved._version
+
+def _pack(address: int, again: "_Again", saved: torch.Tensor) -> Any:
+    """Replace W_mix at `address`, or a view of it, by how to make it again; leave all else as it is."""
+    if saved.device == again.w.device and saved.untyped_storage().data_ptr() == address != 0:
+        return again, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
+    return saved, saved._version
 
 
 def _unpack(packed: Any) -> torch.Tensor:

@@ -71,7 +71,11 @@ class _Live:
         self.fresh = {name for name, reason in names.copied.items() if reason == NEW}
         self.fresh |= {name for name, shape in names.converted.items() if shape is not None}
         if names.source == type(model).__name__ and any(hasattr(module, "config") for module in model.modules()):
-            _log.warning("%s; so every weight counts as pretrained: name new layers in exclude.", names.notes[0])
+            _log.warning(
+                "%s: found no checkpoint that it was loaded from, so every weight counts as pretrained. "
+                "Name new layers in exclude.",
+                type(model).__name__,
+            )
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
         return ((target, target.weight.detach()) for target in targets)
