@@ -16,34 +16,69 @@ _REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
+class Chance:
+    """The odds of a mask.
+
+    Args:
+        p: probability in [0, 1] of a 0, that is of w_pre.
+    """
+
+    p: float
+
+    @property
+    def share(self) -> float:
+        """The probability of a 1."""
+        return 1 - self.p
+
+    @property
+    def scale(self) -> float:
+        """1 / (1 - p), which keeps the mean; 0 for p = 1, where no 1 is ever drawn."""
+        return 1 / (1 - self.p) if self.p < 1 else 0.0
+
+
+@dataclass(frozen=True)
 class Draw:
-    """A mask that is made from its seed whenever it is needed, so that nothing of a weight's size is kept."""
+    """A mask that is made from its seed whenever it is needed, so that nothing of a weight's size is kept.
+
+    Args:
+        shape: broadcasts over the weight once each row stands `repeats` times.
+    """
 
     seed: int
     shape: tuple[int, ...]
     repeats: int
-    share: float
+    chance: Chance
 
     def mask(self, like: torch.Tensor) -> torch.Tensor:
-        """Return the 0/1 mask, in the dtype that `mix` takes for `like`, on its device."""
+        """Return the mask on the device of `like`, as draw_mask does."""
         if like.device.type == "cpu":
-            mask = _numpy_mask(self.seed, self.shape, self.share).to(_mask_dtype(like))
-        else:
-            generator = torch.Generator(like.device).manual_seed(self.seed)
-            empty = torch.empty(self.shape, dtype=_mask_dtype(like), device=like.device)
-            mask = empty.bernoulli_(self.share, generator=generator)
-        return mask.repeat_interleave(self.repeats, 0) if self.repeats > 1 else mask
+            return _finish(
+                _numpy_mask(self.seed, self.shape, self.chance.share).to(_dtype(like)), self.repeats, self.chance
+            )
+        generator = torch.Generator(like.device).manual_seed(self.seed)
+        empty = torch.empty(self.shape, dtype=_dtype(like), device=like.device)
+        return _finish(empty.bernoulli_(self.chance.share, generator=generator), self.repeats, self.chance)
 
 
-def draw_mask(shape: tuple[int, ...], repeats: int, share: float, like: torch.Tensor) -> torch.Tensor:
-    """Draw a 0/1 mask from the global generator of the device of `like`.
+def draw_mask(shape: tuple[int, ...], repeats: int, chance: Chance, like: torch.Tensor) -> torch.Tensor:
+    """Draw a mask from the global generator of the device of `like`.
 
     Args:
         shape: broadcasts over `like` once each row stands `repeats` times.
-        share: probability of a 1, that is 1 - p.
+    Returns:
+        m / (1 - p) in the dtype of `like` if that is float32 or float64, else m as bools: 1 / (1 - p) would be rounded.
     """
-    mask = torch.empty(shape, dtype=_mask_dtype(like), device=like.device).bernoulli_(share)
-    return mask.repeat_interleave(repeats, 0) if repeats > 1 else mask
+    empty = torch.empty(shape, dtype=_dtype(like), device=like.device)
+    return _finish(empty.bernoulli_(chance.share), repeats, chance)
+
+
+def _dtype(like: torch.Tensor) -> torch.dtype:
+    return like.dtype if like.dtype in (torch.float32, torch.float64) else torch.bool
+
+
+def _finish(mask: torch.Tensor, repeats: int, chance: Chance) -> torch.Tensor:
+    scaled = mask if mask.dtype == torch.bool else mask.mul_(chance.scale)
+    return scaled.repeat_interleave(repeats, 0) if repeats > 1 else scaled
 
 
 class SharedSeeds:
@@ -85,8 +120,3 @@ def _numpy_mask(seed: int, shape: tuple[int, ...], share: float) -> torch.Tensor
     size = math.prod(shape)
     bits = np.random.SFC64(seed).random_raw((size + 1) // 2).view(np.uint32)[:size]
     return torch.from_numpy(bits < np.uint32(min(round(share * 2**32), 2**32 - 1))).view(shape)
-
-
-def _mask_dtype(like: torch.Tensor) -> torch.dtype:
-    """0.0 and 1.0 where 1 / (1 - p) is exact enough in the weight's dtype to be multiplied in, else bools."""
-    return like.dtype if like.dtype in (torch.float32, torch.float64) else torch.bool

@@ -8,66 +8,57 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from .masks import Draw
+from .masks import Chance, Draw
 
 Pretrained = Callable[[torch.Tensor], torch.Tensor]
 """Gives w_pre, dense, on the device and in the dtype of the weight that it is handed."""
 
 
-def mix(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, *, p: float) -> torch.Tensor:
+def mix(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, *, chance: Chance) -> torch.Tensor:
     """Return w_pre + (w - w_pre) * m / (1 - p): w_pre where the mask is 0, also for p = 1.
 
-    Mixout, Lee et al., arXiv 1909.11299, eq. 5. One fused pass in float32 and float64. In float16 and bfloat16, where
-    1 / (1 - p) would be rounded, two passes that compute in float32 and round once.
+    Mixout, Lee et al., arXiv 1909.11299, eq. 5. One fused pass in float32 and float64. In float16 and bfloat16 two
+    passes, which compute in float32 and round once. Autograd's derivative of it is exact, and keeps the mask only.
 
     Args:
         w, w_pre: floating point, of one shape, dtype and device.
-        mask: broadcasts over w; 0 and 1 in the dtype of w, or bools if that is float16 or bfloat16.
-        p: probability in [0, 1] of w_pre.
+        mask: as draw_mask makes it for w; broadcasts over w.
     """
-    scale = _scale(p)
     if mask.dtype != torch.bool:
-        return torch.lerp(w_pre, w, mask * scale)
-    mixed = torch.lerp(w_pre, w, scale)
-    return torch.where(mask, mixed, w_pre)
-
-
-def _scale(p: float) -> float:
-    return 1 / (1 - p) if p < 1 else 0.0
+        return torch.lerp(w_pre, w, mask)
+    return torch.where(mask, torch.lerp(w_pre, w, chance.scale), w_pre)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the derivative takes from the settings: the probability p, and whether it is the authors'."""
+    """How one weight is mixed: the odds, and whether the derivative is the authors', without 1 / (1 - p)."""
 
-    p: float
+    chance: Chance
     is_official: bool
-
-    @property
-    def slope(self) -> float:
-        """dW_mix/dw where the mask is 1."""
-        return 1.0 if self.is_official else _scale(self.p)
 
 
 class _Mix(torch.autograd.Function):
-    """Mix; backward: grad * m / (1 - p), or grad * m as in the authors' code. w_pre gets no gradient."""
+    """Mix with a backward of its own: with the authors' derivative, grad * m, or with a mask that is drawn again."""
 
     @staticmethod
-    def forward(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, rule: Rule, _: Draw | None) -> torch.Tensor:
-        return mix(w, w_pre, mask, p=rule.p)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG004
-        _, _, mask, ctx.rule, ctx.draw = inputs
-        if ctx.draw is None:
+    def forward(
+        ctx: Any, w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, draw: Draw | None, rule: Rule
+    ) -> torch.Tensor:
+        ctx.rule, ctx.draw = rule, draw
+        if draw is None:
             ctx.save_for_backward(mask)
+        return mix(w, w_pre, mask, chance=rule.chance)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         mask = ctx.saved_tensors[0] if ctx.draw is None else ctx.draw.mask(grad)
-        if mask.dtype == torch.bool:
-            return torch.where(mask, grad * ctx.rule.slope, 0), None, None, None, None
-        return grad * (mask * ctx.rule.slope), None, None, None, None
+        if ctx.rule.is_official:
+            slope = torch.where(mask.bool(), grad, 0)
+        elif mask.dtype == torch.bool:
+            slope = torch.where(mask, grad * ctx.rule.chance.scale, 0)
+        else:
+            slope = grad * mask
+        return slope, None, None, None, None
 
 
 def mixed_weight(
@@ -85,11 +76,14 @@ def mixed_weight(
     """
     draw = mask if isinstance(mask, Draw) else None
     drawn = mask.mask(w) if isinstance(mask, Draw) else mask
-    mixed: torch.Tensor = _Mix.apply(w, pretrained(w), drawn, rule, draw)  # type: ignore[no-untyped-call]
+    if draw is None and not rule.is_official:
+        mixed = mix(w, pretrained(w), drawn, chance=rule.chance)
+    else:
+        mixed = _Mix.apply(w, pretrained(w), drawn, draw, rule)  # type: ignore[no-untyped-call]
     if is_traced or not torch.is_grad_enabled() or not _may_hook():
         return mixed
     shadow = mixed.as_subclass(MixedWeight)
-    shadow.again = _Again(w, w._version, pretrained, mask, rule.p)
+    shadow.again = _Again(w, w._version, pretrained, mask, rule.chance)
     return shadow
 
 
@@ -150,14 +144,14 @@ class _Again:
     version: int
     pretrained: Pretrained
     mask: torch.Tensor | Draw
-    p: float
+    chance: Chance
 
     def __call__(self) -> torch.Tensor:
         if self.w._version != self.version:
             raise RuntimeError(_stale(self.w))
         with torch.no_grad():
             mask = self.mask.mask(self.w) if isinstance(self.mask, Draw) else self.mask
-            return mix(self.w, self.pretrained(self.w), mask, p=self.p)
+            return mix(self.w, self.pretrained(self.w), mask, chance=self.chance)
 
 
 def _stale(tensor: torch.Tensor) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from surgery.errors import SourceError
 
-from .masks import Draw, SharedSeeds, draw_mask, draw_seed
+from .masks import Chance, Draw, SharedSeeds, draw_mask, draw_seed
 from .mixing import Rule, mixed_weight
 from .offload import Offload
 from .pretrained import Pretrained, keep
@@ -93,7 +93,7 @@ class Site:
         """Return W_mix for one call of a module, with a mask of its own or that of its tied weight."""
         assert self.mixout is not None
         is_traced = torch.compiler.is_compiling()
-        rule = Rule(self.mixout.p, self.mixout.gradient == "official")
+        rule = Rule(Chance(self.mixout.p), self.mixout.gradient == "official")
         mask = self._draw_traced(w) if is_traced else self._draw(w)
         if is_traced:
             self.is_traced = True
@@ -103,14 +103,14 @@ class Site:
 
     def _draw(self, w: torch.Tensor) -> torch.Tensor | Draw:
         assert self.mixout is not None
-        share = 1 - self.mixout.p
+        chance = Chance(self.mixout.p)
         is_element = self.mixout.granularity == "element"
         if not is_element and self._seeds is None:
-            return draw_mask(self._mask_shape, self._repeats, share, w)
+            return draw_mask(self._mask_shape, self._repeats, chance, w)
         seed = draw_seed() if self._seeds is None else self._seeds.seed(is_in_pass=self._forward.is_open)
         if is_element:
-            return Draw(seed, tuple(w.shape), 1, share)
-        return Draw(seed, self._mask_shape, self._repeats, share).mask(w)
+            return Draw(seed, tuple(w.shape), 1, chance)
+        return Draw(seed, self._mask_shape, self._repeats, chance).mask(w)
 
     def _draw_traced(self, w: torch.Tensor) -> torch.Tensor:
         """Draw under torch.compile, which cannot follow a seed out of the graph, and recomputes in its own way."""
@@ -119,7 +119,7 @@ class Site:
             return self._shared
         is_element = self.mixout.granularity == "element"
         shape, repeats = (tuple(w.shape), 1) if is_element else (self._mask_shape, self._repeats)
-        mask = draw_mask(shape, repeats, 1 - self.mixout.p, w)
+        mask = draw_mask(shape, repeats, Chance(self.mixout.p), w)
         if self._seeds is not None and self._forward.is_open:
             self._shared = mask
         return mask
