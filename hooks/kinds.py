@@ -46,6 +46,13 @@ def is_read_by_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def is_quantized(weight: torch.Tensor) -> bool:
-    """Tell whether a weight is packed or of so few bits that W_mix could not be held in its dtype."""
-    return not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.is_quantized
+def packing(weight: torch.Tensor) -> str | None:
+    """Return what a weight is quantized to, by its dtype or its class; None if it is simply elements."""
+    kind = type(weight)
+    data = type(weight.data)
+    is_plain = data is torch.Tensor or data.__name__ == "DTensor"
+    if kind.__module__.startswith("bitsandbytes") or not is_plain:
+        return kind.__name__ if is_plain else data.__name__
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.is_quantized:
+        return str(weight.dtype).removeprefix("torch.")
+    return None

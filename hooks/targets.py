@@ -11,7 +11,7 @@ from torch import nn
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
 
-from .kinds import Shape, is_quantized, is_read_by_attention, mask_shape
+from .kinds import Shape, is_read_by_attention, mask_shape, packing
 
 NEW = "new: it has no pretrained value"
 EXCLUDED = "in exclude"
@@ -127,8 +127,8 @@ def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tu
     module, shape = (linear or shapes)[0]
     weight = module._parameters["weight"]
     assert weight is not None
-    if is_quantized(weight):
-        return _QUANTIZED.format(str(weight.dtype).removeprefix("torch."))
+    if packed := packing(weight):
+        return _QUANTIZED.format(packed)
     if not linear and not is_requested:
         return _EMBEDDING
     return _IN_ATTENTION if is_read_by_attention(module) else shape
