@@ -42,6 +42,7 @@ class Site:
         self.pretrained: Pretrained | None = None  # as long as the weight is frozen
         self.calls = 0
         self.is_traced = False
+        self.hidden: nn.Parameter | None = None  # under torch.compile, while a layer runs
         self._version = target.weight._version
         self._mask_shape, self._repeats = target.mask
         self._offload = offload
@@ -131,7 +132,8 @@ class Site:
 def shadow_weight(module: nn.Module, args: Any) -> None:
     """Put W_mix before the module's weight; a forward pre-hook.
 
-    The Parameter stays where it is, in module._parameters: an attribute of the instance is found before it.
+    The Parameter stays where it is, in module._parameters: an attribute of the instance is found before it. torch 2.8
+    cannot compile taking that away again, so there they change places; when the compiled code is left, nothing has.
     """
     reveal_weight(module, args, None)  # a KeyboardInterrupt runs no hooks: the last forward may have left its W_mix
     if not module.training:
@@ -143,11 +145,21 @@ def shadow_weight(module: nn.Module, args: Any) -> None:
             f"{site.name}: expected the layer's own parameter, got none. DataParallel, FSDP 1 and parametrizations "
             "take it away: use DistributedDataParallel or fully_shard, and patch after parametrizing."
         )
-    if w.requires_grad:
-        module.__dict__["weight"] = site.mixed(w)
+    if not w.requires_grad:
+        return
+    mixed = site.mixed(w)
+    if torch.compiler.is_compiling():
+        site.hidden = w
+        module._parameters["weight"] = mixed  # type: ignore[assignment]
+    else:
+        module.__dict__["weight"] = mixed
 
 
 def reveal_weight(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
     """Take W_mix away again; a forward hook that is also called when forward raises."""
     if "weight" in module.__dict__:
         del module.__dict__["weight"]
+    site: Site = getattr(module, SITE)
+    if site.hidden is not None:
+        module._parameters["weight"] = site.hidden
+        site.hidden = None

@@ -95,8 +95,9 @@ class Patch:
         for handle in self._handles:
             handle.remove()
         for module in self._owners():
-            module.__dict__.pop(SITE, None)
-            reveal_weight(module, None, None)
+            if SITE in module.__dict__:  # a tied weight has all its owners here; an anchored one has none
+                reveal_weight(module, None, None)
+                del module.__dict__[SITE]
         del root.__dict__[PATCH]
 
     def begin(self, root: nn.Module) -> None:
