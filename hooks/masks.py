@@ -96,6 +96,11 @@ class SharedSeeds:
         """Start or end a forward pass: what was drawn before is not shared any more."""
         self._first = None
 
+    @property
+    def is_drawn(self) -> bool:
+        """This forward pass has a seed."""
+        return self._first is not None
+
     def seed(self, *, is_in_pass: bool) -> int:
         drawn = draw_seed()
         known = self._seeds.get(drawn)

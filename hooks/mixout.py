@@ -90,6 +90,11 @@ class Site:
         if self._seeds is not None:
             self._seeds.begin()
 
+    @property
+    def is_torn(self) -> bool:
+        """In this pass, compiled and eager code have each drawn a mask for this tied weight."""
+        return self._shared is not None and self._seeds is not None and self._seeds.is_drawn
+
     def mixed(self, w: torch.Tensor) -> torch.Tensor:
         """Return W_mix for one call of a module, with a mask of its own or that of its tied weight."""
         assert self.mixout is not None

@@ -129,8 +129,14 @@ class Patch:
     def end(self, root: nn.Module) -> None:
         """Close a forward pass; after the first one in training, say which weights it did not mix."""
         self._forward.is_open = False
+        torn = [] if torch.compiler.is_compiling() else [site.name for site in self.sites if site.is_torn]
         for site in self.sites:
             site.begin()
+        if torn:
+            raise SourceError(
+                f"{some(torn)}: expected one mask for all layers that share it, got some compiled and some not. "
+                "Compile the whole model, or name the weight in exclude."
+            )
         if torch.compiler.is_compiling() or not root.training or self._steps != 1 or not self.is_mixing:
             return
         if silent := self.uncalled():
