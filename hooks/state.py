@@ -11,6 +11,7 @@ from surgery.errors import SourceError, some
 
 from . import anchor as anchoring
 from .dropout import Rate, find_rates
+from .graphs import guard_hooks
 from .mixout import SITE, Pass, Site, reveal_weight, shadow_weight
 from .settings import Anchor, Mixout
 from .sharding import is_sharded, shard_pretrained
@@ -76,6 +77,7 @@ class Patch:
         root.__dict__[PATCH] = self
         self._handles = [root.register_forward_pre_hook(_begin)]
         if self.is_mixing:
+            guard_hooks()
             for site in self.sites:
                 self._handles += _attach_site(site)
         self._handles.append(root.register_forward_hook(_end, always_call=True))

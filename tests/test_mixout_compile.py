@@ -143,6 +143,23 @@ def test_unpatched_after_compile_mixes_no_more() -> None:
     assert not any(name.startswith("_surgery") for module in model.modules() for name in vars(module))
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=True)  # as it is before the first patch
+def test_compiled_models_of_one_class_do_not_share_graphs(fullgraph: bool) -> None:
+    plain = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False)).double()
+    compiled_plain = torch.compile(plain, fullgraph=fullgraph, backend="aot_eager")
+    compiled_plain(inputs())
+    model = deepcopy(plain)
+    patch_model(model, mixout=P, w_pre={"0.weight": torch.zeros(SIZE, SIZE, dtype=torch.float64)})
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    for _ in range(3):
+        assert not torch.equal(compiled(inputs()), compiled(inputs()))
+        assert torch.equal(compiled_plain(inputs()), plain(inputs()))
+    assert stats(model)["steps"] == 6
+    patch_model(unpatch_model(model), mixout=Mixout(1), w_pre={"0.weight": torch.zeros_like(model[0].weight)})
+    assert not compiled(inputs()).any()
+
+
 def test_patched_again_after_compile_is_refused() -> None:
     model = trained_away()
     compiled = torch.compile(model, backend="aot_eager")
@@ -309,7 +326,7 @@ def test_compiled_bert_trains_in_one_graph() -> None:
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert len(set(map(float, losses))) == 4
+    assert len({loss.item() for loss in losses}) == 4
     assert stats(model)["steps"] == 4
     assert describe(compiled).uncalled == ()
 
