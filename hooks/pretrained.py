@@ -74,7 +74,7 @@ class Pretrained:
 
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Tell whether this is a DTensor, without importing torch.distributed."""
-    return hasattr(tensor, "full_tensor")
+    return hasattr(type(tensor), "full_tensor")  # torch.compile knows a class by its methods, but not a tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
