@@ -1,5 +1,7 @@
 """w_pre in the CPU's memory: pinned, and copied to the GPU while the layer before it computes."""
 
+import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,18 +10,39 @@ if TYPE_CHECKING:
     from .pretrained import Pretrained
 
 
-class Offload:
-    """Fetches what one model keeps in the CPU's memory, one weight ahead.
-
-    The order of the weights is learned as they are fetched: forward and backward passes each have their own. A wrong
-    guess costs time only.
-    """
+class Order:
+    """What follows what: learned as it happens, for forward and backward passes apart."""
 
     def __init__(self) -> None:
-        self._last: dict[bool, int] = {}
+        self._last: dict[bool, Pretrained] = {}
         self._after: dict[tuple[bool, int], Pretrained] = {}
-        self._ahead: tuple[int, torch.Tensor, Any] | None = None
-        self._streams: dict[torch.device, Any] = {}
+
+    def follow(self, current: "Pretrained", *, is_backward: bool) -> "Pretrained | None":
+        """Note that it is the turn of `current`; return what came after it the last time, if anything else did."""
+        if (last := self._last.get(is_backward)) is not None:
+            self._after[is_backward, id(last)] = current
+        self._last[is_backward] = current
+        following = self._after.get((is_backward, id(current)))
+        return None if following is current else following
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Values on their way: `home` is the stream whose memory they are in, `is_here` the end of the copy."""
+
+    pretrained: "Pretrained"
+    values: torch.Tensor
+    home: Any
+    is_here: Any
+
+
+@dataclass
+class Offload:
+    """Fetches what one model keeps in the CPU's memory, one weight ahead. A wrong guess costs time only."""
+
+    _order: Order = field(default_factory=Order)
+    _ahead: _Ahead | None = None
+    _streams: dict[torch.device, Any] = field(default_factory=dict)
 
     def fetch(self, pretrained: "Pretrained", w: torch.Tensor) -> torch.Tensor:
         """Return the values of `pretrained` on the device and in the dtype of `w`."""
@@ -27,36 +50,45 @@ class Offload:
         assert values is not None
         if w.device.type != "cuda" or torch.compiler.is_compiling():
             return values.to(w.device, w.dtype, non_blocking=w.device.type == "cuda")
-        fetched = self._take(pretrained, w.device)
-        if fetched is None:
+        ahead = self._arrived()
+        if ahead is not None and ahead.pretrained is pretrained and ahead.values.device == w.device:
+            fetched = ahead.values
+        else:
             fetched = _pinned(pretrained).to(w.device, non_blocking=True)
-        self._start_next(pretrained, w.device)
+        following = self._order.follow(pretrained, is_backward=torch._C._current_graph_task_id() != -1)
+        if following is not None:
+            self._start(following, w.device)
         return fetched.to(w.dtype)
 
-    def _take(self, pretrained: "Pretrained", device: torch.device) -> torch.Tensor | None:
+    def _arrived(self) -> _Ahead | None:
+        """Have this stream wait for what is on its way, needed or not: its memory may be written to from then on."""
         ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead[0] != id(pretrained) or ahead[1].device != device:
-            return None
-        _, fetched, is_here = ahead
-        stream = torch.cuda.current_stream(device)
-        stream.wait_event(is_here)
-        fetched.record_stream(stream)  # its memory belongs to the other stream's pool
-        return fetched
+        if ahead is not None:
+            stream = torch.cuda.current_stream(ahead.values.device)
+            stream.wait_event(ahead.is_here)
+            if stream != ahead.home:
+                ahead.values.record_stream(stream)
+        return ahead
 
-    def _start_next(self, pretrained: "Pretrained", device: torch.device) -> None:
-        is_backward = torch._C._current_graph_task_id() != -1
-        if (last := self._last.get(is_backward)) is not None:
-            self._after[is_backward, last] = pretrained
-        self._last[is_backward] = id(pretrained)
-        following = self._after.get((is_backward, id(pretrained)))
-        if following is None or following is pretrained:
-            return
+    def _start(self, pretrained: "Pretrained", device: torch.device) -> None:
+        """Copy on a stream of its own, into memory of this one.
+
+        Memory of the other stream would not be used again before the GPU is done with it, and Python is far ahead of
+        the GPU: all of w_pre would come to lie there.
+        """
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream = self._streams[device]
+        stream, home = self._streams[device], torch.cuda.current_stream(device)
+        source = _pinned(pretrained)
+        values = torch.empty_like(source, device=device)
+        stream.wait_stream(home)
         with torch.cuda.stream(stream):
-            fetched = _pinned(following).to(device, non_blocking=True)
-            self._ahead = id(following), fetched, stream.record_event()
+            values.copy_(source, non_blocking=True)
+            self._ahead = _Ahead(pretrained, values, home, stream.record_event())
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._arrived()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Offload":
         return Offload()
