@@ -116,14 +116,29 @@ class MixedWeight(torch.Tensor):
             mixed = next((arg for arg in args if isinstance(arg, MixedWeight)), None)
             if mixed is None or not torch.is_grad_enabled() or not _may_hook():
                 return func(*args, **(kwargs or {}))
-            with saved_tensors_hooks(mixed._pack, _unpack):
+            with saved_tensors_hooks(_Pack(mixed.again, mixed.device, _address(mixed)), _unpack):
                 return func(*args, **(kwargs or {}))
 
-    def _pack(self, saved: torch.Tensor) -> Any:
-        """Replace W_mix, or a view of it, by how to make it again; leave all else as autograd would have it."""
-        if saved.device == self.device and saved.untyped_storage().data_ptr() == self.untyped_storage().data_ptr() != 0:
+
+@dataclass(frozen=True)
+class _Pack:
+    """Replace W_mix, or a view of it, by how to make it again; leave all else as autograd would have it.
+
+    Autograd keeps this for as long as what it packed, so it knows W_mix only by the address of its memory.
+    """
+
+    again: "_Again"
+    device: torch.device
+    address: int
+
+    def __call__(self, saved: torch.Tensor) -> Any:
+        if saved.device == self.device and _address(saved) == self.address != 0:
             return self.again, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
         return saved, saved._version
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _unpack(packed: Any) -> torch.Tensor:
