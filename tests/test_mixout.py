@@ -1,4 +1,4 @@
-"""W_mix to the bit: values, gradients and means against float64 written from the formula; randomness, memory, training."""
+"""W_mix to the bit: values, gradients and means against float64 references; randomness, memory, training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,7 +166,7 @@ def ones(features_in: int, features_out: int) -> dict[str, torch.Tensor]:
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixout_leaves_the_expected_weight_as_it_is(granularity: str, dtype: torch.dtype) -> None:
-    p, draws = 0.7, 2000
+    p, draws = 0.7, 400
     layer, w_pre = make(CASES["Linear"], dtype, p, granularity=granularity)
     seen, x = watch(layer), torch.zeros(1, 6, dtype=dtype)
     for _ in range(draws):
@@ -191,7 +191,7 @@ def test_mixout_passes_gradcheck(case: Case, granularity: str) -> None:
         return torch.tanh(layer(x))
 
     assert torch.autograd.gradcheck(run, inputs)
-    assert torch.autograd.gradgradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
 def test_official_gradient_is_not_the_derivative() -> None:
@@ -472,9 +472,7 @@ def test_two_backwards_of_one_graph_have_the_same_gradient(granularity: str) -> 
     layer, _ = make(CASES["Linear"], torch.float32, 0.5, granularity=granularity)
     x = torch.randn(4, 6, requires_grad=True)
     loss = layer(x).square().sum()
-    first, second = (
-        torch.autograd.grad(loss, [x, layer.weight], retain_graph=is_first) for is_first in (True, False)
-    )
+    first, second = (torch.autograd.grad(loss, [x, layer.weight], retain_graph=is_first) for is_first in (True, False))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
