@@ -108,6 +108,10 @@ class MixedWeight(torch.Tensor):
 
     again: "_Again"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Let a model be copied whose forward was interrupted: its next one does away with what is left here."""
+        return self.detach()
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
