@@ -99,8 +99,13 @@ class Patch:
             handle.remove()
         for module in self._owners():
             module.__dict__.pop(SITE, None)
-            reveal_weight(module, None, None)
+        self.reveal()
         del root.__dict__[PATCH]
+
+    def reveal(self) -> None:
+        """Do away with the W_mix that an interrupted forward has left."""
+        for module in self._owners():
+            reveal_weight(module, None, None)
 
     def begin(self, root: nn.Module) -> None:
         """Open a forward pass of the model."""
