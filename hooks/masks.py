@@ -103,16 +103,14 @@ class SharedSeeds:
 
     def seed(self, *, is_in_pass: bool) -> int:
         drawn = draw_seed()
-        known = self._seeds.get(drawn)
-        if known is not None:
-            return known
-        seed = drawn if self._first is None else self._first
-        if is_in_pass:
-            self._first = seed
-        self._seeds[drawn] = seed
+        if not is_in_pass:  # recomputed for the backward pass, or a layer called on its own
+            return self._seeds.get(drawn, drawn)
+        if self._first is None:
+            self._first = drawn
+        self._seeds[drawn] = self._first  # a user who seeds again meets the same numbers in another order
         if len(self._seeds) > _REMEMBERED:
             self._seeds.popitem(last=False)
-        return seed
+        return self._first
 
 
 def draw_seed() -> int:

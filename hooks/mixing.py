@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -103,6 +102,10 @@ class MixedWeight(torch.Tensor):
 
     again: "_Again"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Let a model be copied whose forward was interrupted: its next one does away with what is left here."""
+        return self.detach()
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -111,17 +114,29 @@ class MixedWeight(torch.Tensor):
             mixed = next((arg for arg in args if isinstance(arg, MixedWeight)), None)
             if mixed is None or not torch.is_grad_enabled() or not _may_hook():
                 return func(*args, **(kwargs or {}))
-            # autograd holds on to the hook, which therefore must not hold W_mix
-            pack = partial(_pack, mixed.untyped_storage().data_ptr(), mixed.again)
-            with saved_tensors_hooks(pack, _unpack):
+            with saved_tensors_hooks(_Pack(mixed.again, mixed.device, _address(mixed)), _unpack):
                 return func(*args, **(kwargs or {}))
 
 
-def _pack(address: int, again: "_Again", saved: torch.Tensor) -> Any:
-    """Replace W_mix at `address`, or a view of it, by how to make it again; leave all else as it is."""
-    if saved.device == again.w.device and saved.untyped_storage().data_ptr() == address != 0:
-        return again, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
-    return saved, saved._version
+@dataclass(frozen=True)
+class _Pack:
+    """Replace W_mix, or a view of it, by how to make it again; leave all else as autograd would have it.
+
+    Autograd keeps this for as long as what it packed, so it knows W_mix only by the address of its memory.
+    """
+
+    again: "_Again"
+    device: torch.device
+    address: int
+
+    def __call__(self, saved: torch.Tensor) -> Any:
+        if saved.device == self.device and _address(saved) == self.address != 0:
+            return self.again, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
+        return saved, saved._version
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _unpack(packed: Any) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .mixing import Rule, mixed_weight
 from .offload import Offload
 from .pretrained import Pretrained, keep
 from .settings import Mixout
-from .targets import Target
+from .targets import Target, own_weight
 
 SITE = "_surgery_site"
 """The attribute of a mixed module that holds its Site."""
@@ -42,7 +42,7 @@ class Site:
         self.pretrained: Pretrained | None = None  # as long as the weight is frozen
         self.calls = 0
         self.is_traced = False
-        self.hidden: nn.Parameter | None = None  # under torch.compile, while a layer runs
+        self.hidden: torch.Tensor | None = None  # under torch.compile, while a layer runs
         self._version = target.weight._version
         self._mask_shape, self._repeats = target.mask
         self._offload = offload
@@ -144,12 +144,7 @@ def shadow_weight(module: nn.Module, args: Any) -> None:
     if not module.training:
         return
     site: Site = getattr(module, SITE)
-    w = module._parameters.get("weight")
-    if w is None or not isinstance(w, nn.Parameter):
-        raise SourceError(
-            f"{site.name}: expected the layer's own parameter, got none. DataParallel, FSDP 1 and parametrizations "
-            "take it away: use DistributedDataParallel or fully_shard, and patch after parametrizing."
-        )
+    w = own_weight(site.name, module)
     if not w.requires_grad:
         return
     mixed = site.mixed(w)
@@ -162,9 +157,9 @@ def shadow_weight(module: nn.Module, args: Any) -> None:
 
 def reveal_weight(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
     """Take W_mix away again; a forward hook that is also called when forward raises."""
-    if "weight" in module.__dict__:
+    if "weight" in module.__dict__ and "weight" in module._parameters:  # else it is what another tool made of it
         del module.__dict__["weight"]
     site: Site = getattr(module, SITE)
     if site.hidden is not None:
-        module._parameters["weight"] = site.hidden
+        module._parameters["weight"] = site.hidden  # type: ignore[assignment]
         site.hidden = None

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel
+from torch.nn.parameter import is_lazy
 
 from surgery.errors import SettingError, SourceError
 from surgery.names import unwrap
@@ -70,6 +71,8 @@ def patch_model(
         raise SettingError(f"w_pre_device: expected same or cpu, got {w_pre_device!r}. Choose one of them.")
     former: Patch | None = root.__dict__.get(PATCH)
     _refuse_others(root, former)
+    if former is not None:
+        former.reveal()
     patch = _plan(
         root,
         former if w_pre is None else None,
@@ -153,6 +156,11 @@ def _root(model: Any) -> nn.Module:
             raise SourceError(
                 f"{path}: expected a model that is not compiled, got one that is: its hooks would never run. "
                 "Call patch_model before torch.compile."
+            )
+        if any(map(is_lazy, module._parameters.values())):
+            raise SourceError(
+                f"{path}: expected layers that know their shapes, got one that waits for its first input. "
+                "Run a forward before patch_model."
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise SourceError(f"{path}: expected Python modules, got TorchScript. Patch the model before scripting it.")

@@ -58,6 +58,7 @@ class Patch:
         self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device)
         self._seen: tuple[int, int] | None = None
         self._missed = 0
+        self._is_checked = False
 
     @property
     def steps(self) -> int:
@@ -78,8 +79,11 @@ class Patch:
         self._handles = [root.register_forward_pre_hook(_begin)]
         if self.is_mixing:
             guard_hooks()
-            for site in self.sites:
-                self._handles += _attach_site(site)
+        for site in self.sites:
+            for module in site.target.owners:
+                module.__dict__[SITE] = site
+                if self.is_mixing:
+                    self._handles += _attach_hooks(module)
         self._handles.append(root.register_forward_hook(_end, always_call=True))
         if self.mixout is not None and self.mixout.replace_dropout:
             self.replaced, self.kept = find_rates(root, self.names(), self.left)
@@ -96,11 +100,15 @@ class Patch:
                 setattr(rate.module, rate.attribute, rate.value)
         for handle in self._handles:
             handle.remove()
+        self.reveal()
         for module in self._owners():
-            if SITE in module.__dict__:  # a tied weight has all its owners here; an anchored one has none
-                reveal_weight(module, None, None)
-                del module.__dict__[SITE]
+            del module.__dict__[SITE]
         del root.__dict__[PATCH]
+
+    def reveal(self) -> None:
+        """Do away with the W_mix that an interrupted forward has left."""
+        for module in self._owners():
+            reveal_weight(module, None, None)
 
     def begin(self, root: nn.Module) -> None:
         """Open a forward pass of the model."""
@@ -128,8 +136,12 @@ class Patch:
         self._handles[0].remove()
         self._handles[0] = root.register_forward_pre_hook(_begin, prepend=True)
 
-    def end(self, root: nn.Module) -> None:
-        """Close a forward pass; after the first one in training, say which weights it did not mix."""
+    def end(self, root: nn.Module, output: Any) -> None:
+        """Close a forward pass; after the first one in training that came to its end, say what it did not mix.
+
+        Args:
+            output: None if forward has raised.
+        """
         self._forward.is_open = False
         torn = [] if torch.compiler.is_compiling() else [site.name for site in self.sites if site.is_torn]
         for site in self.sites:
@@ -139,9 +151,10 @@ class Patch:
                 f"{some(torn)}: expected one mask for all layers that share it, got some compiled and some not. "
                 "Compile the whole model, or name the weight in exclude."
             )
-        if torch.compiler.is_compiling() or not root.training or self._steps != 1 or not self.is_mixing:
+        if torch.compiler.is_compiling() or not root.training or output is None or self._is_checked:
             return
-        if silent := self.uncalled():
+        self._is_checked = True
+        if self.is_mixing and (silent := self.uncalled()):
             what = f"{some(silent)}: expected a call of the layer in forward, got none"
             if len(silent) == sum(site.weight.requires_grad for site in self.sites):
                 raise SourceError(f"{what} of any. Patch the model whose forward calls its layers.")
@@ -179,12 +192,10 @@ class Patch:
             anchoring.watch(self)
 
 
-def _attach_site(site: Site) -> Iterator[Any]:
-    for module in site.target.owners:
-        module.__dict__[SITE] = site
-        yield module.register_forward_pre_hook(shadow_weight)
-        # first of the forward hooks: FSDP's put the sharded weight back in theirs
-        yield module.register_forward_hook(reveal_weight, prepend=True, always_call=True)
+def _attach_hooks(module: nn.Module) -> tuple[Any, Any]:
+    # first of the forward hooks: FSDP's put the sharded weight back in theirs
+    reveal = module.register_forward_hook(reveal_weight, prepend=True, always_call=True)
+    return module.register_forward_pre_hook(shadow_weight), reveal
 
 
 def _begin(root: nn.Module, args: Any) -> None:  # noqa: ARG001
@@ -194,4 +205,4 @@ def _begin(root: nn.Module, args: Any) -> None:  # noqa: ARG001
 
 def _end(root: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
     patch: Patch = getattr(root, PATCH)
-    patch.end(root)
+    patch.end(root, output)

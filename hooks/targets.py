@@ -11,7 +11,7 @@ from torch import nn
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
 
-from .kinds import Shape, is_read_by_attention, mask_shape, packing
+from .kinds import Shape, is_conv1d, is_read_by_attention, mask_shape, packing
 
 NEW = "new: it has no pretrained value"
 EXCLUDED = "in exclude"
@@ -42,7 +42,23 @@ class Target:
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.owners[0]._parameters["weight"]  # type: ignore[return-value]
+        """The live parameter."""
+        return own_weight(self.name, self.owners[0])
+
+
+def own_weight(name: str, module: nn.Module) -> torch.Tensor:
+    """Return a layer's parameter, or the tensor that torch.func.functional_call puts in its place.
+
+    Raises:
+        SourceError: another tool has taken it away since the model was patched.
+    """
+    w = module._parameters.get("weight")
+    if w is None or (not isinstance(w, nn.Parameter) and hasattr(w._base, "_is_flat_param")):
+        raise SourceError(
+            f"{name}: expected the layer's own parameter, got none. DataParallel, FSDP 1 and parametrizations "
+            "take it away: use DistributedDataParallel or fully_shard, and patch after parametrizing."
+        )
+    return w
 
 
 @dataclass
@@ -158,7 +174,8 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
     """Refuse a layer whose weight is not simply its parameter: the hooks of two tools would undo each other."""
     for path, module in model.named_modules():
         name = f"{path}.weight".lstrip(".")
-        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or _selection([name], include, exclude):
+        is_linear = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_conv1d(module)
+        if not is_linear or _selection([name], include, exclude):
             continue
         if hasattr(module, "parametrizations"):
             fault = "one made by torch's parametrize"
