@@ -37,9 +37,10 @@ def rows(device: str, *, dtype: torch.dtype = torch.float32, size: int = SIZE) -
 
 
 def move(model: nn.Module) -> None:
+    """Take every weight so far from w_pre that no rounding brings it back."""
     with torch.no_grad():
         for w in model.parameters():
-            w.add_(torch.randn_like(w))
+            w.add_(torch.randn_like(w).sign())
 
 
 def train(model: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor] | None = None) -> list[float]:
