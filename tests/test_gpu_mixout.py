@@ -40,7 +40,7 @@ def move(model: nn.Module) -> None:
     """Take every weight so far from w_pre that no rounding brings it back."""
     with torch.no_grad():
         for w in model.parameters():
-            w.add_(torch.randn_like(w).sign())
+            w.add_(0.5 + torch.rand_like(w))
 
 
 def train(model: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor] | None = None) -> list[float]:
