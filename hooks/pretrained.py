@@ -101,4 +101,5 @@ def keep(name: str, w: torch.Tensor, values: torch.Tensor, offload: Offload | No
         split = values if is_distributed(values) else distributed_like(w, values.to(w.device))
         return Pretrained(name, split.to(w.dtype, copy=True), None)
     device = w.device if offload is None else torch.device("cpu")
-    return Pretrained(name, values.to(device, w.dtype, copy=True), offload)
+    kept = values.to(device, w.dtype, copy=True)
+    return Pretrained(name, kept.pin_memory() if offload is not None and w.is_cuda else kept, offload)

@@ -119,6 +119,8 @@ class Patch:
         if not root.training:
             return
         if torch.compiler.is_compiling():
+            # beside the weights, which may have moved: CUDA graphs take nothing from the CPU
+            self._traced_steps = self._traced_steps.to(self.sites[0].weight.device)
             self._traced_steps.add_(1)
             return
         if self._steps == 0:
