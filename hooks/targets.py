@@ -75,7 +75,7 @@ def choose(model: nn.Module, fresh: AbstractSet[str], *, include: Sequence[str],
     for members in groups.values():
         names = tuple(name for name, _ in members)
         reason = _selection(names, include, exclude)
-        if reason is None and not fresh.isdisjoint(names):
+        if reason is None and fresh >= set(names):
             reason = NEW
         if reason is None and not adapters.isdisjoint(names):
             reason = ADAPTER
