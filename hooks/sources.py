@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint, refuse_quantized, resolve
+from surgery.checkpoint import Checkpoint, quantized, resolve
 from surgery.errors import SourceError, some
 from surgery.names import NEW, Names, find_names
 from surgery.pickles import DTYPES, PickleFile
@@ -111,13 +111,7 @@ class _StateDict:
                 f"w_pre: expected names of the model's tensors, such as {next(iter(parameters), '')!r}, got "
                 f"{some([repr(name) for name in unknown])}. Rename or leave out {len(unknown)}, or give the checkpoint."
             )
-        self.fresh = parameters.keys() - self._tensors.keys() - self._tied(model)
-
-    def _tied(self, model: nn.Module) -> set[str]:
-        """Return the names that share a parameter with a name that is there."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        there = {id(parameter) for name, parameter in parameters.items() if name in self._tensors}
-        return {name for name, parameter in parameters.items() if id(parameter) in there}
+        self.fresh = parameters.keys() - self._tensors.keys()
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
         for target in targets:
@@ -140,10 +134,17 @@ class _Files:
 
     def __init__(self, model: nn.Module, source: str | Path) -> None:
         checkpoint = resolve(source)
-        refuse_quantized(checkpoint)
+        for config, method in quantized(checkpoint).items():
+            raise SourceError(
+                f"w_pre: {checkpoint.path(config)}: expected unquantized weights, got quantization_config ({method}). "
+                "Give the checkpoint it was made from."
+            )
         self.label = checkpoint.id
         self._checkpoint = checkpoint
-        self._names: Names = find_names(model, checkpoint)
+        try:
+            self._names: Names = find_names(model, checkpoint)
+        except SourceError as error:
+            raise SourceError(str(error).replace("source:", "w_pre:", 1)) from error
         self.fresh = {name for name, reason in self._names.copied.items() if reason == NEW}
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:

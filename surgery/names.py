@@ -127,7 +127,7 @@ def _choose_parts(
     if len(parts) > 1:
         names = ", ".join(path for path, _ in parts[:3])
         raise SourceError(
-            f"source: expected a model with one pretrained part, got {len(parts)} ({names}). Perturb each on its own."
+            f"source: expected a model with one pretrained part, got {len(parts)} ({names}). Take them one at a time."
         )
     return parts or [("", model)]
 
