@@ -10,13 +10,12 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint, quantized, resolve
 from surgery.errors import SourceError, some
-from surgery.names import NEW, Names, find_names
+from surgery.names import NEW, Names, find_names, pretrained_parts
 from surgery.pickles import DTYPES, PickleFile
 from surgery.progress import bar
 from surgery.tensorfile import Tensor, TensorFile
 
 from .mixout import Site
-from .targets import NEW as FRESH
 from .targets import Target
 
 _log = logging.getLogger(__name__)
@@ -63,26 +62,43 @@ class _Live:
 
     def __init__(self, model: nn.Module) -> None:
         self.label = "the model's weights when it was patched"
-        loaded = {name: hasattr(p, "_is_hf_initialized") for name, p in model.named_parameters(remove_duplicate=False)}
-        if any(loaded.values()):
-            self.fresh = {name for name, is_loaded in loaded.items() if not is_loaded}
-            return
-        names = find_names(model, None)
-        self.fresh = {name for name, reason in names.copied.items() if reason == NEW}
-        self.fresh |= {name for name, shape in names.converted.items() if shape is not None}
-        if names.source == type(model).__name__ and any(hasattr(module, "config") for module in model.modules()):
-            _log.warning("%s; so every weight counts as pretrained: name new layers in exclude.", names.notes[0])
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        pretrained = {name for name, parameter in parameters.items() if _is_loaded(parameter)}
+        parts = list(pretrained_parts(model))
+        for path, part in parts:
+            if not any(map(_is_loaded, part.parameters())):  # deepcopy and fully_shard lose the marks
+                pretrained |= {f"{path}.{name}".lstrip(".") for name in _in_checkpoint(part)}
+        self.fresh = parameters.keys() - pretrained if pretrained else set()
+        if parts and not pretrained:
+            _log.warning(
+                "%s: no checkpoint found, so every weight counts as pretrained. Name new layers in exclude.",
+                type(model).__name__,
+            )
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
         return ((target, target.weight.detach()) for target in targets)
 
 
+def _is_loaded(parameter: torch.Tensor) -> bool:
+    """Tell whether transformers has marked a parameter as loaded from a checkpoint."""
+    return hasattr(parameter, "_is_hf_initialized")
+
+
+def _in_checkpoint(part: nn.Module) -> set[str]:
+    """Return the names of what the checkpoint that `part` was loaded from has, if it is on this machine."""
+    names = find_names(part, None)
+    if names.source == type(part).__name__:
+        return set()
+    new = {name for name, reason in names.copied.items() if reason == NEW}
+    return names.tensors.keys() - new - {name for name, shape in names.converted.items() if shape is not None}
+
+
 class Kept:
     """What a former patch of the model took: the weights have been trained since."""
 
-    def __init__(self, sites: Sequence[Site], left: Mapping[str, str], label: str) -> None:
+    def __init__(self, sites: Sequence[Site], fresh: set[str], label: str) -> None:
         self.label = label
-        self.fresh = {name for name, reason in left.items() if reason == FRESH}
+        self.fresh = fresh
         self._sites = {id(site.weight): site for site in sites}
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:

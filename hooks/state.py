@@ -28,6 +28,7 @@ class Patch:
         mixout, anchor: what was asked for.
         sites: the weights that are regularized as long as they are trainable.
         left: why each other parameter is not, by name.
+        fresh: names of the parameters without a pretrained value.
         label: where w_pre comes from.
         forward: shared with the sites.
     """
@@ -39,6 +40,7 @@ class Patch:
         anchor: Anchor | None,
         sites: list[Site],
         left: dict[str, str],
+        fresh: set[str],
         label: str,
         forward: Pass,
     ) -> None:
@@ -46,6 +48,7 @@ class Patch:
         self.anchor = anchor
         self.sites = sites
         self.left = left
+        self.fresh = fresh
         self.label = label
         self.replaced: list[Rate] = []
         self.kept: list[Rate] = []
