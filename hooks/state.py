@@ -12,6 +12,7 @@ from surgery.errors import SourceError, some
 from . import anchor as anchoring
 from .dropout import Rate, find_rates
 from .mixout import SITE, Pass, Site, reveal_weight, shadow_weight
+from .pretrained import local
 from .settings import Anchor, Mixout
 from .sharding import is_sharded, shard_pretrained
 from .targets import refuse_unready
@@ -53,12 +54,12 @@ class Patch:
         self.replaced: list[Rate] = []
         self.kept: list[Rate] = []
         self.anchored = 0
-        self.open_steps = 0
+        self.open_step: int | None = None
         self._forward = forward
         self._handles: list[Any] = []
         self._steps = 0
         self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device)
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, tuple[int, str]] | None = None
         self._missed = 0
 
     @property
@@ -104,7 +105,6 @@ class Patch:
 
     def begin(self, root: nn.Module) -> None:
         """Open a forward pass of the model."""
-        self.open_steps = 0
         self._forward.is_open = True
         for site in self.sites:
             site.begin()
@@ -119,7 +119,7 @@ class Patch:
                 self._go_first(root)
         elif self._steps == 1:
             shard_pretrained(self.sites)
-        if self.anchor is not None:
+        if self.anchor is not None and self.open_step is None:  # else a closure, such as LBFGS's, amid the step
             self._refuse_unanchored()
         self._steps += 1
 
@@ -152,10 +152,15 @@ class Patch:
 
         Once may be a load_state_dict.
         """
-        site = next(site for site in self.sites if site.weight.requires_grad)
-        seen = site.weight._version, self.anchored
-        if self._seen is not None and seen[0] != self._seen[0]:
-            self._missed = self._missed + 1 if seen[1] == self._seen[1] else 0
+        site = next((site for site in self.sites if site.weight.requires_grad), None)
+        if site is None:
+            return
+        w = site.weight
+        # w.data has a version of its own; a sum costs a synchronization, so no longer than until the first step
+        values = "" if self.anchored else str(float(local(w.detach()).sum()))
+        seen = self.anchored, (w._version, values)
+        if self._seen is not None and seen[1] != self._seen[1]:
+            self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0
         self._seen = seen
         if self._missed > 1:
             raise SourceError(
