@@ -61,6 +61,7 @@ class Patch:
         self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device)
         self._seen: tuple[int, tuple[int, str]] | None = None
         self._missed = 0
+        self._is_checked = False
 
     @property
     def steps(self) -> int:
@@ -133,11 +134,16 @@ class Patch:
         self._forward.is_open = False
         for site in self.sites:
             site.begin()
-        if torch.compiler.is_compiling() or not root.training or self._steps != 1 or not self.is_mixing:
+        if torch.compiler.is_compiling() or self._is_checked or not self.is_mixing:
             return
-        if silent := self.uncalled():
+        # PEFT's wrapper is in training mode around a model that is not
+        trained = [site for site in self.sites if site.weight.requires_grad and site.target.owners[0].training]
+        if not root.training or not trained:
+            return
+        self._is_checked = True
+        if silent := [site.name for site in trained if site.calls == 0 and not site.is_traced]:
             what = f"{some(silent)}: expected a call of the layer in forward, got none"
-            if len(silent) == sum(site.weight.requires_grad for site in self.sites):
+            if len(silent) == len(trained):
                 raise SourceError(f"{what} of any. Patch the model whose forward calls its layers.")
             _log.warning("%s (%d weights): not mixed. Something else reads the weight.", what, len(silent))
 
