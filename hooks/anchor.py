@@ -34,19 +34,26 @@ def forget(patch: "Patch") -> None:
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
     for patch in list(_watched):
-        patch.open_steps += 1
-        if patch.open_steps == 1:  # an optimizer that wraps another has both of them step
-            _decay(patch, optimizer)
+        # an optimizer that wraps another has both of them step; the one that is open may have raised, and step again
+        if patch.open_step in (None, id(optimizer)) and _decay(patch, optimizer):
+            patch.open_step = id(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
     for patch in list(_watched):
-        patch.open_steps = max(0, patch.open_steps - 1)
+        if patch.open_step == id(optimizer):
+            patch.open_step = None
 
 
-def _decay(patch: "Patch", optimizer: Optimizer) -> None:
-    """Take w toward w_pre by lr * weight of the distance, where the step has a gradient for w, as AdamW does."""
+def _decay(patch: "Patch", optimizer: Optimizer) -> bool:
+    """Take w toward w_pre by lr * weight of the distance, where the step has a gradient for w, as AdamW does.
+
+    Returns:
+        Whether the optimizer holds such a weight.
+    """
     assert patch.anchor is not None
+    if getattr(optimizer, "found_inf", None):  # a fused optimizer skips the step by itself, where GradScaler found inf
+        return False
     sites = {id(site.weight): site for site in patch.sites}
     is_ours = False
     for group in optimizer.param_groups:
@@ -55,3 +62,4 @@ def _decay(patch: "Patch", optimizer: Optimizer) -> None:
                 local(w).lerp_(site.ready(w).part(w), float(group["lr"]) * patch.anchor.weight)
                 is_ours = True
     patch.anchored += is_ours
+    return is_ours

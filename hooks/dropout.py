@@ -36,7 +36,9 @@ def find_rates(model: nn.Module, mixed: Collection[str], left: Mapping[str, str]
     replaced: list[Rate] = []
     kept: list[Rate] = []
     for rate, neighbours in _rates(model):
-        if neighbours is None:
+        if "lora_dropout" in rate.name.split("."):  # before PEFT's adapter, which is not mixed
+            is_kept = True
+        elif neighbours is None:
             is_kept = rate.name.rpartition(".")[0] not in with_mixed
         else:
             is_kept = next((path not in with_mixed for path in neighbours if path in with_mixed | spared), False)

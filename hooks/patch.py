@@ -195,7 +195,7 @@ def _plan(
 ) -> Patch:
     """Choose the weights and take their w_pre, without touching the model."""
     mixout, anchor = settings
-    origin = Kept(former.sites, former.left, former.label) if former else open_origin(root, w_pre)
+    origin = Kept(former.sites, former.fresh, former.label) if former else open_origin(root, w_pre)
     choice = choose(root, origin.fresh, include=include, exclude=exclude)
     refuse_unready(choice.targets)
     forward = Pass()
@@ -208,6 +208,7 @@ def _plan(
         anchor=anchor,
         sites=list(sites.values()),
         left=choice.left,
+        fresh=origin.fresh,
         label=origin.label,
         forward=forward,
     )

@@ -108,12 +108,12 @@ def w_pre_bytes(patch: Patch) -> int:
 
 @torch.no_grad()
 def distance(patch: Patch) -> float:
-    """Return ||w - w_pre||_2 over all weights whose w_pre is there."""
+    """Return ||w - w_pre||_2 over all weights that the regularizers act on."""
     squares = 0.0
     for site in patch.sites:
-        if site.pretrained is None or site.values is None:
-            continue
         w = site.weight.detach()
+        if site.pretrained is None or site.values is None or not site.weight.requires_grad:
+            continue
         if is_distributed(w):
             squares += _square_of_shards(w, site.pretrained.part(w))
         else:

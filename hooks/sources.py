@@ -8,15 +8,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint, refuse_quantized, resolve
+from surgery.checkpoint import Checkpoint, quantized, resolve
 from surgery.errors import SourceError, some
-from surgery.names import NEW, Names, find_names
+from surgery.names import NEW, Names, find_names, pretrained_parts
 from surgery.pickles import DTYPES, PickleFile
 from surgery.progress import bar
 from surgery.tensorfile import Tensor, TensorFile
 
 from .mixout import Site
-from .targets import NEW as FRESH
 from .targets import Target
 
 _log = logging.getLogger(__name__)
@@ -63,17 +62,16 @@ class _Live:
 
     def __init__(self, model: nn.Module) -> None:
         self.label = "the model's weights when it was patched"
-        loaded = {name: hasattr(p, "_is_hf_initialized") for name, p in model.named_parameters(remove_duplicate=False)}
-        if any(loaded.values()):
-            self.fresh = {name for name, is_loaded in loaded.items() if not is_loaded}
-            return
-        names = find_names(model, None)
-        self.fresh = {name for name, reason in names.copied.items() if reason == NEW}
-        self.fresh |= {name for name, shape in names.converted.items() if shape is not None}
-        if names.source == type(model).__name__ and any(hasattr(module, "config") for module in model.modules()):
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        pretrained = {name for name, parameter in parameters.items() if _is_loaded(parameter)}
+        parts = list(pretrained_parts(model))
+        for path, part in parts:
+            if not any(map(_is_loaded, part.parameters())):  # deepcopy and fully_shard lose the marks
+                pretrained |= {f"{path}.{name}".lstrip(".") for name in _in_checkpoint(part)}
+        self.fresh = parameters.keys() - pretrained if pretrained else set()
+        if parts and not pretrained:
             _log.warning(
-                "%s: found no checkpoint that it was loaded from, so every weight counts as pretrained. "
-                "Name new layers in exclude.",
+                "%s: no checkpoint found, so every weight counts as pretrained. Name new layers in exclude.",
                 type(model).__name__,
             )
 
@@ -81,12 +79,26 @@ class _Live:
         return ((target, target.weight.detach()) for target in targets)
 
 
+def _is_loaded(parameter: torch.Tensor) -> bool:
+    """Tell whether transformers has marked a parameter as loaded from a checkpoint."""
+    return hasattr(parameter, "_is_hf_initialized")
+
+
+def _in_checkpoint(part: nn.Module) -> set[str]:
+    """Return the names of what the checkpoint that `part` was loaded from has, if it is on this machine."""
+    names = find_names(part, None)
+    if names.source == type(part).__name__:
+        return set()
+    new = {name for name, reason in names.copied.items() if reason == NEW}
+    return names.tensors.keys() - new - {name for name, shape in names.converted.items() if shape is not None}
+
+
 class Kept:
     """What a former patch of the model took: the weights have been trained since."""
 
-    def __init__(self, sites: Sequence[Site], left: Mapping[str, str], label: str) -> None:
+    def __init__(self, sites: Sequence[Site], fresh: set[str], label: str) -> None:
         self.label = label
-        self.fresh = {name for name, reason in left.items() if reason == FRESH}
+        self.fresh = fresh
         self._sites = {id(site.weight): site for site in sites}
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
@@ -115,13 +127,7 @@ class _StateDict:
                 f"w_pre: expected names of the model's tensors, such as {next(iter(parameters), '')!r}, got "
                 f"{some([repr(name) for name in unknown])}. Rename or leave out {len(unknown)}, or give the checkpoint."
             )
-        self.fresh = parameters.keys() - self._tensors.keys() - self._tied(model)
-
-    def _tied(self, model: nn.Module) -> set[str]:
-        """Return the names that share a parameter with a name that is there."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        there = {id(parameter) for name, parameter in parameters.items() if name in self._tensors}
-        return {name for name, parameter in parameters.items() if id(parameter) in there}
+        self.fresh = parameters.keys() - self._tensors.keys()
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
         for target in targets:
@@ -144,10 +150,17 @@ class _Files:
 
     def __init__(self, model: nn.Module, source: str | Path) -> None:
         checkpoint = resolve(source)
-        refuse_quantized(checkpoint)
+        for config, method in quantized(checkpoint).items():
+            raise SourceError(
+                f"w_pre: {checkpoint.path(config)}: expected unquantized weights, got quantization_config ({method}). "
+                "Give the checkpoint it was made from."
+            )
         self.label = checkpoint.id
         self._checkpoint = checkpoint
-        self._names: Names = find_names(model, checkpoint)
+        try:
+            self._names: Names = find_names(model, checkpoint)
+        except SourceError as error:
+            raise SourceError(str(error).replace("source:", "w_pre:", 1)) from error
         self.fresh = {name for name, reason in self._names.copied.items() if reason == NEW}
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:

@@ -13,6 +13,7 @@ from . import anchor as anchoring
 from .dropout import Rate, find_rates
 from .graphs import guard_hooks
 from .mixout import SITE, Pass, Site, reveal_weight, shadow_weight
+from .pretrained import local
 from .settings import Anchor, Mixout
 from .sharding import is_sharded, shard_pretrained
 from .targets import refuse_unready
@@ -29,6 +30,7 @@ class Patch:
         mixout, anchor: what was asked for.
         sites: the weights that are regularized as long as they are trainable.
         left: why each other parameter is not, by name.
+        fresh: names of the parameters without a pretrained value.
         label: where w_pre comes from.
         forward: shared with the sites.
     """
@@ -40,6 +42,7 @@ class Patch:
         anchor: Anchor | None,
         sites: list[Site],
         left: dict[str, str],
+        fresh: set[str],
         label: str,
         forward: Pass,
     ) -> None:
@@ -47,16 +50,17 @@ class Patch:
         self.anchor = anchor
         self.sites = sites
         self.left = left
+        self.fresh = fresh
         self.label = label
         self.replaced: list[Rate] = []
         self.kept: list[Rate] = []
         self.anchored = 0
-        self.open_steps = 0
+        self.open_step: int | None = None
         self._forward = forward
         self._handles: list[Any] = []
         self._steps = 0
         self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device)
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, tuple[int, str]] | None = None
         self._missed = 0
         self._is_checked = False
 
@@ -112,7 +116,6 @@ class Patch:
 
     def begin(self, root: nn.Module) -> None:
         """Open a forward pass of the model."""
-        self.open_steps = 0
         self._forward.is_open = True
         for site in self.sites:
             site.begin()
@@ -129,7 +132,7 @@ class Patch:
                 self._go_first(root)
         elif self._steps == 1:
             shard_pretrained(self.sites)
-        if self.anchor is not None:
+        if self.anchor is not None and self.open_step is None:  # else a closure, such as LBFGS's, amid the step
             self._refuse_unanchored()
         self._steps += 1
 
@@ -153,12 +156,16 @@ class Patch:
                 f"{some(torn)}: expected one mask for all layers that share it, got some compiled and some not. "
                 "Compile the whole model, or name the weight in exclude."
             )
-        if torch.compiler.is_compiling() or not root.training or output is None or self._is_checked:
+        if torch.compiler.is_compiling() or output is None or self._is_checked or not self.is_mixing:
+            return
+        # PEFT's wrapper is in training mode around a model that is not
+        trained = [site for site in self.sites if site.weight.requires_grad and site.target.owners[0].training]
+        if not root.training or not trained:
             return
         self._is_checked = True
-        if self.is_mixing and (silent := self.uncalled()):
+        if silent := [site.name for site in trained if site.calls == 0 and not site.is_traced]:
             what = f"{some(silent)}: expected a call of the layer in forward, got none"
-            if len(silent) == sum(site.weight.requires_grad for site in self.sites):
+            if len(silent) == len(trained):
                 raise SourceError(f"{what} of any. Patch the model whose forward calls its layers.")
             _log.warning("%s (%d weights): not mixed. Something else reads the weight.", what, len(silent))
 
@@ -173,10 +180,15 @@ class Patch:
 
         Once may be a load_state_dict.
         """
-        site = next(site for site in self.sites if site.weight.requires_grad)
-        seen = site.weight._version, self.anchored
-        if self._seen is not None and seen[0] != self._seen[0]:
-            self._missed = self._missed + 1 if seen[1] == self._seen[1] else 0
+        site = next((site for site in self.sites if site.weight.requires_grad), None)
+        if site is None:
+            return
+        w = site.weight
+        # w.data has a version of its own; a sum costs a synchronization, so no longer than until the first step
+        values = "" if self.anchored else str(float(local(w.detach()).sum()))
+        seen = self.anchored, (w._version, values)
+        if self._seen is not None and seen[1] != self._seen[1]:
+            self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0
         self._seen = seen
         if self._missed > 1:
             raise SourceError(

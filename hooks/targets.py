@@ -15,7 +15,7 @@ from .kinds import Shape, is_conv1d, is_read_by_attention, mask_shape, packing
 
 NEW = "new: it has no pretrained value"
 EXCLUDED = "in exclude"
-ADAPTER = "an adapter of PEFT: it starts at no pretrained value"
+ADAPTER = "PEFT's own: an adapter, or its copy of a module to save"
 _NOT_A_WEIGHT = "a bias, norm or other parameter that is no layer's weight matrix"
 _UNKNOWN = "the weight of a {}, which is not of a kind that is mixed"
 _EMBEDDING = "an embedding: name it in include to mix it"
@@ -91,10 +91,10 @@ def choose(model: nn.Module, fresh: AbstractSet[str], *, include: Sequence[str],
     for members in groups.values():
         names = tuple(name for name, _ in members)
         reason = _selection(names, include, exclude)
-        if reason is None and not fresh.isdisjoint(names):
-            reason = NEW
         if reason is None and not adapters.isdisjoint(names):
             reason = ADAPTER
+        if reason is None and fresh >= set(names):
+            reason = NEW
         kind = _kind(members, is_requested=bool(include))
         if reason is None and isinstance(kind, str):
             reason = kind

@@ -60,7 +60,7 @@ def find_names(model: torch.nn.Module, source: str | Path | Checkpoint | None) -
     model = unwrap(model)
     tensors, buffers = _tensors(model)
     what = type(model).__name__
-    parts = list(_pretrained_parts(model))
+    parts = list(pretrained_parts(model))
     names = Names(what, None, tensors, {name: name for name in tensors}, dict.fromkeys(buffers, BUFFER))
     notes: list[str] = []
     read: list[CheckpointNames] = []
@@ -108,14 +108,14 @@ def _tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]
     return tensors | buffers, set(buffers)
 
 
-def _pretrained_parts(model: torch.nn.Module) -> Iterable[tuple[str, Any]]:
+def pretrained_parts(model: torch.nn.Module) -> Iterable[tuple[str, Any]]:
     """Yield the outermost modules that transformers or diffusers loads, with their paths."""
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if kinds & {"PreTrainedModel", "ModelMixin"}:
         yield "", model
         return
     for name, child in model.named_children():
-        for path, part in _pretrained_parts(child):
+        for path, part in pretrained_parts(child):
             yield f"{name}.{path}".rstrip("."), part
 
 
@@ -127,7 +127,7 @@ def _choose_parts(
     if len(parts) > 1:
         names = ", ".join(path for path, _ in parts[:3])
         raise SourceError(
-            f"source: expected a model with one pretrained part, got {len(parts)} ({names}). Perturb each on its own."
+            f"source: expected a model with one pretrained part, got {len(parts)} ({names}). Take them one at a time."
         )
     return parts or [("", model)]
 

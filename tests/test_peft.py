@@ -1,0 +1,143 @@
+"""LoRA of the real peft: adapters are not mixed, and a base that is frozen leaves nothing to mix."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import seeded
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import BertForSequenceClassification
+
+from surgery.errors import SettingError
+from surgery.hooks import describe, patch_model, stats, unpatch_model
+
+# peft asks transformers by a name that it is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
+ADAPTER = "PEFT's own: an adapter, or its copy of a module to save"
+LORA = {"r": 2, "target_modules": ["query", "value"]}
+
+
+def base(path: Path) -> Any:
+    return BertForSequenceClassification.from_pretrained(seeded.bert_folder(path))
+
+
+def trainable(model: nn.Module) -> nn.Module:
+    """Unfreeze all but the adapters, which are trainable anyhow."""
+    return model.requires_grad_(True).train()
+
+
+def left_as(model: nn.Module, reason: str) -> set[str]:
+    return {name for name, why in (describe(model).left or {}).items() if why == reason}
+
+
+def test_frozen_base_leaves_nothing_to_mix(tmp_path: Path) -> None:
+    model = get_peft_model(base(tmp_path), LoraConfig(**LORA))
+    before = seeded.fingerprint(model)
+    message = r"^model: expected a trainable weight to mix, got none \(.*13 frozen; .*8 PEFT's own.*\)\. Unfreeze"
+    with pytest.raises(SettingError, match=message):
+        patch_model(model)
+    assert seeded.fingerprint(model) == before
+
+
+def test_trainable_base_is_mixed_and_adapters_are_not(tmp_path: Path) -> None:
+    model = patch_model(trainable(get_peft_model(base(tmp_path), LoraConfig(**LORA))))
+    adapters = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert left_as(model, ADAPTER) == adapters
+    assert len(adapters) == 8
+    assert len(describe(model).mixed) == 13
+    assert "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight" in describe(model).mixed
+
+
+@pytest.mark.parametrize("modules", [["classifier"], ["pooler"]], ids=["new", "pretrained"])
+def test_modules_to_save_are_named_as_pefts(modules: list[str], tmp_path: Path) -> None:
+    config = LoraConfig(**LORA, modules_to_save=modules)
+    model = patch_model(trainable(get_peft_model(base(tmp_path), config)))
+    saved = {name for name, _ in model.named_parameters() if "modules_to_save" in name}
+    assert saved
+    assert saved <= left_as(model, ADAPTER)
+
+
+def test_bias_only_training_leaves_nothing_to_mix(tmp_path: Path) -> None:
+    model = get_peft_model(base(tmp_path), LoraConfig(**LORA, bias="all", modules_to_save=["classifier"]))
+    with pytest.raises(SettingError, match=r"13 frozen"):
+        patch_model(model)
+
+
+def test_base_thawed_later_is_mixed_from_then_on(tmp_path: Path) -> None:
+    model = get_peft_model(base(tmp_path), LoraConfig(**LORA))
+    pooler = model.base_model.model.bert.pooler
+    pooler.requires_grad_(True)
+    patch_model(model)
+    assert describe(model).mixed == ("base_model.model.bert.pooler.dense.weight",)
+    trainable(model)
+    model(**seeded.batch()).loss.backward()
+    assert stats(model)["mixed"] == 13
+
+
+def test_wrapper_in_training_mode_around_an_eval_model_is_no_fault(tmp_path: Path) -> None:
+    model = get_peft_model(base(tmp_path), LoraConfig(**LORA)).requires_grad_(True)
+    patch_model(model)
+    assert (model.training, model.base_model.model.training) == (True, False)
+    model(**seeded.batch())
+    model.train()(**seeded.batch())
+    assert describe(model).uncalled == ()
+
+
+def test_dropout_of_adapters_is_kept(tmp_path: Path) -> None:
+    model = patch_model(trainable(get_peft_model(base(tmp_path), LoraConfig(**LORA, lora_dropout=0.1))))
+    kept = {name for name in describe(model).kept if name.endswith("lora_dropout.default")}
+    assert len(kept) == 4
+    assert set(describe(model).kept) - kept == {"base_model.model.dropout"}
+
+
+def test_mixed_base_and_adapters_train(tmp_path: Path) -> None:
+    model = patch_model(trainable(get_peft_model(base(tmp_path), LoraConfig(**LORA))), mixout=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = {name: w.detach().clone() for name, w in model.named_parameters()}
+    for step in range(2):
+        model(**seeded.batch(seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layer = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    for name in (f"{layer}.base_layer.weight", f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"):
+        assert not torch.equal(model.get_parameter(name), before[name])
+    assert describe(model).uncalled == ()
+
+
+def test_p_1_gives_the_pretrained_base_with_its_adapter(tmp_path: Path) -> None:
+    model = trainable(get_peft_model(base(tmp_path), LoraConfig(**LORA))).eval()
+    with torch.no_grad():
+        model.base_model.model.bert.encoder.layer[0].attention.self.query.lora_B["default"].weight.add_(0.1)
+        expected = model(**seeded.batch()).logits
+        patch_model(model, mixout=1.0)
+        model.base_model.model.bert.encoder.layer[0].attention.self.query.base_layer.weight.add_(3)
+        model.train().base_model.model.dropout.p = 0.0
+        assert torch.equal(model(**seeded.batch()).logits, expected)
+
+
+def test_checkpoint_gives_w_pre_through_pefts_names(tmp_path: Path) -> None:
+    model = trainable(get_peft_model(base(tmp_path), LoraConfig(**LORA, modules_to_save=["classifier"])))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    patch_model(model, w_pre=tmp_path)
+    found = seeded.w_pre_of(model)
+    query = "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight"
+    assert torch.equal(found[query] + 1, model.get_parameter(query))
+    assert len(found) == 13
+
+
+@pytest.mark.parametrize("thaw", [True, False], ids=["thawed", "frozen"])
+def test_model_patched_before_peft_wraps_it(thaw: bool, tmp_path: Path) -> None:
+    plain = base(tmp_path)
+    patch_model(plain, mixout=0.5)
+    model = get_peft_model(plain, LoraConfig(**LORA))
+    if thaw:
+        trainable(model)
+    model.train()(**seeded.batch()).loss.backward()
+    assert stats(plain)["mixed"] == (13 if thaw else 0)
+    assert isinstance(model, PeftModel)
+    unpatch_model(plain)
+    assert not any("_surgery_site" in vars(module) for module in model.modules())
