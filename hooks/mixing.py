@@ -40,13 +40,14 @@ class _Mix(torch.autograd.Function):
     """Mix with a backward of its own: with the authors' derivative, grad * m, or with a mask that is drawn again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, draw: Draw | None, rule: Rule
-    ) -> torch.Tensor:
-        ctx.rule, ctx.draw = rule, draw
-        if draw is None:
-            ctx.save_for_backward(mask)
+    def forward(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, _: Draw | None, rule: Rule) -> torch.Tensor:
         return mix(w, w_pre, mask, chance=rule.chance)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG004
+        _, _, mask, ctx.draw, ctx.rule = inputs
+        if ctx.draw is None:
+            ctx.save_for_backward(mask)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

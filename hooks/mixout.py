@@ -64,9 +64,9 @@ class Site:
         """w_pre, dense or a DTensor; None if it has not been taken yet, or has stayed behind a pickle."""
         return self.pretrained.values if self.pretrained is not None else None
 
-    def take(self, values: torch.Tensor) -> None:
-        """Copy w_pre from `values`."""
-        self.pretrained = keep(self.name, self.weight, values, self._offload)
+    def take(self, values: torch.Tensor, *, is_own: bool = False) -> None:
+        """Make w_pre of `values`: of a copy, unless they are nobody else's."""
+        self.pretrained = keep(self.name, self.weight, values, self._offload, is_own=is_own)
 
     def ready(self, w: torch.Tensor) -> Pretrained:
         """Return w_pre; take it now if `w` was frozen until now.

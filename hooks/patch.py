@@ -9,16 +9,17 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
-from surgery.errors import SettingError, SourceError
+from surgery.errors import SettingError, SourceError, some
 from surgery.names import unwrap
 from surgery.noisytune import as_globs
 
 from .mixout import SITE, Pass, Site
 from .offload import Offload
+from .pretrained import is_distributed
 from .settings import Anchor, Mixout
 from .sources import Kept, Source, open_origin
 from .state import PATCH, Patch
-from .targets import choose, refuse_unready
+from .targets import Target, choose, refuse_unready
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _DEFAULT = Mixout(0.7)
@@ -183,6 +184,15 @@ def _refuse_others(root: nn.Module, own: Patch | None) -> None:
             )
 
 
+def _refuse_split(targets: Sequence[Target], offload: Offload | None) -> None:
+    split = [target.name for target in targets if is_distributed(target.weight)]
+    if offload is not None and split:
+        raise SettingError(
+            f"w_pre_device: expected same for weights that fully_shard has split, got cpu ({some(split)}). Leave it out: "
+            "w_pre is split as they are."
+        )
+
+
 def _plan(
     root: nn.Module,
     former: Patch | None,
@@ -198,11 +208,12 @@ def _plan(
     origin = Kept(former.sites, former.fresh, former.label) if former else open_origin(root, w_pre)
     choice = choose(root, origin.fresh, include=include, exclude=exclude)
     refuse_unready(choice.targets)
+    _refuse_split(choice.targets, offload)
     forward = Pass()
     sites = {target.name: Site(target, mixout, offload, forward) for target in choice.targets}
     wanted = [target for target in choice.targets if target.weight.requires_grad or w_pre is not None]
     for target, values in origin.read(wanted):
-        sites[target.name].take(values)
+        sites[target.name].take(values, is_own=origin.is_own)
     return Patch(
         mixout=mixout,
         anchor=anchor,

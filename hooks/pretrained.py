@@ -90,16 +90,17 @@ def distributed_like(w: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def keep(name: str, w: torch.Tensor, values: torch.Tensor, offload: Offload | None) -> Pretrained:
-    """Copy `values` into a w_pre for the weight `w`: in its dtype, split as it is, on its device or the CPU.
+def keep(name: str, w: torch.Tensor, values: torch.Tensor, offload: Offload | None, *, is_own: bool) -> Pretrained:
+    """Make a w_pre for the weight `w` of `values`: in its dtype, split as it is, on its device or the CPU.
 
     Args:
-        values: of the shape of `w`, floating point; never kept itself, since a state_dict shares memory with its model.
+        values: of the shape of `w`, floating point.
+        is_own: whether the values are nobody else's; else they are copied: a state_dict shares memory with its model.
     """
     values = values.detach()
     if is_distributed(w):
         split = values if is_distributed(values) else distributed_like(w, values.to(w.device))
         return Pretrained(name, split.to(w.dtype, copy=True), None)
     device = w.device if offload is None else torch.device("cpu")
-    kept = values.to(device, w.dtype, copy=True)
+    kept = values.to(device, w.dtype, copy=not is_own)
     return Pretrained(name, kept.pin_memory() if offload is not None and w.is_cuda else kept, offload)

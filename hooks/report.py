@@ -1,12 +1,13 @@
 """What a patch does to a model, for people and for logs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.errors import SettingError, some
+from surgery.errors import SettingError
 
 from .patch import find_patch
 from .pretrained import is_distributed
@@ -25,7 +26,7 @@ class Description:
         mixout, anchor: the settings; both None if the model is not patched.
         mixed: names of the weights that the regularizers act on.
         tied: further names of these weights.
-        elements: how many elements those weights have.
+        elements: how many elements those weights have; of_elements: how many the model's parameters have.
         left: why each other parameter is left alone, by name.
         uncalled: mixed weights whose layers no forward in training mode has called yet, once there was one.
         replaced, kept: names of the dropout rates set to 0, and of those that stay.
@@ -40,6 +41,7 @@ class Description:
     mixed: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     elements: int = 0
+    of_elements: int = 0
     left: dict[str, str] | None = None
     uncalled: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
@@ -67,6 +69,7 @@ def describe(model: nn.Module) -> Description:
         mixed=tuple(site.name for site in active),
         tied=tuple(name for site in active for name in site.target.names[1:]),
         elements=sum(site.weight.numel() for site in active),
+        of_elements=sum(parameter.numel() for parameter in model.parameters()),
         left=patch.left | frozen,
         uncalled=tuple(patch.uncalled()) if patch.steps and patch.is_mixing else (),
         replaced=tuple(rate.name for rate in patch.replaced),
@@ -149,25 +152,30 @@ def _lines(found: Description) -> list[str]:
             "optimizer's weight_decay for these weights to 0"
         )
     verb = "mixed" if found.mixout is not None else "anchored"
-    lines.append(f"{verb:12} {len(found.mixed)} weights, {found.elements:,} elements: {some(found.mixed)}")
+    share = f"{found.elements:,} of {found.of_elements:,} elements"
+    lines.append(f"{verb:12} {len(found.mixed)} weights, {share}: {_first(found.mixed)}")
     if found.tied:
-        lines.append(f"{'':12} {len(found.tied)} more names for them (tied): {some(found.tied)}")
+        lines.append(f"{'':12} {len(found.tied)} more names for them (tied): {_first(found.tied)}")
     lines.append(
         f"w_pre        {found.w_pre}; {found.w_pre_bytes / 1e6:,.1f} MB on {found.w_pre_device or 'no device'}"
     )
     for reason, names in _by_reason(found.left or {}).items():
-        lines.append(f"not {verb:8} {len(names)} ({reason}): {some(names)}")
+        lines.append(f"not {verb:8} {len(names)} ({reason}): {_first(names)}")
     if found.uncalled:
         lines.append(
-            f"NOT CALLED   {len(found.uncalled)} (no forward in training reached them): {some(found.uncalled)}"
+            f"NOT CALLED   {len(found.uncalled)} (no forward in training reached them): {_first(found.uncalled)}"
         )
     for what, rates in (("set to 0", found.replaced), ("kept", found.kept)):
         if rates:
-            lines.append(f"dropout      {len(rates)} {what}: {some(rates)}")
+            lines.append(f"dropout      {len(rates)} {what}: {_first(rates)}")
     return lines
 
 
 _UNIT = {"neuron": "input feature", "element": "element"}
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] + (", ..." if len(names) > 1 else "")
 
 
 def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:

@@ -30,10 +30,12 @@ class Origin(Protocol):
     Args:
         label: what to call it.
         fresh: live names of parameters that it has no value for.
+        is_own: whether the values it yields are nobody else's, so that they need no copy.
     """
 
     label: str
     fresh: set[str]
+    is_own: bool
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
         """Yield each target with its values, of its shape, in any floating dtype. Keep no more than one."""
@@ -59,6 +61,8 @@ def open_origin(model: nn.Module, w_pre: Source | None) -> Origin:
 
 class _Live:
     """The weights that the model has now. New are those that transformers did not load, or the checkpoint lacks."""
+
+    is_own = False
 
     def __init__(self, model: nn.Module) -> None:
         self.label = "the model's weights when it was patched"
@@ -96,6 +100,8 @@ def _in_checkpoint(part: nn.Module) -> set[str]:
 class Kept:
     """What a former patch of the model took: the weights have been trained since."""
 
+    is_own = False
+
     def __init__(self, sites: Sequence[Site], fresh: set[str], label: str) -> None:
         self.label = label
         self.fresh = fresh
@@ -115,6 +121,8 @@ class Kept:
 
 class _StateDict:
     """A state_dict in memory: its names must be the model's, its shapes and dtypes those of the weights."""
+
+    is_own = False
 
     def __init__(self, model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
         self.label = "a state_dict"
@@ -147,6 +155,8 @@ class _StateDict:
 
 class _Files:
     """A checkpoint: names are mapped as transformers does, and values cast as from_pretrained does."""
+
+    is_own = True
 
     def __init__(self, model: nn.Module, source: str | Path) -> None:
         checkpoint = resolve(source)

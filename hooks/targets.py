@@ -16,9 +16,9 @@ from .kinds import Shape, is_conv1d, is_read_by_attention, mask_shape, packing
 NEW = "new: it has no pretrained value"
 EXCLUDED = "in exclude"
 ADAPTER = "PEFT's own: an adapter, or its copy of a module to save"
-_NOT_A_WEIGHT = "a bias, norm or other parameter that is no layer's weight matrix"
-_UNKNOWN = "the weight of a {}, which is not of a kind that is mixed"
-_EMBEDDING = "an embedding: name it in include to mix it"
+_NOT_A_WEIGHT = "bias, norm or another vector"
+_UNKNOWN = "of {}, a kind of layer that is not mixed"
+_EMBEDDING = "embedding: name it in include to mix it"
 _NOT_INCLUDED = "not in include"
 _QUANTIZED = "quantized to {}"
 _IN_ATTENTION = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
@@ -138,8 +138,9 @@ def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tu
     shapes = [(module, shape) for module in weights if (shape := mask_shape(module))]
     linear = [(module, shape) for module, shape in shapes if not isinstance(module, nn.Embedding)]
     if not shapes:
-        is_matrix = weights and weights[0]._parameters["weight"].dim() > 1  # type: ignore[union-attr]
-        return _UNKNOWN.format(type(weights[0]).__name__) if is_matrix else _NOT_A_WEIGHT
+        name, module = members[0]
+        is_vector = module._parameters[name.rpartition(".")[2]].dim() < 2  # type: ignore[union-attr]
+        return _NOT_A_WEIGHT if is_vector else _UNKNOWN.format(type(module).__name__)
     module, shape = (linear or shapes)[0]
     weight = module._parameters["weight"]
     assert weight is not None

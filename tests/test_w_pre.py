@@ -1,6 +1,8 @@
 """Where w_pre comes from: the model as it is, a checkpoint under transformers' renaming, or a state_dict."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -313,3 +315,33 @@ def test_failed_patch_keeps_the_former_one(tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         patch_model(model, w_pre=missing(tmp_path))
     assert (str(describe(model)), seeded.fingerprint(model)) == before
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+_PEAK = """
+import resource, sys, torch
+from torch import nn
+from surgery.hooks import patch_model, stats
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with torch.device("meta"):
+    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(16)])
+model.to_empty(device="cpu")
+for parameter in model.parameters():
+    nn.init.ones_(parameter)
+patch_model(nn.Linear(4, 4), w_pre=sys.argv[2])
+before = peak()
+patch_model(model, w_pre=sys.argv[1])
+print(peak() - before, stats(model)["w_pre_bytes"])
+"""
+
+
+def test_checkpoint_is_read_one_tensor_at_a_time(tmp_path: Path) -> None:
+    save_file({f"{index}.weight": torch.full((2048, 2048), 1.0) for index in range(16)}, tmp_path / "big.safetensors")
+    save_file({"weight": torch.ones(4, 4)}, tmp_path / "small.safetensors")
+    command = [sys.executable, "-c", _PEAK, tmp_path / "big.safetensors", tmp_path / "small.safetensors"]
+    used, w_pre = map(int, subprocess.check_output(command, text=True).split())
+    one = 2048 * 2048 * 4
+    assert w_pre == 16 * one
+    assert used < w_pre + 2 * one
