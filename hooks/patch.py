@@ -188,8 +188,8 @@ def _refuse_split(targets: Sequence[Target], offload: Offload | None) -> None:
     split = [target.name for target in targets if is_distributed(target.weight)]
     if offload is not None and split:
         raise SettingError(
-            f"w_pre_device: expected same for weights that fully_shard has split, got cpu ({some(split)}). Leave it out: "
-            "w_pre is split as they are."
+            f"w_pre_device: expected same for weights that fully_shard has split, got cpu ({some(split)}). "
+            "Leave it out: w_pre is split as they are."
         )
 
 
