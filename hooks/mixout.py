@@ -68,6 +68,10 @@ class Site:
         """Make w_pre of `values`: of a copy, unless they are nobody else's."""
         self.pretrained = keep(self.name, self.weight, values, self._offload, is_own=is_own)
 
+    def follow(self, former: "Site") -> None:
+        """Go on watching a weight that was frozen when it was first patched."""
+        self._version = former._version
+
     def ready(self, w: torch.Tensor) -> Pretrained:
         """Return w_pre; take it now if `w` was frozen until now.
 

@@ -211,6 +211,9 @@ def _plan(
     _refuse_split(choice.targets, offload)
     forward = Pass()
     sites = {target.name: Site(target, mixout, offload, forward) for target in choice.targets}
+    for site in former.sites if former else []:
+        if site.name in sites and site.pretrained is None:
+            sites[site.name].follow(site)
     wanted = [target for target in choice.targets if target.weight.requires_grad or w_pre is not None]
     for target, values in origin.read(wanted):
         sites[target.name].take(values, is_own=origin.is_own)

@@ -19,7 +19,13 @@ def is_sharded(root: nn.Module) -> bool:
 
 
 def shard_pretrained(sites: Iterable[Site]) -> None:
-    """Split every w_pre that was taken before its weight was. Between forward passes, all weights are seen split."""
+    """Split every w_pre that was taken before its weight was, unless it is kept in the CPU's memory.
+
+    To be called between forward passes, when all weights are split.
+    """
     for site in sites:
-        if site.values is not None and is_distributed(site.weight) and not is_distributed(site.values):
-            site.take(site.values)
+        pretrained = site.pretrained
+        if pretrained is None or pretrained.values is None or pretrained.offload is not None:
+            continue
+        if is_distributed(site.weight) and not is_distributed(pretrained.values):
+            site.take(pretrained.values)

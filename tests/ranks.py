@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from surgery import Mixout, describe, patch_model, stats, unpatch_model
+from surgery import Mixout, SettingError, describe, patch_model, stats, unpatch_model
 
 STEPS, SIZE, ROWS = 4, 8, 3
 Tensors = dict[str, torch.Tensor]
@@ -245,6 +245,19 @@ def fsdp_folder(folder: Path) -> Any:
     return {"outputs": (outputs[0] - outputs[1]).abs().max().item()} | figures(model, reference)
 
 
+def fsdp_on_the_cpu() -> Any:
+    """w_pre in the CPU's memory: refused for weights that are split already, kept whole for those split later."""
+    settings: dict[str, Any] = {"mixout": 0.5, "anchor": 0.1, "w_pre_device": "cpu"}
+    model = shard(build())
+    try:
+        patch_model(model, **settings)
+        refusal = ""
+    except SettingError as error:
+        refusal = str(error)
+    reference, model = patch_model(build(), mixout=0.5, anchor=0.1), shard(patch_model(build(), **settings))
+    return {"refusal": refusal} | compare(model, reference) | figures(model, reference)
+
+
 def fsdp_eval() -> Any:
     """Eval is the identity, and the state_dict of the sharded model has the same names."""
     model = shard(patch_model(moved(build()), mixout=0.5, w_pre=build().state_dict())).eval()
@@ -283,6 +296,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "fsdp state_dict before": lambda: fsdp_state_dict(is_first=True),
     "fsdp state_dict after": lambda: fsdp_state_dict(is_first=False),
     "fsdp folder": lambda: fsdp_folder(Path(sys.argv[2])),
+    "fsdp cpu": fsdp_on_the_cpu,
     "fsdp eval": fsdp_eval,
 }
 

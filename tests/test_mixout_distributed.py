@@ -49,7 +49,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     return [json.loads((shared / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-TRAINED = [name for name in CASES if name not in ("fsdp bf16 before", "fsdp bf16 after", "fsdp folder", "fsdp eval")]
+TRAINED = [
+    name
+    for name in CASES
+    if name not in ("fsdp bf16 before", "fsdp bf16 after", "fsdp folder", "fsdp eval", "fsdp cpu")
+]
 SHARDED = [name for name in TRAINED if name.startswith("fsdp") and "state_dict" not in name]
 
 
@@ -97,6 +101,16 @@ def test_w_pre_of_a_sharded_model_comes_from_a_folder(found: list[Found]) -> Non
         assert rank["outputs"] == 0
         assert rank["distance"] <= TOLERANCE
         assert rank["share"] == 0.5
+
+
+def test_w_pre_on_the_cpu_stays_whole(found: list[Found]) -> None:
+    for rank in measured(found, "fsdp cpu"):
+        assert rank["refusal"] == (
+            "w_pre_device: expected same for weights that fully_shard has split, got cpu (blocks.0.inner.weight, "
+            "blocks.0.outer.weight, ...). Leave it out: w_pre is split as they are."
+        )
+        assert max(rank["losses"], rank["parameters"], rank["distance"]) <= TOLERANCE
+        assert rank["share"] == 1
 
 
 def test_eval_of_a_sharded_model_is_the_identity(found: list[Found]) -> None:

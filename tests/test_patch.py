@@ -446,11 +446,14 @@ def test_weight_unfrozen_after_patching_is_mixed_with_what_it_was() -> None:
     assert stats(model)["w_pre_bytes"] == 2 * w_pre.nbytes
 
 
-def test_weight_written_to_while_frozen_is_refused() -> None:
+@pytest.mark.parametrize("is_patched_again", [False, True], ids=["once", "again"])
+def test_weight_written_to_while_frozen_is_refused(is_patched_again: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
     patch_model(model, mixout=0.5)
     model.load_state_dict(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).state_dict())
+    if is_patched_again:
+        patch_model(model, mixout=0.9)
     model[0].requires_grad_(True)
     message = "0.weight: expected a weight as it was when it was frozen, got one that has been written to since patch"
     with pytest.raises(SourceError, match=message):
