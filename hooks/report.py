@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from surgery.errors import SettingError
+from surgery.names import unwrap
 
 from .patch import find_patch
 from .pretrained import is_distributed
@@ -60,7 +61,8 @@ def describe(model: nn.Module) -> Description:
     patch = find_patch(model)
     if patch is None:
         return Description()
-    active = [site for site in patch.sites if site.weight.requires_grad]
+    gone, added = _changed(unwrap(model), patch)
+    active = [site for site in patch.sites if site.weight.requires_grad and site.name not in gone]
     frozen = {name: _FROZEN for site in patch.sites if not site.weight.requires_grad for name in site.target.names}
     devices = {str(site.values.device) for site in active if site.values is not None}
     return Description(
@@ -70,7 +72,7 @@ def describe(model: nn.Module) -> Description:
         tied=tuple(name for site in active for name in site.target.names[1:]),
         elements=sum(site.weight.numel() for site in active),
         of_elements=sum(parameter.numel() for parameter in model.parameters()),
-        left=patch.left | frozen,
+        left=patch.left | frozen | gone | added,
         uncalled=tuple(patch.uncalled()) if patch.steps and patch.is_mixing else (),
         replaced=tuple(rate.name for rate in patch.replaced),
         kept=tuple(rate.name for rate in patch.kept),
@@ -82,6 +84,21 @@ def describe(model: nn.Module) -> Description:
 
 
 _FROZEN = "frozen: mixed once it is trainable"
+_GONE = "its layer has been replaced since patch_model: call it again"
+_ADDED = "added since patch_model: call it again"
+
+
+def _changed(root: nn.Module, patch: Patch) -> tuple[dict[str, str], dict[str, str]]:
+    """Name the weights whose layers have left the model since it was patched, and the parameters that have come."""
+    modules = set(root.modules())
+    gone = {site.name: _GONE for site in patch.sites if not modules.intersection(site.target.owners)}
+    known = {id(site.weight) for site in patch.sites if site.name not in gone}
+    added = {
+        name: _ADDED
+        for name, parameter in root.named_parameters()
+        if id(parameter) not in known and name not in patch.left and name not in gone
+    }
+    return gone, added
 
 
 def stats(model: nn.Module) -> dict[str, Any]:
@@ -98,7 +115,7 @@ def stats(model: nn.Module) -> dict[str, Any]:
         raise SettingError(f"{type(model).__name__}: expected a patched model, got another. Call patch_model on it.")
     return {
         "steps": patch.steps,
-        "mixed": sum(site.weight.requires_grad for site in patch.sites),
+        "mixed": len(describe(model).mixed),
         "w_pre_bytes": w_pre_bytes(patch),
         "distance": distance(patch),
     }

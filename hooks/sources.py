@@ -114,7 +114,7 @@ class Kept:
             if values is None:
                 raise SourceError(
                     f"{target.name}: expected w_pre from the former patch_model, got none. "
-                    "Give w_pre, or call unpatch_model first to take the weights as they are now."
+                    "Name it in exclude if it is new, give w_pre, or call unpatch_model first to take what it is now."
                 )
             yield target, values
 

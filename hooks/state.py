@@ -167,7 +167,11 @@ class Patch:
             what = f"{some(silent)}: expected a call of the layer in forward, got none"
             if len(silent) == len(trained):
                 raise SourceError(f"{what} of any. Patch the model whose forward calls its layers.")
-            _log.warning("%s (%d weights): not mixed. Something else reads the weight.", what, len(silent))
+            _log.warning(
+                "%s (%d weights): not mixed. Its layer was replaced, or something else reads the weight.",
+                what,
+                len(silent),
+            )
 
     def uncalled(self) -> list[str]:
         """Return the names of trainable weights whose layers no forward has called, so that they were never mixed."""

@@ -92,6 +92,17 @@ def test_describe_of_an_unpatched_model_is_empty() -> None:
         stats(model)
 
 
+def test_describe_names_what_was_replaced_or_added_since() -> None:
+    model = patch_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    model[1] = nn.Linear(4, 5)
+    model.append(nn.Linear(5, 2))
+    found = describe(model)
+    assert found.mixed == ("0.weight",)
+    assert stats(model)["mixed"] == 1
+    assert found.left["1.weight"] == "its layer has been replaced since patch_model: call it again"
+    assert found.left["2.weight"] == found.left["2.bias"] == "added since patch_model: call it again"
+
+
 def test_describe_of_an_anchor_alone() -> None:
     lines = str(describe(patch_model(nn.Linear(4, 4), anchor=0.01))).splitlines()
     assert lines == [
@@ -110,7 +121,7 @@ def test_layer_that_is_not_called_is_logged_once_and_named(caplog: pytest.LogCap
         model(torch.ones(2, 4))
     assert caplog.messages == [
         "lm_head.weight: expected a call of the layer in forward, got none (1 weights): not mixed. "
-        "Something else reads the weight."
+        "Its layer was replaced, or something else reads the weight."
     ]
     assert describe(model).uncalled == ("lm_head.weight",)
     assert "NOT CALLED   1 (no forward in training reached them): lm_head.weight" in str(describe(model)).splitlines()

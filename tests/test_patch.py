@@ -365,7 +365,8 @@ def test_loaded_model_evaluates_and_refuses_to_train(copied: Any) -> None:
     with pytest.raises(SourceError, match=message):
         loss(loaded.train())
     with pytest.raises(
-        SourceError, match=r"expected w_pre from the former patch_model, got none\. Give w_pre, or call"
+        SourceError,
+        match=r"expected w_pre from the former patch_model, got none\. Name it in exclude if it is new, give w",
     ):
         patch_model(loaded)
     again = patch_model(deepcopy(loaded), mixout=0.5, w_pre=bert().state_dict())
