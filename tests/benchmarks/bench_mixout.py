@@ -11,6 +11,7 @@ units of the bytes of w_pre and of the largest layer.
 import argparse
 import contextlib
 import logging
+import os
 import re
 import statistics
 import subprocess
@@ -173,9 +174,11 @@ def main() -> None:
     seconds = time_steps(training, arguments.rounds)
     names = list(seconds)
     del training
+    # else glibc keeps what is freed for another time, and the peak is as much its habits as the model's needs
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, *sys.argv, "--peak"]
     peaks = {
-        name: tuple(map(int, subprocess.check_output([sys.executable, *sys.argv, "--peak", name]).split()))
-        for name in names
+        name: tuple(map(int, subprocess.check_output([*command, name], env=environment).split())) for name in names
     }
     report(arguments, batch, seconds, peaks)
 
