@@ -1,65 +1,89 @@
 """Decay toward w_pre before every optimizer step, whatever the optimizer."""
 
-import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
+from surgery.errors import SourceError
+
+from .optimizers import watch
 from .pretrained import local
 
 if TYPE_CHECKING:
-    from .state import Patch
-
-_watched: "weakref.WeakSet[Patch]" = weakref.WeakSet()
-_handles: list[Any] = []
+    from .mixout import Site
 
 
-def watch(patch: "Patch") -> None:
-    """Decay the patch's weights from now on, in any optimizer that holds them."""
-    _watched.add(patch)
-    if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(_before_step))
-        _handles.append(register_optimizer_step_post_hook(_after_step))
+class Decay:
+    """The decay of one model's weights.
 
-
-def forget(patch: "Patch") -> None:
-    """Decay the patch's weights no longer; with the last patch, the optimizers' hooks go."""
-    _watched.discard(patch)
-    if not _watched:
-        while _handles:
-            _handles.pop().remove()
-
-
-@torch.no_grad()
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
-    for patch in list(_watched):
-        # an optimizer that wraps another has both of them step; the one that is open may have raised, and step again
-        if patch.open_step in (None, id(optimizer)) and _decay(patch, optimizer):
-            patch.open_step = id(optimizer)
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
-    for patch in list(_watched):
-        if patch.open_step == id(optimizer):
-            patch.open_step = None
-
-
-def _decay(patch: "Patch", optimizer: Optimizer) -> bool:
-    """Take w toward w_pre by lr * weight of the distance, where the step has a gradient for w, as AdamW does.
-
-    Returns:
-        Whether the optimizer holds such a weight.
+    Args:
+        weight: per unit of lr.
+        sites: the weights, with their w_pre.
     """
-    assert patch.anchor is not None
-    if getattr(optimizer, "found_inf", None):  # a fused optimizer skips the step by itself, where GradScaler found inf
-        return False
-    sites = {id(site.weight): site for site in patch.sites}
-    is_ours = False
-    for group in optimizer.param_groups:
-        for w in group["params"]:
-            if w.grad is not None and (site := sites.get(id(w))) is not None:
-                local(w).lerp_(site.ready(w).part(w), float(group["lr"]) * patch.anchor.weight)
-                is_ours = True
-    patch.anchored += is_ours
-    return is_ours
+
+    def __init__(self, weight: float, sites: "Sequence[Site]") -> None:
+        self.weight = weight
+        self.steps = 0
+        """Optimizer steps that it acted in."""
+        self._sites = sites
+        self._open_step: int | None = None
+        self._seen: tuple[int, tuple[int, str]] | None = None
+        self._missed = 0
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Decay the weights that this optimizer holds."""
+        # an optimizer that wraps another has both of them step; the one that is open may have raised, and step again
+        if self._open_step in (None, id(optimizer)) and self._decay(optimizer):
+            self._open_step = id(optimizer)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Close the step."""
+        if self._open_step == id(optimizer):
+            self._open_step = None
+
+    def _decay(self, optimizer: Optimizer) -> bool:
+        """Take w toward w_pre by lr * weight of the distance, where the step has a gradient for w, as AdamW does.
+
+        Returns:
+            Whether the optimizer holds such a weight.
+        """
+        if getattr(optimizer, "found_inf", None):  # a fused optimizer skips by itself the step that GradScaler refuses
+            return False
+        sites = {id(site.weight): site for site in self._sites}
+        is_ours = False
+        for group in optimizer.param_groups:
+            for w in group["params"]:
+                if w.grad is not None and (site := sites.get(id(w))) is not None:
+                    local(w).lerp_(site.ready(w).part(w), float(group["lr"]) * self.weight)
+                    is_ours = True
+        self.steps += is_ours
+        return is_ours
+
+    def refuse_missed(self) -> None:
+        """Raise where weights have changed twice with no optimizer step of torch that could have anchored them.
+
+        Once may be a load_state_dict. Called at every forward pass in training.
+        """
+        site = next((site for site in self._sites if site.weight.requires_grad), None)
+        if site is None or self._open_step is not None:  # a closure, such as LBFGS's, amid the step
+            return
+        w = site.weight
+        # w.data has a version of its own; a sum costs a synchronization, so no longer than until the first step
+        values = "" if self.steps else str(float(local(w.detach()).sum()))
+        seen = self.steps, (w._version, values)
+        if self._seen is not None and seen[1] != self._seen[1]:
+            self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0
+        self._seen = seen
+        if self._missed > 1:
+            raise SourceError(
+                f"anchor: expected a step of a torch.optim.Optimizer that holds {site.name}, got weights that change "
+                "without one. Use such an optimizer, built from the model's own parameters."
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Complete a copy, in a copy of the model: its weights are anchored as well."""
+        self.__dict__.update(state)
+        watch(self)

@@ -79,7 +79,7 @@ def describe(model: nn.Module) -> Description:
         w_pre=patch.label,
         w_pre_bytes=w_pre_bytes(patch),
         w_pre_device=", ".join(sorted(devices)),
-        anchored=patch.anchored,
+        anchored=patch.decay.steps if patch.decay is not None else 0,
     )
 
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from surgery.errors import SourceError, some
 
-from . import anchor as anchoring
+from .anchor import Decay
 from .dropout import Rate, find_rates
 from .graphs import guard_hooks
 from .mixout import SITE, Pass, Site, reveal_weight, shadow_weight
-from .pretrained import local
+from .optimizers import forget, watch
 from .settings import Anchor, Mixout
 from .sharding import is_sharded, shard_pretrained
 from .targets import refuse_unready
@@ -54,14 +54,11 @@ class Patch:
         self.label = label
         self.replaced: list[Rate] = []
         self.kept: list[Rate] = []
-        self.anchored = 0
-        self.open_step: int | None = None
+        self.decay = Decay(anchor.weight, sites) if anchor is not None else None
         self._forward = forward
         self._handles: list[Any] = []
         self._steps = 0
         self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device)
-        self._seen: tuple[int, tuple[int, str]] | None = None
-        self._missed = 0
         self._is_checked = False
 
     @property
@@ -93,12 +90,13 @@ class Patch:
             self.replaced, self.kept = find_rates(root, self.names(), self.left)
             for rate in self.replaced:
                 setattr(rate.module, rate.attribute, 0.0)
-        if self.anchor is not None:
-            anchoring.watch(self)
+        if self.decay is not None:
+            watch(self.decay)
 
     def detach(self, root: nn.Module) -> None:
         """Take the patch off again, whatever has become of the model meanwhile."""
-        anchoring.forget(self)
+        if self.decay is not None:
+            forget(self.decay)
         for rate in self.replaced:
             if getattr(rate.module, rate.attribute, None) == 0:  # else somebody has set it since
                 setattr(rate.module, rate.attribute, rate.value)
@@ -132,8 +130,8 @@ class Patch:
                 self._go_first(root)
         elif self._steps == 1:
             shard_pretrained(self.sites)
-        if self.anchor is not None and self.open_step is None:  # else a closure, such as LBFGS's, amid the step
-            self._refuse_unanchored()
+        if self.decay is not None:
+            self.decay.refuse_missed()
         self._steps += 1
 
     def _go_first(self, root: nn.Module) -> None:
@@ -179,35 +177,8 @@ class Patch:
             site.name for site in self.sites if site.weight.requires_grad and site.calls == 0 and not site.is_traced
         ]
 
-    def _refuse_unanchored(self) -> None:
-        """Raise where weights have changed twice with no optimizer step of torch that could have anchored them.
-
-        Once may be a load_state_dict.
-        """
-        site = next((site for site in self.sites if site.weight.requires_grad), None)
-        if site is None:
-            return
-        w = site.weight
-        # w.data has a version of its own; a sum costs a synchronization, so no longer than until the first step
-        values = "" if self.anchored else str(float(local(w.detach()).sum()))
-        seen = self.anchored, (w._version, values)
-        if self._seen is not None and seen[1] != self._seen[1]:
-            self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0
-        self._seen = seen
-        if self._missed > 1:
-            raise SourceError(
-                f"anchor: expected a step of a torch.optim.Optimizer that holds {site.name}, got weights that change "
-                "without one. Use such an optimizer, built from the model's own parameters."
-            )
-
     def _owners(self) -> Iterator[nn.Module]:
         return (module for site in self.sites for module in site.target.owners)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Complete a copy of the patch, in a copy of the model: its weights are anchored as well."""
-        self.__dict__.update(state)
-        if self.anchor is not None:
-            anchoring.watch(self)
 
 
 def _attach_hooks(module: nn.Module) -> tuple[Any, Any]:
