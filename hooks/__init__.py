@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from .report import stats as stats
     from .settings import Anchor as Anchor
     from .settings import Mixout as Mixout
+    from .settings import RDrop as RDrop
     from .trainer import SurgeryCallback as SurgeryCallback
 
 _HOMES = {
     "Anchor": "settings",
     "Description": "report",
     "Mixout": "settings",
+    "RDrop": "settings",
     "SurgeryCallback": "trainer",
     "describe": "report",
     "patch_model": "patch",

@@ -8,7 +8,7 @@ from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SourceError
 
-from .optimizers import watch
+from .optimizers import StepWatch, watch
 from .pretrained import local
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ class Decay:
         """Optimizer steps that it acted in."""
         self._sites = sites
         self._open_step: int | None = None
-        self._seen: tuple[int, tuple[int, str]] | None = None
-        self._missed = 0
+        self._watch = StepWatch()
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
@@ -63,21 +62,14 @@ class Decay:
         return is_ours
 
     def refuse_missed(self) -> None:
-        """Raise where weights have changed twice with no optimizer step of torch that could have anchored them.
+        """Raise where weights change with no optimizer step of torch that could have anchored them.
 
-        Once may be a load_state_dict. Called at every forward pass in training.
+        Called at every forward pass in training.
         """
         site = next((site for site in self._sites if site.weight.requires_grad), None)
         if site is None or self._open_step is not None:  # a closure, such as LBFGS's, amid the step
             return
-        w = site.weight
-        # w.data has a version of its own; a sum costs a synchronization, so no longer than until the first step
-        values = "" if self.steps else str(float(local(w.detach()).sum()))
-        seen = self.steps, (w._version, values)
-        if self._seen is not None and seen[1] != self._seen[1]:
-            self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0
-        self._seen = seen
-        if self._missed > 1:
+        if self._watch.is_missed(site.weight, self.steps):
             raise SourceError(
                 f"anchor: expected a step of a torch.optim.Optimizer that holds {site.name}, got weights that change "
                 "without one. Use such an optimizer, built from the model's own parameters."

@@ -1,6 +1,12 @@
-"""Keep torch.compile from running a graph without hooks for a model that has them."""
+"""Keep torch.compile from running a graph without hooks for a model that has them, or one whose losses go unheard."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def guard_hooks() -> None:
@@ -14,3 +20,51 @@ def guard_hooks() -> None:
     if getattr(config, "skip_nnmodule_hook_guards", False):
         config.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
+
+
+def eagerly(function: _Function) -> _Function:
+    """Have torch.compile leave a function, and all that it calls, to Python."""
+    eager: _Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return eager
+
+
+def between_graphs(function: _Function) -> _Function:
+    """Have torch.compile leave a function to Python, but compile what it calls."""
+    eager: _Function = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]
+    return eager
+
+
+def run_uncompiled(*kinds: type[torch.Tensor]) -> None:
+    """Have torch.compile leave functions of these kinds of tensors to Python."""
+    from torch._dynamo import config
+
+    known: set[type[Any]] = getattr(config, "nontraceable_tensor_subclasses", set())
+    known.update(kinds)
+
+
+class _CrossEntropyLoss(nn.CrossEntropyLoss):
+    """Stands in for the class that torch.compile knows by sight."""
+
+
+_REAL = nn.CrossEntropyLoss
+
+
+def unveil_cross_entropy() -> None:
+    """Have torch.compile trace nn.CrossEntropyLoss as it does any module, until veil_cross_entropy.
+
+    It takes one that is made in a forward for its function, and then asks no TorchFunctionMode. It tells the class by
+    comparing it with torch.nn.CrossEntropyLoss, so that another one of that name is enough.
+    """
+    nn.CrossEntropyLoss = _CrossEntropyLoss  # type: ignore[misc]
+
+
+def veil_cross_entropy() -> None:
+    """Undo unveil_cross_entropy."""
+    nn.CrossEntropyLoss = _REAL  # type: ignore[misc]
+
+
+def is_compiled_call() -> bool:
+    """Tell whether the frames called from here are compiled."""
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    return get_eval_frame_callback() is not None

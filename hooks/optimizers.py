@@ -3,7 +3,10 @@
 import weakref
 from typing import Any, Protocol
 
+import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .pretrained import local
 
 
 class Listener(Protocol):
@@ -42,3 +45,27 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
     for listener in list(_listeners):
         listener.after_step(optimizer)
+
+
+class StepWatch:
+    """Notices weights that change with no step of a torch optimizer."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[int, tuple[int, str]] | None = None
+        self._missed = 0
+
+    @torch.no_grad()
+    def is_missed(self, w: torch.Tensor, steps: int) -> bool:
+        """Tell whether `w` has changed twice between calls without a step; once may be a load_state_dict.
+
+        Args:
+            w: a trainable weight.
+            steps: those of optimizers that hold it, so far.
+        """
+        # w.data has a version of its own; a sum costs a synchronization, so no longer than until the first step
+        values = "" if steps else str(float(local(w.detach()).sum()))
+        seen = steps, (w._version, values)
+        if self._seen is not None and seen[1] != self._seen[1]:
+            self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0
+        self._seen = seen
+        return self._missed > 1

@@ -16,7 +16,7 @@ from surgery.noisytune import as_globs
 from .mixout import SITE, Pass, Site
 from .offload import Offload
 from .pretrained import is_distributed
-from .settings import Anchor, Mixout
+from .settings import Anchor, Mixout, RDrop
 from .sources import Kept, Source, open_origin
 from .state import PATCH, Patch
 from .targets import Target, choose, refuse_unready
@@ -29,6 +29,7 @@ def patch_model(
     model: _Model,
     *,
     mixout: float | Mixout | None = None,
+    rdrop: float | RDrop | None = None,
     anchor: float | Anchor | None = None,
     w_pre: Source | None = None,
     w_pre_device: Literal["same", "cpu"] = "same",
@@ -51,7 +52,9 @@ def patch_model(
 
     Args:
         model: any nn.Module, before torch.compile; DistributedDataParallel and fully_shard may come before or after.
-        mixout: p, or a Mixout. If neither mixout nor anchor is given: 0.7.
+        mixout: p, or a Mixout. If no regularizer is given: 0.7.
+        rdrop: alpha, or an RDrop: every training forward is made twice, and the loss function that its logits reach, in
+            the model or outside of it, returns R-Drop's loss, arXiv 2106.14448, eq. 4.
         anchor: weight, or an Anchor: weight decay toward w_pre of the weights chosen here.
         w_pre: the pretrained weights: a Hub id, a folder, a file or a state_dict. Default: those the model has now.
         w_pre_device: "same" keeps w_pre beside the weights and moves it with the model. "cpu" keeps it in the CPU's
@@ -67,7 +70,8 @@ def patch_model(
             does not fit. The model is as it was after either.
     """
     root = _root(model)
-    settings = _settings(mixout, anchor)
+    settings = _settings(mixout, rdrop, anchor)
+    _refuse_idle(settings, {"w_pre": w_pre, "include": include, "exclude": exclude})
     if w_pre_device not in ("same", "cpu"):
         raise SettingError(f"w_pre_device: expected same or cpu, got {w_pre_device!r}. Choose one of them.")
     former: Patch | None = root.__dict__.get(PATCH)
@@ -76,7 +80,7 @@ def patch_model(
         former.reveal()
     patch = _plan(
         root,
-        former if w_pre is None else None,
+        former if w_pre is None and former is not None and former.sites else None,
         settings,
         w_pre,
         Offload() if w_pre_device == "cpu" else None,
@@ -128,11 +132,27 @@ def find_patch(model: nn.Module) -> Patch | None:
     return patch
 
 
-def _settings(mixout: float | Mixout | None, anchor: float | Anchor | None) -> tuple[Mixout | None, Anchor | None]:
-    if mixout is None and anchor is None:
-        return _DEFAULT, None
-    mix = mixout if mixout is None or isinstance(mixout, Mixout) else Mixout(mixout)
-    return mix, anchor if anchor is None or isinstance(anchor, Anchor) else Anchor(anchor)
+_Settings = tuple[Mixout | None, RDrop | None, Anchor | None]
+
+
+def _settings(mixout: float | Mixout | None, rdrop: float | RDrop | None, anchor: float | Anchor | None) -> _Settings:
+    if mixout is None and rdrop is None and anchor is None:
+        return _DEFAULT, None, None
+    return (
+        mixout if mixout is None or isinstance(mixout, Mixout) else Mixout(mixout),
+        rdrop if rdrop is None or isinstance(rdrop, RDrop) else RDrop(rdrop),
+        anchor if anchor is None or isinstance(anchor, Anchor) else Anchor(anchor),
+    )
+
+
+def _refuse_idle(settings: _Settings, given: dict[str, Any]) -> None:
+    """Refuse what is of no use to R-Drop alone, which acts on no weight."""
+    mixout, _, anchor = settings
+    idle = [name for name, value in given.items() if value is not None]
+    if mixout is None and anchor is None and idle:
+        raise SettingError(
+            f"{idle[0]}: expected mixout or anchor, which act on weights, got rdrop alone. Leave {idle[0]} out."
+        )
 
 
 def _unwrap(model: Any) -> nn.Module:
@@ -196,7 +216,7 @@ def _refuse_split(targets: Sequence[Target], offload: Offload | None) -> None:
 def _plan(
     root: nn.Module,
     former: Patch | None,
-    settings: tuple[Mixout | None, Anchor | None],
+    settings: _Settings,
     w_pre: Source | None,
     offload: Offload | None,
     *,
@@ -204,12 +224,15 @@ def _plan(
     exclude: Sequence[str],
 ) -> Patch:
     """Choose the weights and take their w_pre, without touching the model."""
-    mixout, anchor = settings
+    mixout, rdrop, anchor = settings
+    drop = _drop(rdrop, mixout)
+    forward = Pass()
+    if mixout is None and anchor is None:
+        return Patch(mixout=None, anchor=None, drop=drop, sites=[], left={}, fresh=set(), label="", forward=forward)
     origin = Kept(former.sites, former.fresh, former.label) if former else open_origin(root, w_pre)
     choice = choose(root, origin.fresh, include=include, exclude=exclude)
     refuse_unready(choice.targets)
     _refuse_split(choice.targets, offload)
-    forward = Pass()
     sites = {target.name: Site(target, mixout, offload, forward) for target in choice.targets}
     for site in former.sites if former else []:
         if site.name in sites and site.pretrained is None:
@@ -220,9 +243,18 @@ def _plan(
     return Patch(
         mixout=mixout,
         anchor=anchor,
+        drop=drop,
         sites=list(sites.values()),
         left=choice.left,
         fresh=origin.fresh,
         label=origin.label,
         forward=forward,
     )
+
+
+def _drop(rdrop: RDrop | None, mixout: Mixout | None) -> Any:
+    if rdrop is None:
+        return None
+    from .rdrop import Drop  # imports torch's compiler, which takes a second
+
+    return Drop(rdrop, is_mixed=mixout is not None and mixout.p > 0)

@@ -12,7 +12,7 @@ from surgery.names import unwrap
 
 from .patch import find_patch
 from .pretrained import is_distributed
-from .settings import Anchor, Mixout
+from .settings import Anchor, Mixout, RDrop
 from .state import Patch
 
 _CHUNK = 1 << 22
@@ -24,7 +24,7 @@ class Description:
     """What is patched, what is not, and why. str() lays it out for people.
 
     Args:
-        mixout, anchor: the settings; both None if the model is not patched.
+        mixout, rdrop, anchor: the settings; all None if the model is not patched.
         mixed: names of the weights that the regularizers act on.
         tied: further names of these weights.
         elements: how many elements those weights have; of_elements: how many the model's parameters have.
@@ -35,9 +35,11 @@ class Description:
         w_pre_bytes: what they take on this rank, in bytes.
         w_pre_device: where they lie.
         anchored: optimizer steps that the anchor acted in.
+        fired: forwards that R-Drop's KL was a part of.
     """
 
     mixout: Mixout | None = None
+    rdrop: RDrop | None = None
     anchor: Anchor | None = None
     mixed: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
@@ -51,6 +53,7 @@ class Description:
     w_pre_bytes: int = 0
     w_pre_device: str = ""
     anchored: int = 0
+    fired: int = 0
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -67,6 +70,7 @@ def describe(model: nn.Module) -> Description:
     devices = {str(site.values.device) for site in active if site.values is not None}
     return Description(
         mixout=patch.mixout,
+        rdrop=patch.drop.settings if patch.drop is not None else None,
         anchor=patch.anchor,
         mixed=tuple(site.name for site in active),
         tied=tuple(name for site in active for name in site.target.names[1:]),
@@ -80,6 +84,7 @@ def describe(model: nn.Module) -> Description:
         w_pre_bytes=w_pre_bytes(patch),
         w_pre_device=", ".join(sorted(devices)),
         anchored=patch.decay.steps if patch.decay is not None else 0,
+        fired=patch.drop.measured.fired if patch.drop is not None else 0,
     )
 
 
@@ -105,20 +110,24 @@ def stats(model: nn.Module) -> dict[str, Any]:
     """Measure a patched model. Under FSDP every rank must call it.
 
     Returns:
-        steps: forward passes in training mode since it was patched; mixed: number of weights that the regularizers act
+        steps: forward passes in training mode since it was patched; mixed: number of weights that mixout or anchor acts
         on; w_pre_bytes: on this rank; distance: ||w - w_pre||_2 over all of these weights, in float64.
+        With rdrop also: kl, ce: the symmetric KL, without alpha, and the mean cross-entropy of the last forward on this
+        rank, as the loss has them (mean over the losses, if it has several); kl_mean, ce_mean: over all forwards since
+        they were last read; None where there were none. rdrop_fired: forwards that the KL was a part of.
     Raises:
         SettingError: the model is not patched.
     """
     patch = find_patch(model)
     if patch is None:
         raise SettingError(f"{type(model).__name__}: expected a patched model, got another. Call patch_model on it.")
-    return {
+    figures = {
         "steps": patch.steps,
         "mixed": len(describe(model).mixed),
         "w_pre_bytes": w_pre_bytes(patch),
         "distance": distance(patch),
     }
+    return figures | (patch.drop.measured.read() if patch.drop is not None else {})
 
 
 def w_pre_bytes(patch: Patch) -> int:
@@ -157,9 +166,13 @@ def _square_of_shards(w: Any, part: torch.Tensor) -> float:
 
 
 def _lines(found: Description) -> list[str]:
-    if found.mixout is None and found.anchor is None:
+    if found.mixout is None and found.rdrop is None and found.anchor is None:
         return ["not patched"]
     lines = []
+    if found.rdrop is not None:
+        lines.append(_rdrop_line(found.rdrop, found.fired))
+    if found.mixout is None and found.anchor is None:
+        return lines
     if found.mixout is not None:
         m = found.mixout
         lines.append(f"mixout       p = {m.p:g}, one mask value per {_UNIT[m.granularity]}, {m.gradient} gradient")
@@ -186,6 +199,17 @@ def _lines(found: Description) -> list[str]:
         if rates:
             lines.append(f"dropout      {len(rates)} {what}: {_first(rates)}")
     return lines
+
+
+def _rdrop_line(rdrop: RDrop, fired: int) -> str:
+    every = "every step" if rdrop.every == 1 else f"one step in {rdrop.every}"
+    options = (", the paper's scale" if rdrop.scale == "paper" else "") + (
+        ", KL summed" if rdrop.kl_reduction == "sum" else ""
+    )
+    return (
+        f"rdrop        alpha = {rdrop.alpha:g}, {every}, passes {rdrop.passes}{options}; in the loss of {fired} "
+        "forwards so far"
+    )
 
 
 _UNIT = {"neuron": "input feature", "element": "element"}

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from .settings import Anchor, Mixout
 from .sharding import is_sharded, shard_pretrained
 from .targets import refuse_unready
 
+if TYPE_CHECKING:
+    from .rdrop import Drop
+
 _log = logging.getLogger(__name__)
 PATCH = "_surgery_patch"
 """The attribute of a patched model that holds its Patch."""
@@ -28,7 +31,8 @@ class Patch:
 
     Args:
         mixout, anchor: what was asked for.
-        sites: the weights that are regularized as long as they are trainable.
+        drop: R-Drop, if that was asked for.
+        sites: the weights that mixout and anchor act on as long as they are trainable.
         left: why each other parameter is not, by name.
         fresh: names of the parameters without a pretrained value.
         label: where w_pre comes from.
@@ -40,6 +44,7 @@ class Patch:
         *,
         mixout: Mixout | None,
         anchor: Anchor | None,
+        drop: "Drop | None",
         sites: list[Site],
         left: dict[str, str],
         fresh: set[str],
@@ -48,6 +53,7 @@ class Patch:
     ) -> None:
         self.mixout = mixout
         self.anchor = anchor
+        self.drop = drop
         self.sites = sites
         self.left = left
         self.fresh = fresh
@@ -58,7 +64,7 @@ class Patch:
         self._forward = forward
         self._handles: list[Any] = []
         self._steps = 0
-        self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device)
+        self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device if sites else None)
         self._is_checked = False
 
     @property
@@ -92,11 +98,14 @@ class Patch:
                 setattr(rate.module, rate.attribute, 0.0)
         if self.decay is not None:
             watch(self.decay)
+        if self.drop is not None:
+            self._handles += self.drop.attach(root)
 
     def detach(self, root: nn.Module) -> None:
         """Take the patch off again, whatever has become of the model meanwhile."""
-        if self.decay is not None:
-            forget(self.decay)
+        for listener in (self.decay, self.drop):
+            if listener is not None:
+                forget(listener)
         for rate in self.replaced:
             if getattr(rate.module, rate.attribute, None) == 0:  # else somebody has set it since
                 setattr(rate.module, rate.attribute, rate.value)
@@ -115,13 +124,13 @@ class Patch:
     def begin(self, root: nn.Module) -> None:
         """Open a forward pass of the model."""
         self._forward.is_open = True
-        for site in self.sites:
-            site.begin()
+        self.renew()
         if not root.training:
             return
         if torch.compiler.is_compiling():
             # beside the weights, which may have moved: CUDA graphs take nothing from the CPU
-            self._traced_steps = self._traced_steps.to(self.sites[0].weight.device)
+            if self.sites:
+                self._traced_steps = self._traced_steps.to(self.sites[0].weight.device)
             self._traced_steps.add_(1)
             return
         if self._steps == 0:
@@ -133,6 +142,11 @@ class Patch:
         if self.decay is not None:
             self.decay.refuse_missed()
         self._steps += 1
+
+    def renew(self) -> None:
+        """Let tied weights draw a new mask: a pass begins."""
+        for site in self.sites:
+            site.begin()
 
     def _go_first(self, root: nn.Module) -> None:
         """Run before FSDP puts the root's weights together, so that the next pass sees all weights split."""
@@ -147,8 +161,7 @@ class Patch:
         """
         self._forward.is_open = False
         torn = [] if torch.compiler.is_compiling() else [site.name for site in self.sites if site.is_torn]
-        for site in self.sites:
-            site.begin()
+        self.renew()
         if torn:
             raise SourceError(
                 f"{some(torn)}: expected one mask for all layers that share it, got some compiled and some not. "

@@ -14,10 +14,11 @@ from .report import stats
 
 
 class SurgeryCallback(TrainerCallback):
-    """Log the distance from w_pre and the mixed share beside the training loss.
+    """Log what the regularizers do beside the training loss, for all reporters.
 
-    Adds `w_pre_distance`, ||w - w_pre||_2 over the weights chosen by patch_model, and `mixed_share`, the share of the
-    model's trainable elements that these weights are, to every log that has a training loss, for all reporters.
+    Adds to every log that has a training loss: with mixout or anchor `w_pre_distance`, ||w - w_pre||_2 over the weights
+    chosen by patch_model, and `mixed_share`, the share of the model's trainable elements that these weights are; with
+    rdrop `rdrop_kl` and `rdrop_ce`, the KL and the cross-entropy, each the mean over the forwards since the last log.
 
     Args:
         unpatch: call unpatch_model when training ends.
@@ -52,7 +53,12 @@ class SurgeryCallback(TrainerCallback):
             return
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         mixed = sum(site.weight.numel() for site in patch.sites if site.weight.requires_grad)
-        added = {"w_pre_distance": stats(model)["distance"], "mixed_share": mixed / trainable}
+        figures = stats(model)
+        added: dict[str, float] = {}
+        if patch.sites:
+            added |= {"w_pre_distance": figures["distance"], "mixed_share": mixed / trainable}
+        if patch.drop is not None and figures["kl_mean"] is not None:
+            added |= {"rdrop_kl": figures["kl_mean"], "rdrop_ce": figures["ce_mean"]}
         logs.update(added)
         if state.log_history:
             state.log_history[-1].update(added)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.hooks import Anchor as Anchor
     from surgery.hooks import Mixout as Mixout
+    from surgery.hooks import RDrop as RDrop
     from surgery.hooks import SurgeryCallback as SurgeryCallback
     from surgery.hooks import describe as describe
     from surgery.hooks import patch_model as patch_model
@@ -36,6 +37,7 @@ _HOMES = {
     "Mixout": "surgery.hooks",
     "OutputError": "surgery.errors",
     "Pushed": "surgery.push",
+    "RDrop": "surgery.hooks",
     "Recipe": "surgery.recipe",
     "SettingError": "surgery.errors",
     "SourceError": "surgery.errors",

@@ -1,0 +1,135 @@
+"""Hears the loss functions that a model calls in its forward, and answers in their place."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from surgery.errors import SettingError, SourceError
+
+from .graphs import eagerly, unveil_cross_entropy, veil_cross_entropy
+from .logprobs import JoinedLogProbs, LogProbs
+from .losses import JOINED, UNKNOWN, WAY_OUT, LossCall, is_trained, read_call, refuse_misfit
+from .twins import Ticket
+
+_HEARD = JOINED | UNKNOWN
+_HEARD_ONE_BY_ONE = tuple(_HEARD)
+
+
+class Hearing:
+    """The loss calls of one forward of `root`: of its two passes, matched in their order, or of one doubled batch.
+
+    Args:
+        ticket: makes one loss of two calls.
+        size: of the batch, if it is doubled.
+    """
+
+    def __init__(self, root: nn.Module, ticket: Ticket, size: int | None) -> None:
+        self.root = root
+        self.ticket = ticket
+        self.size = size
+        self.first_output: Any = None
+        self._is_second = False
+        self._tape: list[LossCall] = []
+        self._next = 0
+
+    def hear(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Answer a call: as torch does in the first pass, with the loss of both in the second.
+
+        Raises:
+            SourceError: the first pass has called another loss here.
+            SettingError: the loss of a doubled batch cannot be told from that of one pass.
+        """
+        values = [*args, *kwargs.values()]
+        is_joined = any(isinstance(value, LogProbs | JoinedLogProbs) for value in values)
+        if is_joined or not is_trained(values) or calls_of(self.root) == 0:
+            return func(*args, **kwargs)
+        if func in UNKNOWN:
+            self.ticket.stray += (func.__name__,)
+            return func(*args, **kwargs)
+        call = read_call(func, args, kwargs)
+        refuse_misfit(call)
+        if self.size is not None:
+            if call.name == "log_softmax" or call.arguments["reduction"] == "none":
+                raise SettingError(
+                    f"passes: expected a loss that is reduced on a doubled batch, got {call.name} without. {WAY_OUT}"
+                )
+            return self.ticket.meet(None, call)
+        if not self._is_second:
+            self._tape.append(call)
+            with torch.set_grad_enabled(call.name == "log_softmax"):  # a loss is made once, with the second pass
+                return func(*args, **kwargs)
+        first = self._tape[self._next] if self._next < len(self._tape) else None
+        self._next += 1
+        if first is None or first.name != call.name:
+            raise SourceError(f"rdrop: expected the same losses in both passes, got {call.name} in the second only.")
+        return self.ticket.meet(first, call)
+
+    def turn(self, output: Any) -> None:
+        """End the first pass, whose output this is."""
+        self.first_output = output
+        self._is_second = True
+
+    def refuse_missing(self) -> None:
+        """Raise if the second pass has left out a loss that the first one has called."""
+        if self._next < len(self._tape):
+            name = self._tape[self._next].name
+            raise SourceError(f"rdrop: expected the same losses in both passes, got {name} in the first only.")
+
+
+class LossMode(TorchFunctionMode):
+    """Passes loss functions to a Hearing. One object for all forwards: torch.compile guards on it."""
+
+    def __init__(self) -> None:
+        self.hearing: Hearing | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        # torch.compile has no hash of some functions
+        is_compiling = torch.compiler.is_compiling()
+        if any(func is heard for heard in _HEARD_ONE_BY_ONE) if is_compiling else func in _HEARD:
+            return _hear(self, func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def open(self, hearing: Hearing, *, is_compiled: bool) -> None:
+        """Hear what is called from now on."""
+        self.hearing = hearing
+        if is_compiled:
+            unveil_cross_entropy()
+        _push_mode(self)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Hear nothing more, whatever modes have been entered since."""
+        self.hearing = None
+        veil_cross_entropy()
+        above = []
+        while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            if (mode := _pop_mode()) is not self:  # type: ignore[no-untyped-call]
+                above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)  # type: ignore[no-untyped-call]
+
+    def __reduce__(self) -> Any:
+        return LossMode, ()
+
+
+@eagerly
+def _hear(mode: LossMode, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return func(*args, **kwargs) if mode.hearing is None else mode.hearing.hear(func, args, kwargs)
+
+
+def calls_of(root: nn.Module) -> int:
+    """Count the calls of a module that are under way. A KeyboardInterrupt ends them without running any hook."""
+    count = 0
+    frame = sys._getframe(1)
+    while frame is not None:
+        count += frame.f_code is _CALL and frame.f_locals.get("self") is root
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
+_CALL = nn.Module._call_impl.__code__

@@ -1,0 +1,111 @@
+"""Log-probabilities of both passes in one, for losses that are put together by hand.
+
+A loss that is affine in -log p, with a total weight of 1 for each row, is R-Drop's loss when it is applied to
+c = 1/2 (log p + log q) - alpha / 2 * S, S being the row's symmetric KL: negative log-likelihood by gather or by index,
+label smoothing, cross-entropy with a teacher. So c brings the KL in with just the mask, the shift and the denominator
+that the loss has.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
+
+from surgery.errors import SourceError
+
+from .graphs import eagerly
+
+_AFFINE = frozenset(
+    """__add__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __rsub__ __sub__ __truediv__ add add_ bfloat16 cat chunk
+    clone contiguous cpu cuda div div_ double einsum expand flatten float gather half index_select kl_div masked_fill
+    masked_fill_ masked_select mean movedim mul mul_ nansum narrow neg negative nll_loss permute reshape rsub select
+    split squeeze stack sub sub_ subtract sum swapaxes t take_along_dim to transpose type type_as unbind unflatten
+    unsqueeze view view_as where""".split()
+)
+"""Names of functions that keep an affine function affine, as long as what else they take wants no gradient."""
+_PRODUCTS = frozenset(["__mul__", "__rmul__", "__truediv__", "div", "div_", "einsum", "mul", "mul_"])
+
+
+class LogProbs(torch.Tensor):
+    """log q of the second pass, and what a loss is to see in its place.
+
+    Args:
+        join_nll: takes the arguments of nll_loss but the first, and returns R-Drop's loss.
+        join: returns c.
+    """
+
+    join_nll: Callable[..., torch.Tensor]
+    join: Callable[[], torch.Tensor]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _apply(func, args, dict(kwargs or {}))
+
+
+class JoinedLogProbs(torch.Tensor):
+    """A part of a loss that has R-Drop in it already."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _apply_to_joined(func, args, dict(kwargs or {}))
+
+
+def as_log_probs(
+    values: torch.Tensor, join_nll: Callable[..., torch.Tensor], join: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """Make log-probabilities wait for the loss that they meet."""
+    probs = values.as_subclass(LogProbs)
+    probs.join_nll, probs.join = join_nll, join
+    return probs
+
+
+@eagerly
+def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func is F.nll_loss and args and isinstance(args[0], LogProbs) and torch.is_grad_enabled():
+        return args[0].join_nll(*args[1:], **kwargs)
+    if not _is_affine(func, args):
+        return func(*args, **kwargs)
+    swapped_args, swapped_kwargs = tree_map_only(LogProbs, lambda probs: probs.join(), (args, kwargs))
+    return _marked(func(*swapped_args, **swapped_kwargs))
+
+
+@eagerly
+def _apply_to_joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = func(*args, **kwargs)
+    if _is_affine(func, args):
+        return _marked(result)
+    if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_iter(result)):
+        raise SourceError(
+            "rdrop: expected a loss that is a weighted sum of log-probabilities, got "
+            f"{getattr(func, '__name__', func)} of them. Train without rdrop."
+        )
+    return result
+
+
+def _is_affine(func: Any, args: tuple[Any, ...]) -> bool:
+    """Tell whether a function of log-probabilities is affine in them, and a gradient is wanted."""
+    name = getattr(func, "__name__", "")
+    if not torch.is_grad_enabled() or name not in _AFFINE:
+        return False
+    factors = args if name in _PRODUCTS else ()
+    return sum(isinstance(factor, torch.Tensor) and factor.requires_grad for factor in factors) < 2
+
+
+def _marked(result: Any) -> Any:
+    """Mark what is not yet the loss itself, for what is done next."""
+    return tree_map(
+        lambda leaf: (
+            leaf.as_subclass(JoinedLogProbs)
+            if type(leaf) is torch.Tensor and leaf.requires_grad and leaf.dim() > 0
+            else leaf
+        ),
+        result,
+    )

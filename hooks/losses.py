@@ -1,0 +1,191 @@
+"""The loss functions of torch, as they are called: what R-Drop joins, and what it does not know."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import _reduction
+from torch.nn import functional as F  # noqa: N812
+
+from surgery.errors import SettingError
+
+from .divergence import (
+    Blend,
+    Joined,
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    mse_loss,
+    nll_loss,
+)
+
+
+def _log_softmax(input: torch.Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> None:
+    """Has the arguments of torch.log_softmax and Tensor.log_softmax, which do not tell theirs."""
+
+
+_SIGNATURES: dict[Any, tuple[str, inspect.Signature]] = {
+    function: (function.__name__, inspect.signature(function))
+    for function in (
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.cross_entropy,
+        F.log_softmax,
+        F.mse_loss,
+        F.nll_loss,
+    )
+} | {
+    function: ("log_softmax", inspect.signature(_log_softmax))
+    for function in (torch.log_softmax, torch.Tensor.log_softmax, torch.special.log_softmax)
+}
+
+JOINED = frozenset(_SIGNATURES)
+"""Functions that see the logits of both passes."""
+
+UNKNOWN = frozenset(
+    function
+    for home in (F, torch)
+    for name in dir(home)
+    if (name.endswith("_loss") or name in ("kl_div", "linear_cross_entropy"))
+    and (function := getattr(home, name)) not in JOINED
+)
+"""Losses that R-Drop has no formula for."""
+
+_Difference = Callable[["LossCall", "LossCall", Blend], Joined]
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One call of a loss function.
+
+    Args:
+        name: as torch.nn.functional has it.
+        arguments: all of them by name, the defaults too; `reduction` in its modern form.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+
+    @property
+    def input(self) -> torch.Tensor:
+        """The logits, log-probabilities, probabilities or predictions."""
+        logits: torch.Tensor = self.arguments["input"]
+        return logits
+
+    def repeat(self) -> torch.Tensor:
+        """Return what torch gives for a doubled batch, on the scale of one pass."""
+        loss: torch.Tensor = getattr(F, self.name)(**self.arguments)
+        return loss / 2 if self.arguments["reduction"] == "sum" else loss
+
+
+def read_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LossCall:
+    """Put names to the arguments of a call of one of JOINED."""
+    name, signature = _SIGNATURES[function]
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    size_average, reduce = arguments.pop("size_average", None), arguments.pop("reduce", None)
+    if size_average is not None or reduce is not None:
+        arguments["reduction"] = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    return LossCall(name, arguments)
+
+
+def is_trained(args: Any) -> bool:
+    """Tell whether a loss of these arguments is one to minimize: a gradient is wanted."""
+    return torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+
+
+def join(first: LossCall, second: LossCall, blend: Blend) -> Joined:
+    """Return R-Drop's loss for one call in each pass, of the same function.
+
+    Raises:
+        SettingError: the labels do not fit the logits, or the two passes do not fit each other.
+    """
+    if first.input.shape != second.input.shape:
+        raise SettingError(
+            f"rdrop: expected logits of one shape in both passes, got {tuple(first.input.shape)} and "
+            f"{tuple(second.input.shape)} in {second.name}. The model must take the same way twice."
+        )
+    refuse_misfit(second)
+    return _JOINS[second.name](first, second, blend)
+
+
+def join_halves(call: LossCall, blend: Blend) -> Joined:
+    """Return R-Drop's loss where one call has both passes, one after the other, in its first dimension.
+
+    Raises:
+        SettingError: the first dimension cannot be halved, or the labels of the halves differ.
+    """
+    logits, target = call.input, call.arguments["target"]
+    if logits.dim() == 0 or logits.shape[0] % 2 or target.shape[0] != logits.shape[0]:
+        raise SettingError(
+            f"rdrop: expected the doubled batch in the first dimension of logits and labels, got shapes "
+            f"{tuple(logits.shape)} and {tuple(target.shape)} in {call.name}. {WAY_OUT}"
+        )
+    if call.arguments["reduction"] == "none":
+        raise SettingError(
+            f"rdrop: expected a loss that is reduced, got {call.name} with reduction none on a doubled batch. {WAY_OUT}"
+        )
+    if call.name == "cross_entropy":
+        return cross_entropy(logits, None, target, blend, **_options(call))
+    first, second = _split(call.arguments, logits.shape[0])
+    return join(
+        LossCall(call.name, {**call.arguments, **first}), LossCall(call.name, {**call.arguments, **second}), blend
+    )
+
+
+WAY_OUT = 'Use RDrop(alpha, passes="two").'
+
+
+def _split(arguments: Mapping[str, Any], size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Halve what lies along the doubled batch."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    batched = {name: value for name, value in tensors.items() if value.dim() and value.shape[0] == size}
+    first, second = ({name: value.chunk(2)[half] for name, value in batched.items()} for half in (0, 1))
+    return first, second
+
+
+def _options(call: LossCall) -> dict[str, Any]:
+    return {name: value for name, value in call.arguments.items() if name not in ("input", "target")}
+
+
+def refuse_misfit(call: LossCall) -> None:
+    """Refuse labels of another length than the logits.
+
+    Raises:
+        SettingError: they are.
+    """
+    target = call.arguments.get("target")
+    if call.name not in ("cross_entropy", "nll_loss") or target is None or target.is_floating_point():
+        return
+    shape = call.input.shape
+    expected = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
+    if target.shape != expected:
+        raise SettingError(
+            f"labels: expected shape {tuple(expected)} for logits of shape {tuple(shape)}, got {tuple(target.shape)}. "
+            "Give one label for each row."
+        )
+
+
+def _classify(function: Callable[..., Joined]) -> _Difference:
+    def apply(first: LossCall, second: LossCall, blend: Blend) -> Joined:
+        return function(first.input, second.input, second.arguments["target"], blend, **_options(second))
+
+    return apply
+
+
+def _regress(first: LossCall, second: LossCall, blend: Blend) -> Joined:
+    return mse_loss(
+        first.input, second.input, first.arguments["target"], second.arguments["target"], blend, **_options(second)
+    )
+
+
+_JOINS: dict[str, _Difference] = {
+    "binary_cross_entropy": _classify(binary_cross_entropy),
+    "binary_cross_entropy_with_logits": _classify(binary_cross_entropy_with_logits),
+    "cross_entropy": _classify(cross_entropy),
+    "mse_loss": _regress,
+    "nll_loss": _classify(nll_loss),
+}

@@ -1,0 +1,46 @@
+"""What R-Drop has measured: its two terms, kept where they are until somebody asks, for reading costs a wait."""
+
+from typing import Any
+
+import torch
+
+
+class Measured:
+    """The cross-entropy and the KL of each forward, both as the loss has them, without alpha.
+
+    Args of `add` are scalars; a forward may have several, whose mean counts.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[torch.Tensor] = []
+        self._last: torch.Tensor | None = None
+        self._sum: torch.Tensor | None = None
+        self._count = 0
+        self._fired = 0
+
+    def add(self, ce: torch.Tensor, kl: torch.Tensor) -> None:
+        """Take in the terms of one loss."""
+        self._pending.append(torch.stack([kl.detach().double(), ce.detach().double()]))
+
+    def settle(self) -> None:
+        """End a forward."""
+        if not self._pending:
+            return
+        self._last = torch.stack(self._pending).mean(0)
+        self._sum = self._last if self._sum is None else self._sum + self._last
+        self._pending = []
+        self._count += 1
+        self._fired += 1
+
+    def read(self) -> dict[str, Any]:
+        """Return the last values and the means since they were last read; None where nothing has been measured."""
+        self.settle()
+        last = [None, None] if self._last is None else self._last.tolist()
+        mean = [None, None] if self._sum is None else (self._sum / self._count).tolist()
+        self._sum, self._count = None, 0
+        return {"kl": last[0], "ce": last[1], "kl_mean": mean[0], "ce_mean": mean[1], "rdrop_fired": self._fired}
+
+    @property
+    def fired(self) -> int:
+        """Forwards that the KL was a part of."""
+        return self._fired + bool(self._pending)

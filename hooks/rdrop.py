@@ -1,0 +1,273 @@
+"""R-Drop on a live model: two passes for each training forward, and one loss of both."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim.optimizer import Optimizer
+from torch.utils._pytree import tree_map
+
+from surgery.errors import SourceError
+
+from . import divergence, doubling
+from .divergence import Blend, Joined
+from .graphs import between_graphs, eagerly, is_compiled_call, run_uncompiled
+from .hearing import Hearing, LossMode, calls_of
+from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
+from .losses import LossCall, join, join_halves, read_call
+from .measured import Measured
+from .optimizers import StepWatch, watch
+from .randomness import Randomness
+from .settings import RDrop
+from .state import PATCH, Patch
+from .twins import Ticket, Twin, pair, part
+
+
+class Drop:
+    """R-Drop on one model.
+
+    The first pass is made before the forward that the script has called, which is the second. Losses that the model
+    calls are heard; those outside are reached by what the outputs carry.
+
+    Args:
+        settings: what was asked for.
+        is_mixed: Mixout draws one mask for a whole batch, so that it takes two passes.
+    """
+
+    def __init__(self, settings: RDrop, *, is_mixed: bool) -> None:
+        self.settings = settings
+        self.measured = Measured()
+        self._blend = Blend(
+            float(settings.alpha), 2.0 if settings.scale == "paper" else 1.0, settings.kl_reduction == "sum"
+        )
+        self._is_mixed = is_mixed
+        self._mode = LossMode()
+        self._randomness = Randomness()
+        self._watch = StepWatch()
+        self._steps = 0
+        self._has_stepped = False
+        self._weights: set[int] = set()
+
+    def attach(self, root: nn.Module) -> list[Any]:
+        """Put R-Drop on the model; return the handles of its hooks."""
+        watch(self)
+        run_uncompiled(Twin, LogProbs, JoinedLogProbs)
+        self._know(root)
+        return [
+            root.register_forward_pre_hook(_begin_passes, with_kwargs=True),
+            # before all others, FSDP's for instance, so that they see what the script will get
+            root.register_forward_hook(_end_passes, prepend=True, always_call=True),
+        ]
+
+    # -- the forward ----------------------------------------------------------------------------------------------
+
+    @eagerly
+    def begin(self, root: nn.Module, arguments: doubling.Arguments, *, is_compiled: bool) -> tuple[Any, Any]:
+        """Listen to the passes to come.
+
+        Args:
+            is_compiled: torch.compile has the root.
+        Returns:
+            The arguments of a first pass, None if there is none, and those of the forward that the script has called,
+            None for those that it has.
+        """
+        if not root.training or not torch.is_grad_enabled() or self._is_within(root):
+            return None, None
+        self.close()  # a KeyboardInterrupt has left it open
+        self._count_step(root)
+        if not self._is_due:
+            return None, None
+        self.measured.settle()
+        self._randomness.mark()
+        is_doubled = self._doubles(root, arguments)
+        size = doubling.batch_size(root, arguments) if is_doubled else None
+        self._mode.open(Hearing(root, Ticket(self._join), size), is_compiled=is_compiled)
+        if is_doubled:
+            return None, doubling.double(arguments)
+        first, second = part(arguments)
+        return _fresh(first), second
+
+    @eagerly
+    def turn(self, output: Any) -> None:
+        """Go from the first pass to the second."""
+        assert self._mode.hearing is not None
+        self._mode.hearing.turn(output)
+
+    @eagerly
+    def end(self, root: nn.Module, output: Any) -> Any:
+        """Return the outputs with the batch and the shapes that the script expects, their twins with them.
+
+        Args:
+            output: None if forward has raised.
+        """
+        hearing = self._mode.hearing
+        if hearing is None or hearing.root is not root or calls_of(root) > 1:
+            return None
+        self.close()
+        if output is None:
+            return None
+        hearing.refuse_missing()
+        _refuse_unreached(output, hearing.ticket)
+        if hearing.size is None:
+            return pair(output, hearing.first_output, hearing.ticket)
+        return pair(*doubling.halve(output, hearing.size), hearing.ticket)
+
+    def _is_within(self, root: nn.Module) -> bool:
+        """Tell whether the model calls itself."""
+        return self._mode.hearing is not None and calls_of(root) > 1
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._mode.close()
+
+    def _doubles(self, root: nn.Module, arguments: doubling.Arguments) -> bool:
+        if self.settings.passes == "auto":
+            return not self._is_mixed and doubling.is_known(root, arguments)
+        return self.settings.passes == "doubled"
+
+    # -- the loss -------------------------------------------------------------------------------------------------
+
+    def _join(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
+        """Return the loss for a call in each pass, or for one of a doubled batch."""
+        a, b = (first.input, second.input) if first is not None else second.input.detach().chunk(2)
+        if self._blend.alpha:
+            self._randomness.check(a.detach(), b.detach(), steps=self._steps)
+        if second.name == "log_softmax":
+            assert first is not None
+            return self._log_probs(first, second, reach)
+        reach()
+        if first is not None:
+            return self._note(join(first, second, self._blend))
+        if self._blend.alpha:
+            return self._note(join_halves(second, self._blend))
+        with torch.no_grad():
+            self._note(join_halves(second, self._blend))
+        return self._blend.factor * second.repeat()  # to the bit what the doubled batch gives without R-Drop
+
+    def _log_probs(self, first: LossCall, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
+        dim = second.arguments["dim"]
+        if dim is None:
+            dim = F._get_softmax_dim("log_softmax", second.input.dim(), 5)  # type: ignore[attr-defined]
+        a, b = (call.input.to(call.arguments["dtype"] or call.input.dtype) for call in (first, second))
+        log_p, log_q = F.log_softmax(a, dim), F.log_softmax(b, dim)
+
+        def join_nll(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return self._join(
+                read_call(F.nll_loss, (log_p, *args), kwargs), read_call(F.nll_loss, (log_q, *args), kwargs), reach
+            )
+
+        def join_any() -> torch.Tensor:
+            reach()
+            return divergence.log_softmax(a, b, dim, self._blend, self.measured.add)
+
+        return as_log_probs(log_q, join_nll, join_any)
+
+    def _note(self, joined: Joined) -> torch.Tensor:
+        self.measured.add(joined.ce, joined.kl)
+        return joined.loss
+
+    # -- training steps -------------------------------------------------------------------------------------------
+
+    @property
+    def _is_due(self) -> bool:
+        """This training step is one that R-Drop takes part in."""
+        return (self._steps + 1) % self.settings.every == 0
+
+    def _count_step(self, root: nn.Module) -> None:
+        """Begin another step if an optimizer has stepped since the last forward; several of them make one step."""
+        self._steps += self._has_stepped
+        self._has_stepped = False
+        weights = self._know(root)
+        if self.settings.every > 1 and weights and self._watch.is_missed(weights[0], self._steps):
+            raise SourceError(
+                "every: expected steps of a torch.optim.Optimizer to count, got weights that change without one. "
+                "Use such an optimizer, built from the model's own parameters, or every=1."
+            )
+
+    def _know(self, root: nn.Module) -> list[nn.Parameter]:
+        """Look up the trainable weights, which fully_shard replaces."""
+        weights = [parameter for parameter in root.parameters() if parameter.requires_grad]
+        self._weights = set(map(id, weights))
+        return weights
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Refuse a step that R-Drop should have had a part in, if it never had one."""
+        if self._is_due and not self.measured.fired and self._holds(optimizer):
+            raise SourceError(
+                "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
+                "whose loss it could reach. Patch the model that the script calls, as model(...)."
+            )
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Note that there was one."""
+        self._has_stepped = self._has_stepped or self._holds(optimizer)
+
+    def _holds(self, optimizer: Optimizer) -> bool:
+        return any(
+            id(w) in self._weights and w.grad is not None for group in optimizer.param_groups for w in group["params"]
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "measured": Measured(), "_randomness": Randomness()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Complete a copy, in a copy of the model: it counts steps as well."""
+        self.__dict__.update(state)
+        watch(self)
+
+
+# torch.compile skips this frame and ours within it, and compiles the two passes
+@between_graphs
+def _begin_passes(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make the first pass; the last of the root's forward pre-hooks."""
+    patch: Patch = root.__dict__[PATCH]
+    assert patch.drop is not None
+    first, arguments = patch.drop.begin(root, (args, kwargs), is_compiled=is_compiled_call())
+    if first is not None:
+        try:
+            output = root.forward(*first[0], **first[1])
+        except BaseException:
+            patch.drop.close()
+            raise
+        patch.drop.turn(output)
+        patch.renew()
+    return arguments
+
+
+@between_graphs
+def _end_passes(root: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
+    """Pair the outputs; the first of the root's forward hooks, also called when forward raises."""
+    patch: Patch = root.__dict__[PATCH]
+    return patch.drop.end(root, output) if patch.drop is not None else None
+
+
+def _fresh(arguments: Any) -> Any:
+    """Copy containers and caches, which a forward may write to; the tensors are the same."""
+    return tree_map(_fresh_leaf, arguments)
+
+
+def _fresh_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Mapping):
+        return copy.copy(leaf)
+    if not hasattr(leaf, "get_seq_length"):
+        return leaf
+    cache = copy.copy(leaf)
+    cache.layers = [copy.copy(layer) for layer in leaf.layers]
+    return cache
+
+
+def _refuse_unreached(output: Any, ticket: Ticket) -> None:
+    """Raise where the model returns a loss that R-Drop is not in."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if ticket.is_reached or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        return
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None:
+        raise SourceError(
+            "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off, such as "
+            "Trainer's use_liger_kernel or Liger's fused_linear_cross_entropy, or train without rdrop."
+        )
+    raise SourceError(ticket.complaint())

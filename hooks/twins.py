@@ -1,0 +1,186 @@
+"""Tensors that carry their twin from the model's other pass to a loss function that is called outside of the model."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
+
+from surgery.errors import SourceError
+
+from .graphs import eagerly
+from .losses import JOINED, UNKNOWN, LossCall, is_trained, read_call
+
+Join = Callable[[LossCall | None, LossCall, Callable[[], None]], torch.Tensor]
+"""Makes one loss of the calls in both passes; says so when it has."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One training forward of two passes, whose twins have to meet in a loss function.
+
+    Args:
+        join: makes one loss of the calls of both passes, or of one call on a doubled batch.
+        is_reached: it has been called.
+        stray: losses that R-Drop has no formula for, by name, which the twins have met instead.
+    """
+
+    join: Join
+    is_reached: bool = False
+    stray: tuple[str, ...] = ()
+
+    def meet(self, first: LossCall | None, second: LossCall) -> torch.Tensor:
+        """Return the loss."""
+        return self.join(first, second, self.reach)
+
+    def reach(self) -> None:
+        """Note that the loss has R-Drop in it."""
+        self.is_reached = True
+
+    def check(self, grad: torch.Tensor) -> None:  # noqa: ARG002
+        """Refuse a gradient that does not come from R-Drop's loss; a hook of the logits."""
+        if not self.is_reached:
+            raise SourceError(self.complaint())
+
+    def complaint(self) -> str:
+        """Say that the loss is not known."""
+        met = f"got {' and '.join(self.stray)}" if self.stray else "got a loss that calls none of them"
+        return (
+            "rdrop: expected a loss by cross_entropy, nll_loss, log_softmax, binary_cross_entropy or mse_loss of "
+            f"torch, {met}. Train without rdrop, or with one of these."
+        )
+
+
+class Twin(torch.Tensor):
+    """The result of the second pass, with that of the first as `other`: what is done to one is done to both.
+
+    Only as long as there is a gradient to be had: what is detached, compared or printed is an ordinary tensor.
+    """
+
+    other: torch.Tensor
+    tickets: frozenset[Ticket]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return _apply_to_both(func, args, kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(torch.Tensor))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor).__deepcopy__(memo)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def pair(second: Any, first: Any, ticket: Ticket) -> Any:
+    """Pair the outputs of two passes, tensor by tensor, in a copy of the structure of the second.
+
+    Where there is nothing to pair with, a gradient that comes along raises unless the ticket is reached.
+    """
+    if isinstance(second, torch.Tensor):
+        return _pair_tensors(second, first, ticket)
+    if is_dataclass(second) and not isinstance(second, type | Mapping):
+        changed = {name: pair(value, getattr(first, name, None), ticket) for name, value in vars(second).items()}
+        return _with_attributes(second, changed)
+    return tree_map(
+        lambda b, a: pair(b, a, ticket) if isinstance(b, torch.Tensor) or is_dataclass(b) else b, second, first
+    )
+
+
+def _pair_tensors(second: torch.Tensor, first: Any, ticket: Ticket) -> torch.Tensor:
+    if not second.requires_grad or (ticket.is_reached and second.dim() == 0):
+        return second
+    if not ticket.is_reached:
+        second.register_hook(ticket.check)  # type: ignore[no-untyped-call]
+    is_fit = isinstance(first, torch.Tensor) and first.requires_grad and first.shape == second.shape
+    return _twin(second, first, frozenset([ticket])) if is_fit and type(second) is torch.Tensor else second
+
+
+def _twin(second: torch.Tensor, first: torch.Tensor, tickets: frozenset[Ticket]) -> torch.Tensor:
+    twin = second.as_subclass(Twin)
+    twin.other, twin.tickets = first, tickets
+    return twin
+
+
+def _with_attributes(original: Any, changed: Mapping[str, Any]) -> Any:
+    made = copy.copy(original)
+    for name, value in changed.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def part(tree: Any) -> tuple[Any, Any]:
+    """Return the first and the second pass's share of arguments that may hold twins."""
+    return tree_map_only(Twin, lambda twin: twin.other, tree), tree_map_only(Twin, _plain, tree)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.as_subclass(torch.Tensor)
+
+
+def _tickets(tree: Any) -> frozenset[Ticket]:
+    return frozenset().union(*(leaf.tickets for leaf in tree_iter(tree) if isinstance(leaf, Twin)))
+
+
+@eagerly  # a function that is compiled as a whole runs these one by one
+def _apply_to_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func in JOINED and is_trained([*args, *kwargs.values()]):
+        return _join(func, args, kwargs)
+    if func is _BASE:
+        return func(*args)
+    tickets = _tickets((args, kwargs))
+    if func in UNKNOWN and is_trained([*args, *kwargs.values()]):
+        for ticket in tickets:
+            ticket.stray += (func.__name__,)
+    if func is torch.Tensor.backward:
+        for ticket in tickets:
+            ticket.check(args[0])
+    tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    versions = [_version(tensor) for tensor in tensors]
+    result = func(*args, **kwargs)
+    written = [tensor for tensor, version in zip(tensors, versions, strict=True) if _version(tensor) != version]
+    if any(not isinstance(tensor, Twin) for tensor in written):
+        return result  # a plain tensor has taken in a twin: to do it twice would count it twice
+    # DistributedDataParallel clones the outputs within an autograd function, where no gradients are wanted
+    is_sink = func is torch.Tensor.clone and not torch.is_grad_enabled()
+    if not written and not is_sink and not any(_is_twinnable(leaf) for leaf in tree_iter(result)):
+        return result
+    with torch.set_grad_enabled(torch.is_grad_enabled() or is_sink):
+        others, other_kwargs = tree_map_only(Twin, lambda twin: twin.other, (args, kwargs))
+        other = func(*others, **other_kwargs)
+    return tree_map(
+        lambda b, a: _twin(b, a, tickets) if _is_twinnable(b) or (is_sink and type(b) is torch.Tensor) else b,
+        result,
+        other,
+    )
+
+
+_BASE = torch.Tensor._base.__get__  # type: ignore[union-attr]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_twinnable(leaf: Any) -> bool:
+    return type(leaf) is torch.Tensor and leaf.requires_grad
+
+
+def _join(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tickets = _tickets((args, kwargs))
+    (first_args, first_kwargs), (second_args, second_kwargs) = part((args, kwargs))
+
+    def reach() -> None:
+        for ticket in tickets:
+            ticket.reach()
+
+    join = next(iter(tickets)).join
+    return join(read_call(func, first_args, first_kwargs), read_call(func, second_args, second_kwargs), reach)
