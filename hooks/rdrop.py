@@ -40,6 +40,7 @@ class Drop:
     def __init__(self, settings: RDrop, *, is_mixed: bool) -> None:
         self.settings = settings
         self.measured = Measured()
+        self.unjoined: set[str] = set()
         self._blend = Blend(
             float(settings.alpha), 2.0 if settings.scale == "paper" else 1.0, settings.kl_reduction == "sum"
         )
@@ -76,6 +77,11 @@ class Drop:
         """
         if not root.training or not torch.is_grad_enabled() or self._is_within(root):
             return None, None
+        if torch._C._are_functorch_transforms_active():
+            raise SourceError(
+                "rdrop: expected a backward pass of autograd's, got torch.func, whose tensors hide that they want a "
+                "gradient. Use loss.backward(), or train without rdrop."
+            )
         self.close()  # a KeyboardInterrupt has left it open
         self._count_step(root)
         if not self._is_due:
@@ -84,7 +90,7 @@ class Drop:
         self._randomness.mark()
         is_doubled = self._doubles(root, arguments)
         size = doubling.batch_size(root, arguments) if is_doubled else None
-        self._mode.open(Hearing(root, Ticket(self._join), size), is_compiled=is_compiled)
+        self._mode.open(Hearing(root, Ticket(self._join, self.unjoined), size), is_compiled=is_compiled)
         if is_doubled:
             return None, doubling.double(arguments)
         first, second = part(arguments)

@@ -36,6 +36,7 @@ class Description:
         w_pre_device: where they lie.
         anchored: optimizer steps that the anchor acted in.
         fired: forwards that R-Drop's KL was a part of.
+        unjoined: names of losses that R-Drop has no formula for, and has left as they are in the second pass.
     """
 
     mixout: Mixout | None = None
@@ -54,6 +55,7 @@ class Description:
     w_pre_device: str = ""
     anchored: int = 0
     fired: int = 0
+    unjoined: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -85,6 +87,7 @@ def describe(model: nn.Module) -> Description:
         w_pre_device=", ".join(sorted(devices)),
         anchored=patch.decay.steps if patch.decay is not None else 0,
         fired=patch.drop.measured.fired if patch.drop is not None else 0,
+        unjoined=tuple(sorted(patch.drop.unjoined)) if patch.drop is not None else (),
     )
 
 
@@ -171,6 +174,8 @@ def _lines(found: Description) -> list[str]:
     lines = []
     if found.rdrop is not None:
         lines.append(_rdrop_line(found.rdrop, found.fired))
+        if found.unjoined:
+            lines.append(f"not joined   {', '.join(found.unjoined)}: no formula; as the second pass has it")
     if found.mixout is None and found.anchor is None:
         return lines
     if found.mixout is not None:

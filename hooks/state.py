@@ -123,6 +123,11 @@ class Patch:
 
     def begin(self, root: nn.Module) -> None:
         """Open a forward pass of the model."""
+        if getattr(root, "_is_replica", False):
+            raise SourceError(
+                f"{type(root).__name__}: expected the model itself, got a replica by DataParallel. "
+                "Use DistributedDataParallel, or one GPU."
+            )
         self._forward.is_open = True
         self.renew()
         if not root.training:

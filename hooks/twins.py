@@ -23,17 +23,24 @@ class Ticket:
 
     Args:
         join: makes one loss of the calls of both passes, or of one call on a doubled batch.
+        unjoined: names of the losses that R-Drop has no formula for, over all forwards of the model.
         is_reached: it has been called.
-        stray: losses that R-Drop has no formula for, by name, which the twins have met instead.
+        stray: those of this forward.
     """
 
     join: Join
+    unjoined: set[str]
     is_reached: bool = False
     stray: tuple[str, ...] = ()
 
     def meet(self, first: LossCall | None, second: LossCall) -> torch.Tensor:
         """Return the loss."""
         return self.join(first, second, self.reach)
+
+    def pass_by(self, name: str) -> None:
+        """Note a loss that is not known."""
+        self.stray += (name,)
+        self.unjoined.add(name)
 
     def reach(self) -> None:
         """Note that the loss has R-Drop in it."""
@@ -96,7 +103,7 @@ def pair(second: Any, first: Any, ticket: Ticket) -> Any:
 
 
 def _pair_tensors(second: torch.Tensor, first: Any, ticket: Ticket) -> torch.Tensor:
-    if not second.requires_grad or (ticket.is_reached and second.dim() == 0):
+    if not second.requires_grad or second.is_leaf or (ticket.is_reached and second.dim() == 0):
         return second
     if not ticket.is_reached:
         second.register_hook(ticket.check)  # type: ignore[no-untyped-call]
@@ -139,7 +146,7 @@ def _apply_to_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     tickets = _tickets((args, kwargs))
     if func in UNKNOWN and is_trained([*args, *kwargs.values()]):
         for ticket in tickets:
-            ticket.stray += (func.__name__,)
+            ticket.pass_by(func.__name__)
     if func is torch.Tensor.backward:
         for ticket in tickets:
             ticket.check(args[0])
