@@ -243,7 +243,10 @@ def test_replica_of_data_parallel_is_refused_in_forward() -> None:
     layer = patch_model(nn.Linear(3, 4), mixout=0.5)
     replica = layer._replicate_for_data_parallel()
     replica.weight = layer.weight.clone()  # as torch.nn.parallel.replicate gives it a weight on another device
-    with pytest.raises(SourceError, match=f"^{re.escape(_TAKEN)}$"):
+    message = (
+        "Linear: expected the model itself, got a replica by DataParallel. Use DistributedDataParallel, or one GPU."
+    )
+    with pytest.raises(SourceError, match=f"^{re.escape(message)}$"):
         replica(torch.ones(1, 3))
     layer(torch.ones(1, 3))
 
