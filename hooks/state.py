@@ -87,7 +87,8 @@ class Patch:
                     self._handles += _attach_hooks(module)
         self._handles.append(root.register_forward_hook(_end, always_call=True))
         if self.mixout is not None and self.mixout.replace_dropout:
-            self.replaced, self.kept = find_rates(root, self.names(), self.left)
+            mixed = [name for site in self.sites if site.weight.requires_grad for name in site.target.names]
+            self.replaced, self.kept = find_rates(root, mixed, self.left)
             for rate in self.replaced:
                 setattr(rate.module, rate.attribute, 0.0)
         if self.decay is not None:

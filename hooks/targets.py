@@ -19,7 +19,7 @@ ADAPTER = "PEFT's own: an adapter, or its copy of a module to save"
 _NOT_A_WEIGHT = "bias, norm or another vector"
 _UNKNOWN = "of {}, a kind of layer that is not mixed"
 _EMBEDDING = "embedding: name it in include to mix it"
-_NOT_INCLUDED = "not in include"
+NOT_INCLUDED = "not in include"
 _QUANTIZED = "quantized to {}"
 _IN_ATTENTION = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
 
@@ -122,7 +122,7 @@ def _selection(names: Iterable[str], include: Sequence[str], exclude: Sequence[s
     if any(is_match(glob, name) for glob in exclude for name in names):
         return EXCLUDED
     if include and not any(is_match(glob, name) for glob in include for name in names):
-        return _NOT_INCLUDED
+        return NOT_INCLUDED
     return None
 
 
