@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from .marks import Mark
 from .targets import EXCLUDED, NEW, NOT_INCLUDED
+
+RATES = "_surgery_rates"
+"""The attribute of a module with a dropout rate that Mixout has replaced."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,29 @@ class Rate:
     module: nn.Module
     attribute: str
     value: float
+
+
+class Replaced(Mark):
+    """Left on a module whose dropout rates are replaced: what they were, by attribute."""
+
+    def __init__(self) -> None:
+        self.rates: dict[str, float] = {}
+
+
+def replace_rate(rate: Rate) -> Mark:
+    """Set a rate to 0, and return the mark that tells what it was."""
+    mark: Replaced = rate.module.__dict__.setdefault(RATES, Replaced())
+    mark.rates[rate.attribute] = rate.value
+    setattr(rate.module, rate.attribute, 0.0)
+    return mark
+
+
+def restore_rates(module: nn.Module) -> None:
+    """Undo replace_rate, but for rates that somebody has set since."""
+    mark: Replaced | None = module.__dict__.pop(RATES, None)
+    for attribute, value in mark.rates.items() if mark is not None else ():
+        if getattr(module, attribute, None) == 0:
+            setattr(module, attribute, value)
 
 
 def find_rates(model: nn.Module, mixed: Collection[str], left: Mapping[str, str]) -> tuple[list[Rate], list[Rate]]:

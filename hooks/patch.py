@@ -15,6 +15,7 @@ from surgery.noisytune import as_globs
 
 from .mixout import SITE, Pass, Site
 from .offload import Offload
+from .orphans import find_orphans, release
 from .pretrained import is_distributed
 from .settings import Anchor, Mixout
 from .sources import Kept, Source, open_origin
@@ -74,6 +75,7 @@ def patch_model(
     _refuse_others(root, former)
     if former is not None:
         former.reveal()
+    orphans = find_orphans(root)
     patch = _plan(
         root,
         former if w_pre is None else None,
@@ -85,6 +87,8 @@ def patch_model(
     )
     if former is not None:
         former.detach(root)
+    for module in orphans:
+        release(module)
     patch.attach(root)
     return model
 
@@ -92,7 +96,8 @@ def patch_model(
 def unpatch_model(model: _Model) -> _Model:
     """Undo patch_model: hooks, dropout rates and w_pre go; parameters are the same objects, with the values they have.
 
-    Does nothing to a model that is not patched.
+    Does nothing to a model that is not patched, unless it is, or holds, a copy of a part of one that is: that copy is
+    made plain as well.
 
     Raises:
         SourceError: it is a part of a patched model.
@@ -102,6 +107,8 @@ def unpatch_model(model: _Model) -> _Model:
     _refuse_others(root, patch)
     if patch is not None:
         patch.detach(root)
+    for module in find_orphans(root):
+        release(module)
     return model
 
 
@@ -175,6 +182,7 @@ def _root(model: Any) -> nn.Module:
 def _refuse_others(root: nn.Module, own: Patch | None) -> None:
     """Refuse modules that belong to the patch of another model: one of the two would undo the other."""
     ours = {id(site) for site in own.sites} if own else set()
+    ours |= {id(module.__dict__.get(SITE)) for module in find_orphans(root)}
     for name, module in root.named_modules():
         site = module.__dict__.get(SITE)
         if (module is not root and PATCH in module.__dict__) or (site is not None and id(site) not in ours):

@@ -10,8 +10,9 @@ from torch import nn
 from surgery.errors import SourceError, some
 
 from .anchor import Decay
-from .dropout import Rate, find_rates
+from .dropout import Rate, find_rates, replace_rate, restore_rates
 from .graphs import guard_hooks
+from .marks import Mark
 from .mixout import SITE, Pass, Site, reveal_weight, shadow_weight
 from .optimizers import forget, watch
 from .settings import Anchor, Mixout
@@ -57,6 +58,7 @@ class Patch:
         self.decay = Decay(anchor.weight, sites) if anchor is not None else None
         self._forward = forward
         self._handles: list[Any] = []
+        self._marks: list[Mark] = []
         self._steps = 0
         self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device)
         self._is_checked = False
@@ -77,6 +79,7 @@ class Patch:
     def attach(self, root: nn.Module) -> None:
         """Put the patch on the model: hooks, dropout rates, and an attribute for each module that has a hook."""
         root.__dict__[PATCH] = self
+        self._marks = [*self.sites]
         self._handles = [root.register_forward_pre_hook(_begin)]
         if self.is_mixing:
             guard_hooks()
@@ -89,8 +92,8 @@ class Patch:
         if self.mixout is not None and self.mixout.replace_dropout:
             mixed = [name for site in self.sites if site.weight.requires_grad for name in site.target.names]
             self.replaced, self.kept = find_rates(root, mixed, self.left)
-            for rate in self.replaced:
-                setattr(rate.module, rate.attribute, 0.0)
+            self._marks += map(replace_rate, self.replaced)
+        self._adopt()
         if self.decay is not None:
             watch(self.decay)
 
@@ -99,8 +102,7 @@ class Patch:
         if self.decay is not None:
             forget(self.decay)
         for rate in self.replaced:
-            if getattr(rate.module, rate.attribute, None) == 0:  # else somebody has set it since
-                setattr(rate.module, rate.attribute, rate.value)
+            restore_rates(rate.module)
         for handle in self._handles:
             handle.remove()
         self.reveal()
@@ -177,6 +179,15 @@ class Patch:
         return [
             site.name for site in self.sites if site.weight.requires_grad and site.calls == 0 and not site.is_traced
         ]
+
+    def _adopt(self) -> None:
+        for mark in self._marks:
+            mark.adopt(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Complete a copy, in a copy of the whole model."""
+        self.__dict__.update(state)
+        self._adopt()
 
     def _owners(self) -> Iterator[nn.Module]:
         return (module for site in self.sites for module in site.target.owners)
