@@ -96,6 +96,11 @@ class Site(Mark):
             self._seeds.begin()
 
     @property
+    def is_called(self) -> bool:
+        """A layer that has this weight has run in training mode, so that it was mixed."""
+        return self.calls > 0 or self.is_traced
+
+    @property
     def is_torn(self) -> bool:
         """In this pass, compiled and eager code have each drawn a mask for this tied weight."""
         return self._shared is not None and self._seeds is not None and self._seeds.is_drawn

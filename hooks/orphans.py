@@ -1,4 +1,4 @@
-"""Parts of a patched model that were copied, pickled or kept without it: find what the patch left there, take it off."""
+"""Parts of a patched model that were copied, pickled or kept without it: what to find there, and take off."""
 
 from torch import nn
 

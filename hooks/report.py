@@ -73,7 +73,7 @@ def describe(model: nn.Module) -> Description:
         elements=sum(site.weight.numel() for site in active),
         of_elements=sum(parameter.numel() for parameter in model.parameters()),
         left=patch.left | frozen | gone | added,
-        uncalled=tuple(patch.uncalled()) if patch.steps and patch.is_mixing else (),
+        uncalled=tuple(patch.uncalled()) if patch.is_mixing and (patch.steps or patch.has_mixed) else (),
         replaced=tuple(rate.name for rate in patch.replaced),
         kept=tuple(rate.name for rate in patch.kept),
         w_pre=patch.label,
@@ -170,7 +170,7 @@ def _lines(found: Description) -> list[str]:
         )
     verb = "mixed" if found.mixout is not None else "anchored"
     share = f"{found.elements:,} of {found.of_elements:,} elements"
-    lines.append(f"{verb:12} {len(found.mixed)} weights, {share}: {_first(found.mixed)}")
+    lines.append(f"{verb:12} {len(found.mixed)} weights, {share}: {_first(found.mixed) or _NOTHING}")
     if found.tied:
         lines.append(f"{'':12} {len(found.tied)} more names for them (tied): {_first(found.tied)}")
     lines.append(
@@ -188,11 +188,12 @@ def _lines(found: Description) -> list[str]:
     return lines
 
 
+_NOTHING = "NOTHING IS REGULARIZED, for all of them are frozen"
 _UNIT = {"neuron": "input feature", "element": "element"}
 
 
 def _first(names: Sequence[str]) -> str:
-    return names[0] + (", ..." if len(names) > 1 else "")
+    return ", ".join([*names[:1], *["..."] * (len(names) > 1)])
 
 
 def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:

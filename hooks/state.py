@@ -62,6 +62,7 @@ class Patch:
         self._steps = 0
         self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device)
         self._is_checked = False
+        self._is_told = False
 
     @property
     def steps(self) -> int:
@@ -72,9 +73,10 @@ class Patch:
     def is_mixing(self) -> bool:
         return self.mixout is not None and self.mixout.p > 0
 
-    def names(self) -> list[str]:
-        """Return every name of every weight that is regularized."""
-        return [name for site in self.sites for name in site.target.names]
+    @property
+    def has_mixed(self) -> bool:
+        """A weight has been mixed, whether or not the model's own forward was called for it."""
+        return any(site.is_called for site in self.sites)
 
     def attach(self, root: nn.Module) -> None:
         """Put the patch on the model: hooks, dropout rates, and an attribute for each module that has a hook."""
@@ -135,7 +137,18 @@ class Patch:
             shard_pretrained(self.sites)
         if self.decay is not None:
             self.decay.refuse_missed()
+        self._warn_frozen()
         self._steps += 1
+
+    def _warn_frozen(self) -> None:
+        if not self._is_told and not any(site.weight.requires_grad for site in self.sites):
+            self._is_told = True
+            _log.warning(
+                "%s: expected a trainable weight, got %d frozen since patch_model: nothing is regularized. "
+                "Unfreeze them, and add LoRA before patch_model: it freezes what it is added to.",
+                self.sites[0].name,
+                len(self.sites),
+            )
 
     def _go_first(self, root: nn.Module) -> None:
         """Run before FSDP puts the root's weights together, so that the next pass sees all weights split."""
@@ -164,7 +177,7 @@ class Patch:
         if not root.training or not trained:
             return
         self._is_checked = True
-        if silent := [site.name for site in trained if site.calls == 0 and not site.is_traced]:
+        if silent := [site.name for site in trained if not site.is_called]:
             what = f"{some(silent)}: expected a call of the layer in forward, got none"
             if len(silent) == len(trained):
                 raise SourceError(f"{what} of any. Patch the model whose forward calls its layers.")
@@ -176,9 +189,7 @@ class Patch:
 
     def uncalled(self) -> list[str]:
         """Return the names of trainable weights whose layers no forward has called, so that they were never mixed."""
-        return [
-            site.name for site in self.sites if site.weight.requires_grad and site.calls == 0 and not site.is_traced
-        ]
+        return [site.name for site in self.sites if site.weight.requires_grad and not site.is_called]
 
     def _adopt(self) -> None:
         for mark in self._marks:

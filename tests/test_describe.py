@@ -147,6 +147,38 @@ def test_layer_called_later_is_no_more_uncalled() -> None:
     assert describe(model).uncalled == ()
 
 
+class Stepping(nn.Module):
+    """As Lightning has it: forward is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.unused = nn.Linear(4, 2), nn.Linear(3, 3)
+
+    def training_step(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x).sum()
+
+
+def test_layers_called_without_the_models_own_forward_are_seen() -> None:
+    model = patch_model(Stepping())
+    assert describe(model).uncalled == ()
+    model.training_step(torch.ones(2, 4))
+    assert describe(model).uncalled == ("unused.weight",)
+
+
+@pytest.mark.parametrize("settings", [{"mixout": 0.5}, {"anchor": 0.1}], ids=str)
+def test_model_frozen_after_patching_says_so_once(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model = patch_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), **settings)
+    model.requires_grad_(False)
+    for _ in range(2):
+        model(torch.ones(1, 4))
+    assert caplog.messages == [
+        "0.weight: expected a trainable weight, got 2 frozen since patch_model: nothing is regularized. "
+        "Unfreeze them, and add LoRA before patch_model: it freezes what it is added to."
+    ]
+    line = str(describe(model)).splitlines()[1]
+    assert line.endswith("0 weights, 0 of 40 elements: NOTHING IS REGULARIZED, for all of them are frozen")
+
+
 @pytest.mark.parametrize("settings", [{"mixout": 0.5}, {"anchor": 0.1}, {"mixout": 0.0}], ids=str)
 def test_stats_against_a_reference(settings: dict[str, Any]) -> None:
     model = patch_model(seeded.bert(), **settings)
