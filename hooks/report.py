@@ -35,6 +35,7 @@ class Description:
         w_pre_bytes: what they take on this rank, in bytes.
         w_pre_device: where they lie.
         anchored: optimizer steps that the anchor acted in.
+        unmixed: optimizer steps, if there was no forward in training mode until now.
     """
 
     mixout: Mixout | None = None
@@ -51,6 +52,7 @@ class Description:
     w_pre_bytes: int = 0
     w_pre_device: str = ""
     anchored: int = 0
+    unmixed: int = 0
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -80,6 +82,7 @@ def describe(model: nn.Module) -> Description:
         w_pre_bytes=w_pre_bytes(patch),
         w_pre_device=", ".join(sorted(devices)),
         anchored=patch.decay.steps if patch.decay is not None else 0,
+        unmixed=patch.lookout.steps if patch.lookout is not None and not patch.has_mixed else 0,
     )
 
 
@@ -163,6 +166,8 @@ def _lines(found: Description) -> list[str]:
     if found.mixout is not None:
         m = found.mixout
         lines.append(f"mixout       p = {m.p:g}, one mask value per {_UNIT[m.granularity]}, {m.gradient} gradient")
+    if found.unmixed:
+        lines.append(f"NOT MIXED    so far: no forward in training mode in {found.unmixed} optimizer steps")
     if found.anchor is not None:
         lines.append(
             f"anchor       weight {found.anchor.weight:g}, in {found.anchored} optimizer steps so far; set the "

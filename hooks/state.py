@@ -12,9 +12,10 @@ from surgery.errors import SourceError, some
 from .anchor import Decay
 from .dropout import Rate, find_rates, replace_rate, restore_rates
 from .graphs import guard_hooks
+from .lookout import Lookout
 from .marks import Mark
 from .mixout import SITE, Pass, Site, reveal_weight, shadow_weight
-from .optimizers import forget, watch
+from .optimizers import Listener, forget, watch
 from .settings import Anchor, Mixout
 from .sharding import is_sharded, shard_pretrained
 from .targets import refuse_unready
@@ -56,6 +57,7 @@ class Patch:
         self.replaced: list[Rate] = []
         self.kept: list[Rate] = []
         self.decay = Decay(anchor.weight, sites) if anchor is not None else None
+        self.lookout = Lookout(sites) if self.is_mixing else None
         self._forward = forward
         self._handles: list[Any] = []
         self._marks: list[Mark] = []
@@ -96,13 +98,13 @@ class Patch:
             self.replaced, self.kept = find_rates(root, mixed, self.left)
             self._marks += map(replace_rate, self.replaced)
         self._adopt()
-        if self.decay is not None:
-            watch(self.decay)
+        for listener in self._listeners():
+            watch(listener)
 
     def detach(self, root: nn.Module) -> None:
         """Take the patch off again, whatever has become of the model meanwhile."""
-        if self.decay is not None:
-            forget(self.decay)
+        for listener in self._listeners():
+            forget(listener)
         for rate in self.replaced:
             restore_rates(rate.module)
         for handle in self._handles:
@@ -177,6 +179,8 @@ class Patch:
         if not root.training or not trained:
             return
         self._is_checked = True
+        if self.lookout is not None:
+            forget(self.lookout)
         if silent := [site.name for site in trained if not site.is_called]:
             what = f"{some(silent)}: expected a call of the layer in forward, got none"
             if len(silent) == len(trained):
@@ -190,6 +194,9 @@ class Patch:
     def uncalled(self) -> list[str]:
         """Return the names of trainable weights whose layers no forward has called, so that they were never mixed."""
         return [site.name for site in self.sites if site.weight.requires_grad and not site.is_called]
+
+    def _listeners(self) -> list[Listener]:
+        return [listener for listener in (self.decay, self.lookout) if listener is not None]
 
     def _adopt(self) -> None:
         for mark in self._marks:
