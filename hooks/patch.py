@@ -16,7 +16,7 @@ from surgery.noisytune import as_globs
 from .mixout import SITE, Pass, Site
 from .offload import Offload
 from .orphans import find_orphans, release
-from .pretrained import is_distributed
+from .pretrained import is_distributed, refuse_not_finite
 from .settings import Anchor, Mixout
 from .sources import Kept, Source, open_origin
 from .state import PATCH, Patch
@@ -217,6 +217,8 @@ def _plan(
     choice = choose(root, origin.fresh, include=include, exclude=exclude)
     refuse_unready(choice.targets)
     _refuse_split(choice.targets, offload)
+    for target in choice.targets:
+        refuse_not_finite(target.name, target.weight)
     forward = Pass()
     sites = {target.name: Site(target, mixout, offload, forward) for target in choice.targets}
     for site in former.sites if former else []:

@@ -96,11 +96,21 @@ def keep(name: str, w: torch.Tensor, values: torch.Tensor, offload: Offload | No
     Args:
         values: of the shape of `w`, floating point.
         is_own: whether the values are nobody else's; else they are copied: a state_dict shares memory with its model.
+    Raises:
+        SourceError: the values hold NaN or Inf.
     """
     values = values.detach()
+    refuse_not_finite(f"w_pre: {name}", values)
     if is_distributed(w):
         split = values if is_distributed(values) else distributed_like(w, values.to(w.device))
         return Pretrained(name, split.to(w.dtype, copy=True), None)
     device = w.device if offload is None else torch.device("cpu")
     kept = values.to(device, w.dtype, copy=not is_own)
     return Pretrained(name, kept.pin_memory() if offload is not None and w.is_cuda else kept, offload)
+
+
+def refuse_not_finite(what: str, values: torch.Tensor) -> None:
+    """Raise if any of the values on this rank is NaN or Inf, which every later step would spread."""
+    part = local(values.detach())
+    if part.numel() and not torch.isfinite(torch.stack(part.aminmax())).all():
+        raise SourceError(f"{what}: expected finite values, got NaN or Inf. Repair it, or name it in exclude.")

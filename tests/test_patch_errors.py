@@ -160,6 +160,25 @@ def test_patch_model_refuses_w_pre_that_does_not_fit(w_pre: Any, message: str) -
     refuses(message, SourceError, two(), w_pre=w_pre)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [NAN, float("inf"), float("-inf")], ids=str)
+def test_patch_model_refuses_values_that_are_not_finite(value: float, dtype: torch.dtype) -> None:
+    model = two().to(dtype)
+    w_pre = deepcopy(model.state_dict())
+    w_pre["1.weight"][2, 1] = value
+    fault = "1.weight: expected finite values, got NaN or Inf. Repair it, or name it in exclude."
+    with pytest.raises(SourceError, match=f"^w_pre: {re.escape(fault)}$"):
+        patch_model(model, w_pre=w_pre)
+    assert not any("surgery" in name for module in model.modules() for name in vars(module))
+    with torch.no_grad():
+        model[1].weight[0, 2] = value
+    for settings in ({}, {"w_pre": two().to(dtype).state_dict()}, {"anchor": 0.1}):
+        with pytest.raises(SourceError, match=f"^{re.escape(fault)}$"):
+            patch_model(model, **settings)
+    assert not any("surgery" in name for module in model.modules() for name in vars(module))
+    patch_model(model, exclude="1")
+
+
 def test_patch_model_refuses_w_pre_of_which_it_has_no_weight() -> None:
     told = "4 new: it has no pretrained value"
     refuses(f"{_NOTHING} ({told}). Unfreeze a weight, or name an embedding in include.", SettingError, two(), w_pre={})
