@@ -226,6 +226,7 @@ def _plan(
             sites[site.name].follow(site)
     wanted = [target for target in choice.targets if target.weight.requires_grad or w_pre is not None]
     for target, values in origin.read(wanted):
+        refuse_not_finite(f"w_pre: {target.name}", values)
         sites[target.name].take(values, is_own=origin.is_own)
     return Patch(
         mixout=mixout,

@@ -33,7 +33,7 @@ class Pretrained:
         if values is None:
             raise SourceError(
                 f"{self.name}: expected w_pre, got a model from a pickle, which does not carry it. "
-                "Call patch_model(model, w_pre=...) with the checkpoint it was trained from, or unpatch_model(model)."
+                "Call patch_model with w_pre, the checkpoint it was trained from, and all its settings again, or unpatch_model."
             )
         if values.shape != w.shape:
             raise SourceError(
@@ -96,11 +96,8 @@ def keep(name: str, w: torch.Tensor, values: torch.Tensor, offload: Offload | No
     Args:
         values: of the shape of `w`, floating point.
         is_own: whether the values are nobody else's; else they are copied: a state_dict shares memory with its model.
-    Raises:
-        SourceError: the values hold NaN or Inf.
     """
     values = values.detach()
-    refuse_not_finite(f"w_pre: {name}", values)
     if is_distributed(w):
         split = values if is_distributed(values) else distributed_like(w, values.to(w.device))
         return Pretrained(name, split.to(w.dtype, copy=True), None)

@@ -34,6 +34,7 @@ class Description:
         w_pre: where the pretrained weights come from.
         w_pre_bytes: what they take on this rank, in bytes.
         w_pre_device: where they lie.
+        is_w_pre_lost: they have stayed behind a pickle.
         anchored: optimizer steps that the anchor acted in.
         unmixed: optimizer steps, if there was no forward in training mode until now.
     """
@@ -51,6 +52,7 @@ class Description:
     w_pre: str = ""
     w_pre_bytes: int = 0
     w_pre_device: str = ""
+    is_w_pre_lost: bool = False
     anchored: int = 0
     unmixed: int = 0
 
@@ -81,6 +83,7 @@ def describe(model: nn.Module) -> Description:
         w_pre=patch.label,
         w_pre_bytes=w_pre_bytes(patch),
         w_pre_device=", ".join(sorted(devices)),
+        is_w_pre_lost=any(site.pretrained is not None and site.values is None for site in active),
         anchored=patch.decay.steps if patch.decay is not None else 0,
         unmixed=patch.lookout.steps if patch.lookout is not None and not patch.has_mixed else 0,
     )
@@ -178,9 +181,8 @@ def _lines(found: Description) -> list[str]:
     lines.append(f"{verb:12} {len(found.mixed)} weights, {share}: {_first(found.mixed) or _NOTHING}")
     if found.tied:
         lines.append(f"{'':12} {len(found.tied)} more names for them (tied): {_first(found.tied)}")
-    lines.append(
-        f"w_pre        {found.w_pre}; {found.w_pre_bytes / 1e6:,.1f} MB on {found.w_pre_device or 'no device'}"
-    )
+    where = f"{found.w_pre_bytes / 1e6:,.1f} MB on {found.w_pre_device or 'no device'}"
+    lines.append(f"w_pre        {found.w_pre}; {_LOST if found.is_w_pre_lost else where}")
     for reason, names in _by_reason(found.left or {}).items():
         lines.append(f"not {verb:8} {len(names)} ({reason}): {_first(names)}")
     if found.uncalled:
@@ -193,6 +195,7 @@ def _lines(found: Description) -> list[str]:
     return lines
 
 
+_LOST = "MISSING: a pickle does not carry it. Call patch_model with w_pre and all settings again"
 _NOTHING = "NOTHING IS REGULARIZED, for all of them are frozen"
 _UNIT = {"neuron": "input feature", "element": "element"}
 
