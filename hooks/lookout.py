@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim.optimizer import Optimizer
 
 from .optimizers import watch
@@ -31,11 +32,14 @@ class Lookout:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Warn of the first step that was taken without Mixout."""
+        if torch.compiler.is_compiling():  # whatever is looked at here would become a guard of the compiled step
+            return
         if any(site.is_called for site in self._sites):
             self.steps = 0
             return
-        held = {id(w) for group in optimizer.param_groups for w in group["params"]}
-        if not any(site.weight.requires_grad and id(site.weight) in held for site in self._sites):
+        held = {id(w) for group in optimizer.param_groups for w in group["params"] if w.requires_grad}
+        # not site.weight, which raises where another tool has taken it away, and this step may be another model's
+        if not any(id(site.target.owners[0]._parameters.get("weight")) in held for site in self._sites):
             return
         if self.steps == 0:
             _log.warning(

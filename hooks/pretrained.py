@@ -33,7 +33,8 @@ class Pretrained:
         if values is None:
             raise SourceError(
                 f"{self.name}: expected w_pre, got a model from a pickle, which does not carry it. "
-                "Call patch_model with w_pre, the checkpoint it was trained from, and all its settings again, or unpatch_model."
+                "Call patch_model with w_pre, the checkpoint it was trained from, and all its settings again, or "
+                "unpatch_model."
             )
         if values.shape != w.shape:
             raise SourceError(

@@ -257,8 +257,8 @@ def test_anchor_works_after_a_step_that_raised() -> None:
     assert describe(model).anchored == 3
 
 
+@pytest.mark.usefixtures("alone")
 def test_two_models_are_anchored_each_to_its_own() -> None:
-    gc.collect()  # the models of other tests
     first, second = patch_model(network(1), anchor=1.0), patch_model(network(2), anchor=0.5)
     expected = []
     for model, weight in ((first, 1.0), (second, 0.5)):
