@@ -1,19 +1,21 @@
 """What a patch does to a model, for people and for logs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.errors import SettingError
+from surgery.errors import SettingError, some
 from surgery.names import unwrap
 
+from .mixout import SITE
+from .orphans import find_orphans
 from .patch import find_patch
 from .pretrained import is_distributed
 from .settings import Anchor, Mixout
-from .state import Patch
+from .state import PATCH, Patch
 
 _CHUNK = 1 << 22
 """Elements whose distance is taken at once, so that no float64 copy of a large weight is made."""
@@ -37,6 +39,7 @@ class Description:
         is_w_pre_lost: they have stayed behind a pickle.
         anchored: optimizer steps that the anchor acted in.
         unmixed: optimizer steps, if there was no forward in training mode until now.
+        elsewhere: of a model that is not patched itself: what of it, or around it, is.
     """
 
     mixout: Mixout | None = None
@@ -55,16 +58,17 @@ class Description:
     is_w_pre_lost: bool = False
     anchored: int = 0
     unmixed: int = 0
+    elsewhere: str = ""
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
 
 def describe(model: nn.Module) -> Description:
-    """Say what patch_model has done to a model. One that is not patched has an empty description."""
+    """Say what patch_model has done to a model. Of one that is not patched, nothing, but where in it one is."""
     patch = find_patch(model)
     if patch is None:
-        return Description()
+        return Description(elsewhere=_elsewhere(unwrap(model)))
     gone, added = _changed(unwrap(model), patch)
     active = [site for site in patch.sites if site.weight.requires_grad and site.name not in gone]
     frozen = {name: _FROZEN for site in patch.sites if not site.weight.requires_grad for name in site.target.names}
@@ -77,8 +81,8 @@ def describe(model: nn.Module) -> Description:
         elements=sum(site.weight.numel() for site in active),
         of_elements=sum(parameter.numel() for parameter in model.parameters()),
         left=patch.left | frozen | gone | added,
-        uncalled=tuple(patch.uncalled()) if patch.is_mixing and (patch.steps or patch.has_mixed) else (),
-        replaced=tuple(rate.name for rate in patch.replaced),
+        uncalled=_uncalled(patch, gone),
+        replaced=tuple(rate.name for rate in patch.replaced if getattr(rate.module, rate.attribute, None) == 0),
         kept=tuple(rate.name for rate in patch.kept),
         w_pre=patch.label,
         w_pre_bytes=w_pre_bytes(patch),
@@ -92,6 +96,22 @@ def describe(model: nn.Module) -> Description:
 _FROZEN = "frozen: mixed once it is trainable"
 _GONE = "its layer has been replaced since patch_model: call it again"
 _ADDED = "added since patch_model: call it again"
+
+
+def _elsewhere(root: nn.Module) -> str:
+    """Say what patches act in a model that has none of its own."""
+    parts = [name for name, module in root.named_modules() if PATCH in module.__dict__]
+    if parts:
+        return f"its part {some(parts)} is" if len(parts) == 1 else f"its parts {some(parts)} are"
+    if find_orphans(root):
+        return "copied, loaded or kept from a model that is: call unpatch_model or patch_model on it"
+    return "a part of a model that is" if any(SITE in module.__dict__ for module in root.modules()) else ""
+
+
+def _uncalled(patch: Patch, gone: Collection[str]) -> tuple[str, ...]:
+    if not patch.is_mixing or not (patch.steps or patch.has_mixed):
+        return ()
+    return tuple(name for name in patch.uncalled() if name not in gone)
 
 
 def _changed(root: nn.Module, patch: Patch) -> tuple[dict[str, str], dict[str, str]]:
@@ -118,7 +138,9 @@ def stats(model: nn.Module) -> dict[str, Any]:
     """
     patch = find_patch(model)
     if patch is None:
-        raise SettingError(f"{type(model).__name__}: expected a patched model, got another. Call patch_model on it.")
+        raise SettingError(
+            f"{type(model).__name__}: expected a patched model, got one that is {describe(model)}. Call patch_model."
+        )
     return {
         "steps": patch.steps,
         "mixed": len(describe(model).mixed),
@@ -164,7 +186,7 @@ def _square_of_shards(w: Any, part: torch.Tensor) -> float:
 
 def _lines(found: Description) -> list[str]:
     if found.mixout is None and found.anchor is None:
-        return ["not patched"]
+        return [f"not patched{found.elsewhere and ' itself, but '}{found.elsewhere}"]
     lines = []
     if found.mixout is not None:
         m = found.mixout
