@@ -20,8 +20,13 @@ class Mark:
         self._patch = weakref.ref(patch)
 
     @property
+    def is_copy(self) -> bool:
+        """It was copied or unpickled without its Patch."""
+        return self._patch is None
+
+    @property
     def is_orphan(self) -> bool:
-        """Its Patch is gone with its model, or was not copied with it."""
+        """It is a copy, or its Patch is gone with its model."""
         return self._patch is None or self._patch() is None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -157,9 +157,9 @@ def shadow_weight(module: nn.Module, args: Any) -> None:
     w = own_weight(site.name, module)
     if not w.requires_grad:
         return
-    if site.is_orphan:
+    if site.is_copy:
         raise SourceError(
-            f"{site.name}: expected a layer of a patched model, got one that was copied, loaded or kept without it. "
+            f"{site.name}: expected a layer of a patched model, got one that was copied or loaded without it. "
             "Call unpatch_model or patch_model on the model that it is in now."
         )
     mixed = site.mixed(w)
