@@ -82,8 +82,8 @@ def patch_model(
         settings,
         w_pre,
         Offload() if w_pre_device == "cpu" else None,
-        include=as_globs(include or ()),
-        exclude=as_globs(exclude or ()),
+        include=as_globs("include", include),
+        exclude=as_globs("exclude", exclude),
     )
     if former is not None:
         former.detach(root)
