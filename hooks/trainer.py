@@ -16,8 +16,9 @@ from .report import stats
 class SurgeryCallback(TrainerCallback):
     """Log the distance from w_pre and the mixed share beside the training loss.
 
-    Adds `w_pre_distance`, ||w - w_pre||_2 over the weights chosen by patch_model, and `mixed_share`, the share of the
-    model's trainable elements that these weights are, to every log that has a training loss, for all reporters.
+    Adds `w_pre_distance`, ||w - w_pre||_2 over the weights chosen by patch_model, and, where they are mixed,
+    `mixed_share`, the share of the model's trainable elements that they are, to every log that has a training loss,
+    for all reporters.
 
     Args:
         unpatch: call unpatch_model when training ends.
@@ -52,7 +53,9 @@ class SurgeryCallback(TrainerCallback):
             return
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         mixed = sum(site.weight.numel() for site in patch.sites if site.weight.requires_grad)
-        added = {"w_pre_distance": stats(model)["distance"], "mixed_share": mixed / trainable}
+        added = {"w_pre_distance": stats(model)["distance"]}
+        if patch.is_mixing:
+            added["mixed_share"] = mixed / trainable
         logs.update(added)
         if state.log_history:
             state.log_history[-1].update(added)
