@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .description import Description as Description
     from .patch import patch_model as patch_model
     from .patch import patched as patched
     from .patch import unpatch_model as unpatch_model
-    from .report import Description as Description
     from .report import describe as describe
     from .report import stats as stats
     from .settings import Anchor as Anchor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Anchor": "settings",
-    "Description": "report",
+    "Description": "description",
     "Mixout": "settings",
     "RDrop": "settings",
     "SurgeryCallback": "trainer",

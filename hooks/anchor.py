@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SourceError
+from surgery.errors import SettingError, SourceError
 
 from .optimizers import StepWatch, watch
 from .pretrained import local
@@ -32,10 +32,10 @@ class Decay:
         self._watch = StepWatch()
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Decay the weights that this optimizer holds."""
         # an optimizer that wraps another has both of them step; the one that is open may have raised, and step again
-        if self._open_step in (None, id(optimizer)) and self._decay(optimizer):
+        if self._open_step in (None, id(optimizer)) and self._decay(optimizer, is_closure):
             self._open_step = id(optimizer)
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -43,8 +43,11 @@ class Decay:
         if self._open_step == id(optimizer):
             self._open_step = None
 
-    def _decay(self, optimizer: Optimizer) -> bool:
+    def _decay(self, optimizer: Optimizer, is_closure: bool) -> bool:
         """Take w toward w_pre by lr * weight of the distance, where the step has a gradient for w, as AdamW does.
+
+        A closure brings the gradients later: all trainable weights are decayed then. One that is never trained is at
+        w_pre, and stays there.
 
         Returns:
             Whether the optimizer holds such a weight.
@@ -55,8 +58,9 @@ class Decay:
         is_ours = False
         for group in optimizer.param_groups:
             for w in group["params"]:
-                if w.grad is not None and (site := sites.get(id(w))) is not None:
-                    local(w).lerp_(site.ready(w).part(w), float(group["lr"]) * self.weight)
+                has_grad = w.grad is not None or (is_closure and w.requires_grad)
+                if has_grad and (site := sites.get(id(w))) is not None:
+                    local(w).lerp_(site.ready(w).part(w), _lr(group, optimizer) * self.weight)
                     is_ours = True
         self.steps += is_ours
         return is_ours
@@ -79,3 +83,13 @@ class Decay:
         """Complete a copy, in a copy of the model: its weights are anchored as well."""
         self.__dict__.update(state)
         watch(self)
+
+
+def _lr(group: dict[str, Any], optimizer: Optimizer) -> float:
+    lr = group.get("lr")
+    if lr is None:
+        raise SettingError(
+            f"anchor: expected an optimizer with an lr, got {type(optimizer).__name__} with lr=None. "
+            "Give it an lr: the decay is lr * weight."
+        )
+    return float(lr)

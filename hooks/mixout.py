@@ -8,6 +8,7 @@ from torch import nn
 
 from surgery.errors import SourceError
 
+from .marks import Mark
 from .masks import Chance, Draw, SharedSeeds, draw_mask, draw_seed
 from .mixing import Rule, mixed_weight
 from .offload import Offload
@@ -26,7 +27,7 @@ class Pass:
     is_open: bool = False
 
 
-class Site:
+class Site(Mark):
     """One weight that is mixed: its w_pre, and how masks are drawn for it.
 
     Args:
@@ -95,6 +96,11 @@ class Site:
             self._seeds.begin()
 
     @property
+    def is_called(self) -> bool:
+        """A layer that has this weight has run in training mode, so that it was mixed."""
+        return self.calls > 0 or self.is_traced
+
+    @property
     def is_torn(self) -> bool:
         """In this pass, compiled and eager code have each drawn a mask for this tied weight."""
         return self._shared is not None and self._seeds is not None and self._seeds.is_drawn
@@ -135,7 +141,7 @@ class Site:
         return mask
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shared": None}
+        return super().__getstate__() | {"_shared": None}
 
 
 def shadow_weight(module: nn.Module, args: Any) -> None:
@@ -151,6 +157,11 @@ def shadow_weight(module: nn.Module, args: Any) -> None:
     w = own_weight(site.name, module)
     if not w.requires_grad:
         return
+    if site.is_copy:
+        raise SourceError(
+            f"{site.name}: expected a layer of a patched model, got one that was copied or loaded without it. "
+            "Call unpatch_model or patch_model on the model that it is in now."
+        )
     mixed = site.mixed(w)
     if torch.compiler.is_compiling():
         site.hidden = w

@@ -10,9 +10,13 @@ from .pretrained import local
 
 
 class Listener(Protocol):
-    """Is called at every step of every optimizer of the process."""
+    """Is called at every step of every optimizer of the process.
 
-    def before_step(self, optimizer: Optimizer) -> None: ...
+    Args:
+        is_closure: the step is handed a closure, which computes the gradients only then.
+    """
+
+    def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None: ...
 
     def after_step(self, optimizer: Optimizer) -> None: ...
 
@@ -37,9 +41,10 @@ def forget(listener: Listener) -> None:
             _handles.pop().remove()
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    is_closure = any(map(callable, [*args[1:], *kwargs.values()]))  # the first is the optimizer
     for listener in list(_listeners):
-        listener.before_step(optimizer)
+        listener.before_step(optimizer, is_closure=is_closure)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001

@@ -15,7 +15,8 @@ from surgery.noisytune import as_globs
 
 from .mixout import SITE, Pass, Site
 from .offload import Offload
-from .pretrained import is_distributed
+from .orphans import find_orphans, release
+from .pretrained import is_distributed, refuse_not_finite
 from .settings import Anchor, Mixout, RDrop
 from .sources import Kept, Source, open_origin
 from .state import PATCH, Patch
@@ -78,17 +79,20 @@ def patch_model(
     _refuse_others(root, former)
     if former is not None:
         former.reveal()
+    orphans = find_orphans(root)
     patch = _plan(
         root,
         former if w_pre is None and former is not None and former.sites else None,
         settings,
         w_pre,
         Offload() if w_pre_device == "cpu" else None,
-        include=as_globs(include or ()),
-        exclude=as_globs(exclude or ()),
+        include=as_globs("include", include),
+        exclude=as_globs("exclude", exclude),
     )
     if former is not None:
         former.detach(root)
+    for module in orphans:
+        release(module)
     patch.attach(root)
     return model
 
@@ -96,7 +100,8 @@ def patch_model(
 def unpatch_model(model: _Model) -> _Model:
     """Undo patch_model: hooks, dropout rates and w_pre go; parameters are the same objects, with the values they have.
 
-    Does nothing to a model that is not patched.
+    Does nothing to a model that is not patched, unless it is, or holds, a copy of a part of one that is: that copy is
+    made plain as well.
 
     Raises:
         SourceError: it is a part of a patched model.
@@ -106,6 +111,8 @@ def unpatch_model(model: _Model) -> _Model:
     _refuse_others(root, patch)
     if patch is not None:
         patch.detach(root)
+    for module in find_orphans(root):
+        release(module)
     return model
 
 
@@ -195,6 +202,7 @@ def _root(model: Any) -> nn.Module:
 def _refuse_others(root: nn.Module, own: Patch | None) -> None:
     """Refuse modules that belong to the patch of another model: one of the two would undo the other."""
     ours = {id(site) for site in own.sites} if own else set()
+    ours |= {id(module.__dict__.get(SITE)) for module in find_orphans(root)}
     for name, module in root.named_modules():
         site = module.__dict__.get(SITE)
         if (module is not root and PATCH in module.__dict__) or (site is not None and id(site) not in ours):
@@ -233,12 +241,15 @@ def _plan(
     choice = choose(root, origin.fresh, include=include, exclude=exclude)
     refuse_unready(choice.targets)
     _refuse_split(choice.targets, offload)
+    for target in choice.targets:
+        refuse_not_finite(target.name, target.weight)
     sites = {target.name: Site(target, mixout, offload, forward) for target in choice.targets}
     for site in former.sites if former else []:
         if site.name in sites and site.pretrained is None:
             sites[site.name].follow(site)
     wanted = [target for target in choice.targets if target.weight.requires_grad or w_pre is not None]
     for target, values in origin.read(wanted):
+        refuse_not_finite(f"w_pre: {target.name}", values)
         sites[target.name].take(values, is_own=origin.is_own)
     return Patch(
         mixout=mixout,

@@ -33,7 +33,8 @@ class Pretrained:
         if values is None:
             raise SourceError(
                 f"{self.name}: expected w_pre, got a model from a pickle, which does not carry it. "
-                "Call patch_model(model, w_pre=...) with the checkpoint it was trained from, or unpatch_model(model)."
+                "Call patch_model with w_pre, the checkpoint it was trained from, and all its settings again, or "
+                "unpatch_model."
             )
         if values.shape != w.shape:
             raise SourceError(
@@ -104,3 +105,10 @@ def keep(name: str, w: torch.Tensor, values: torch.Tensor, offload: Offload | No
     device = w.device if offload is None else torch.device("cpu")
     kept = values.to(device, w.dtype, copy=not is_own)
     return Pretrained(name, kept.pin_memory() if offload is not None and w.is_cuda else kept, offload)
+
+
+def refuse_not_finite(what: str, values: torch.Tensor) -> None:
+    """Raise if any of the values on this rank is NaN or Inf, which every later step would spread."""
+    part = local(values.detach())
+    if part.numel() and not torch.isfinite(torch.stack(part.aminmax())).all():
+        raise SourceError(f"{what}: expected finite values, got NaN or Inf. Repair it, or name it in exclude.")

@@ -54,7 +54,6 @@ class Drop:
 
     def attach(self, root: nn.Module) -> list[Any]:
         """Put R-Drop on the model; return the handles of its hooks."""
-        watch(self)
         run_uncompiled(Twin, LogProbs, JoinedLogProbs)
         self._know(root)
         return [
@@ -199,17 +198,20 @@ class Drop:
         self._weights = set(map(id, weights))
         return weights
 
-    def before_step(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Refuse a step that R-Drop should have had a part in, if it never had one."""
+        if is_closure or torch.compiler.is_compiling():
+            return
         if self._is_due and not self.measured.fired and self._holds(optimizer):
             raise SourceError(
                 "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
-                "whose loss it could reach. Patch the model that the script calls, as model(...)."
+                "whose loss it could reach. Call model.train(), and patch the model that the script calls as model(...)."
             )
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note that there was one."""
-        self._has_stepped = self._has_stepped or self._holds(optimizer)
+        # in a compiled step, whatever is looked at would be guarded on
+        self._has_stepped = self._has_stepped or torch.compiler.is_compiling() or self._holds(optimizer)
 
     def _holds(self, optimizer: Optimizer) -> bool:
         return any(

@@ -1,71 +1,30 @@
-"""What a patch does to a model, for people and for logs."""
+"""What a patch does to a model: asked of the model, for people and for logs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.errors import SettingError
+from surgery.errors import SettingError, some
 from surgery.names import unwrap
 
+from .description import Description
+from .mixout import SITE
+from .orphans import find_orphans
 from .patch import find_patch
 from .pretrained import is_distributed
-from .settings import Anchor, Mixout, RDrop
-from .state import Patch
+from .state import PATCH, Patch
 
 _CHUNK = 1 << 22
 """Elements whose distance is taken at once, so that no float64 copy of a large weight is made."""
 
 
-@dataclass(frozen=True)
-class Description:
-    """What is patched, what is not, and why. str() lays it out for people.
-
-    Args:
-        mixout, rdrop, anchor: the settings; all None if the model is not patched.
-        mixed: names of the weights that the regularizers act on.
-        tied: further names of these weights.
-        elements: how many elements those weights have; of_elements: how many the model's parameters have.
-        left: why each other parameter is left alone, by name.
-        uncalled: mixed weights whose layers no forward in training mode has called yet, once there was one.
-        replaced, kept: names of the dropout rates set to 0, and of those that stay.
-        w_pre: where the pretrained weights come from.
-        w_pre_bytes: what they take on this rank, in bytes.
-        w_pre_device: where they lie.
-        anchored: optimizer steps that the anchor acted in.
-        fired: forwards that R-Drop's KL was a part of.
-        unjoined: names of losses that R-Drop has no formula for, and has left as they are in the second pass.
-    """
-
-    mixout: Mixout | None = None
-    rdrop: RDrop | None = None
-    anchor: Anchor | None = None
-    mixed: tuple[str, ...] = ()
-    tied: tuple[str, ...] = ()
-    elements: int = 0
-    of_elements: int = 0
-    left: dict[str, str] | None = None
-    uncalled: tuple[str, ...] = ()
-    replaced: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-    w_pre: str = ""
-    w_pre_bytes: int = 0
-    w_pre_device: str = ""
-    anchored: int = 0
-    fired: int = 0
-    unjoined: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return "\n".join(_lines(self))
-
-
 def describe(model: nn.Module) -> Description:
-    """Say what patch_model has done to a model. One that is not patched has an empty description."""
+    """Say what patch_model has done to a model. Of one that is not patched, nothing, but where in it one is."""
     patch = find_patch(model)
     if patch is None:
-        return Description()
+        return Description(elsewhere=_elsewhere(unwrap(model)))
     gone, added = _changed(unwrap(model), patch)
     active = [site for site in patch.sites if site.weight.requires_grad and site.name not in gone]
     frozen = {name: _FROZEN for site in patch.sites if not site.weight.requires_grad for name in site.target.names}
@@ -79,21 +38,39 @@ def describe(model: nn.Module) -> Description:
         elements=sum(site.weight.numel() for site in active),
         of_elements=sum(parameter.numel() for parameter in model.parameters()),
         left=patch.left | frozen | gone | added,
-        uncalled=tuple(patch.uncalled()) if patch.steps and patch.is_mixing else (),
-        replaced=tuple(rate.name for rate in patch.replaced),
+        uncalled=_uncalled(patch, gone),
+        replaced=tuple(rate.name for rate in patch.replaced if getattr(rate.module, rate.attribute, None) == 0),
         kept=tuple(rate.name for rate in patch.kept),
         w_pre=patch.label,
         w_pre_bytes=w_pre_bytes(patch),
         w_pre_device=", ".join(sorted(devices)),
+        is_w_pre_lost=any(site.pretrained is not None and site.values is None for site in active),
         anchored=patch.decay.steps if patch.decay is not None else 0,
         fired=patch.drop.measured.fired if patch.drop is not None else 0,
         unjoined=tuple(sorted(patch.drop.unjoined)) if patch.drop is not None else (),
+        unmixed=patch.lookout.steps if patch.lookout is not None and not patch.has_mixed else 0,
     )
 
 
 _FROZEN = "frozen: mixed once it is trainable"
 _GONE = "its layer has been replaced since patch_model: call it again"
 _ADDED = "added since patch_model: call it again"
+
+
+def _elsewhere(root: nn.Module) -> str:
+    """Say what patches act in a model that has none of its own."""
+    parts = [name for name, module in root.named_modules() if PATCH in module.__dict__]
+    if parts:
+        return f"its part {some(parts)} is" if len(parts) == 1 else f"its parts {some(parts)} are"
+    if find_orphans(root):
+        return "copied, loaded or kept from a model that is: call unpatch_model or patch_model on it"
+    return "a part of a model that is" if any(SITE in module.__dict__ for module in root.modules()) else ""
+
+
+def _uncalled(patch: Patch, gone: Collection[str]) -> tuple[str, ...]:
+    if not patch.is_mixing or not (patch.steps or patch.has_mixed):
+        return ()
+    return tuple(name for name in patch.uncalled() if name not in gone)
 
 
 def _changed(root: nn.Module, patch: Patch) -> tuple[dict[str, str], dict[str, str]]:
@@ -123,7 +100,9 @@ def stats(model: nn.Module) -> dict[str, Any]:
     """
     patch = find_patch(model)
     if patch is None:
-        raise SettingError(f"{type(model).__name__}: expected a patched model, got another. Call patch_model on it.")
+        raise SettingError(
+            f"{type(model).__name__}: expected a patched model, got one that is {describe(model)}. Call patch_model."
+        )
     figures = {
         "steps": patch.steps,
         "mixed": len(describe(model).mixed),
@@ -166,66 +145,3 @@ def _square_of_shards(w: Any, part: torch.Tensor) -> float:
     )
     total: Any = whole.square().sum()
     return float(total.full_tensor())
-
-
-def _lines(found: Description) -> list[str]:
-    if found.mixout is None and found.rdrop is None and found.anchor is None:
-        return ["not patched"]
-    lines = []
-    if found.rdrop is not None:
-        lines.append(_rdrop_line(found.rdrop, found.fired))
-        if found.unjoined:
-            lines.append(f"not joined   {', '.join(found.unjoined)}: no formula; as the second pass has it")
-    if found.mixout is None and found.anchor is None:
-        return lines
-    if found.mixout is not None:
-        m = found.mixout
-        lines.append(f"mixout       p = {m.p:g}, one mask value per {_UNIT[m.granularity]}, {m.gradient} gradient")
-    if found.anchor is not None:
-        lines.append(
-            f"anchor       weight {found.anchor.weight:g}, in {found.anchored} optimizer steps so far; set the "
-            "optimizer's weight_decay for these weights to 0"
-        )
-    verb = "mixed" if found.mixout is not None else "anchored"
-    share = f"{found.elements:,} of {found.of_elements:,} elements"
-    lines.append(f"{verb:12} {len(found.mixed)} weights, {share}: {_first(found.mixed)}")
-    if found.tied:
-        lines.append(f"{'':12} {len(found.tied)} more names for them (tied): {_first(found.tied)}")
-    lines.append(
-        f"w_pre        {found.w_pre}; {found.w_pre_bytes / 1e6:,.1f} MB on {found.w_pre_device or 'no device'}"
-    )
-    for reason, names in _by_reason(found.left or {}).items():
-        lines.append(f"not {verb:8} {len(names)} ({reason}): {_first(names)}")
-    if found.uncalled:
-        lines.append(
-            f"NOT CALLED   {len(found.uncalled)} (no forward in training reached them): {_first(found.uncalled)}"
-        )
-    for what, rates in (("set to 0", found.replaced), ("kept", found.kept)):
-        if rates:
-            lines.append(f"dropout      {len(rates)} {what}: {_first(rates)}")
-    return lines
-
-
-def _rdrop_line(rdrop: RDrop, fired: int) -> str:
-    every = "every step" if rdrop.every == 1 else f"one step in {rdrop.every}"
-    options = (", the paper's scale" if rdrop.scale == "paper" else "") + (
-        ", KL summed" if rdrop.kl_reduction == "sum" else ""
-    )
-    return (
-        f"rdrop        alpha = {rdrop.alpha:g}, {every}, passes {rdrop.passes}{options}; in the loss of {fired} "
-        "forwards so far"
-    )
-
-
-_UNIT = {"neuron": "input feature", "element": "element"}
-
-
-def _first(names: Sequence[str]) -> str:
-    return names[0] + (", ..." if len(names) > 1 else "")
-
-
-def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:
-    turned: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        turned.setdefault(reason, []).append(name)
-    return turned

@@ -22,7 +22,8 @@ class Mixout:
     mode, so that E[W_mix] = w. The paper found 0.7 to 0.9 to work best.
 
     Args:
-        p: probability in [0, 1] of taking w_pre. Unitless. 0 is the identity, to the bit and with no random draw.
+        p: probability in [0, 1] of taking w_pre. Unitless. 0 leaves the weights as they are, to the
+            bit and with no random draw; dropout is replaced nevertheless.
         granularity: "neuron" draws one m for each input feature, as the authors' code; "element" one for each weight.
         gradient: "exact" is the derivative, dL/dw = dL/dW_mix * m / (1 - p). "official" leaves the division out, as the
             backward of the authors' code does, to reproduce their runs.
@@ -41,6 +42,10 @@ class Mixout:
             raise SettingError(f"mixout: expected a probability p in [0, 1], got {self.p!r}. Give one such as 0.7.")
         _refuse_unknown("granularity", self.granularity, get_args(Granularity))
         _refuse_unknown("gradient", self.gradient, get_args(Gradient))
+        if not isinstance(self.replace_dropout, bool):
+            raise SettingError(
+                f"replace_dropout: expected True or False, got {self.replace_dropout!r}. Choose one of them."
+            )
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from torch import nn
 from surgery.errors import SourceError, some
 
 from .anchor import Decay
-from .dropout import Rate, find_rates
+from .dropout import Rate, find_rates, replace_rate, restore_rates
 from .graphs import guard_hooks
+from .lookout import Lookout
+from .marks import Mark
 from .mixout import SITE, Pass, Site, reveal_weight, shadow_weight
-from .optimizers import forget, watch
+from .optimizers import Listener, forget, watch
 from .settings import Anchor, Mixout
 from .sharding import is_sharded, shard_pretrained
 from .targets import refuse_unready
@@ -61,11 +63,14 @@ class Patch:
         self.replaced: list[Rate] = []
         self.kept: list[Rate] = []
         self.decay = Decay(anchor.weight, sites) if anchor is not None else None
+        self.lookout = Lookout(sites) if self.is_mixing else None
         self._forward = forward
         self._handles: list[Any] = []
+        self._marks: list[Mark] = []
         self._steps = 0
         self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device if sites else None)
         self._is_checked = False
+        self._is_told = False
 
     @property
     def steps(self) -> int:
@@ -76,13 +81,15 @@ class Patch:
     def is_mixing(self) -> bool:
         return self.mixout is not None and self.mixout.p > 0
 
-    def names(self) -> list[str]:
-        """Return every name of every weight that is regularized."""
-        return [name for site in self.sites for name in site.target.names]
+    @property
+    def has_mixed(self) -> bool:
+        """A weight has been mixed, whether or not the model's own forward was called for it."""
+        return any(site.is_called for site in self.sites)
 
     def attach(self, root: nn.Module) -> None:
         """Put the patch on the model: hooks, dropout rates, and an attribute for each module that has a hook."""
         root.__dict__[PATCH] = self
+        self._marks = [*self.sites]
         self._handles = [root.register_forward_pre_hook(_begin)]
         if self.is_mixing:
             guard_hooks()
@@ -93,22 +100,21 @@ class Patch:
                     self._handles += _attach_hooks(module)
         self._handles.append(root.register_forward_hook(_end, always_call=True))
         if self.mixout is not None and self.mixout.replace_dropout:
-            self.replaced, self.kept = find_rates(root, self.names(), self.left)
-            for rate in self.replaced:
-                setattr(rate.module, rate.attribute, 0.0)
-        if self.decay is not None:
-            watch(self.decay)
+            mixed = [name for site in self.sites if site.weight.requires_grad for name in site.target.names]
+            self.replaced, self.kept = find_rates(root, mixed, self.left)
+            self._marks += map(replace_rate, self.replaced)
+        self._adopt()
+        for listener in self._listeners():
+            watch(listener)
         if self.drop is not None:
             self._handles += self.drop.attach(root)
 
     def detach(self, root: nn.Module) -> None:
         """Take the patch off again, whatever has become of the model meanwhile."""
-        for listener in (self.decay, self.drop):
-            if listener is not None:
-                forget(listener)
+        for listener in self._listeners():
+            forget(listener)
         for rate in self.replaced:
-            if getattr(rate.module, rate.attribute, None) == 0:  # else somebody has set it since
-                setattr(rate.module, rate.attribute, rate.value)
+            restore_rates(rate.module)
         for handle in self._handles:
             handle.remove()
         self.reveal()
@@ -146,12 +152,23 @@ class Patch:
             shard_pretrained(self.sites)
         if self.decay is not None:
             self.decay.refuse_missed()
+        self._warn_frozen()
         self._steps += 1
 
     def renew(self) -> None:
         """Let tied weights draw a new mask: a pass begins."""
         for site in self.sites:
             site.begin()
+
+    def _warn_frozen(self) -> None:
+        if self.sites and not self._is_told and not any(site.weight.requires_grad for site in self.sites):
+            self._is_told = True
+            _log.warning(
+                "%s: expected a trainable weight, got %d frozen since patch_model: nothing is regularized. "
+                "Unfreeze them, and add LoRA before patch_model: it freezes what it is added to.",
+                self.sites[0].name,
+                len(self.sites),
+            )
 
     def _go_first(self, root: nn.Module) -> None:
         """Run before FSDP puts the root's weights together, so that the next pass sees all weights split."""
@@ -179,7 +196,9 @@ class Patch:
         if not root.training or not trained:
             return
         self._is_checked = True
-        if silent := [site.name for site in trained if site.calls == 0 and not site.is_traced]:
+        if self.lookout is not None:
+            forget(self.lookout)
+        if silent := [site.name for site in trained if not site.is_called]:
             what = f"{some(silent)}: expected a call of the layer in forward, got none"
             if len(silent) == len(trained):
                 raise SourceError(f"{what} of any. Patch the model whose forward calls its layers.")
@@ -191,9 +210,19 @@ class Patch:
 
     def uncalled(self) -> list[str]:
         """Return the names of trainable weights whose layers no forward has called, so that they were never mixed."""
-        return [
-            site.name for site in self.sites if site.weight.requires_grad and site.calls == 0 and not site.is_traced
-        ]
+        return [site.name for site in self.sites if site.weight.requires_grad and not site.is_called]
+
+    def _listeners(self) -> list[Listener]:
+        return [listener for listener in (self.decay, self.lookout, self.drop) if listener is not None]
+
+    def _adopt(self) -> None:
+        for mark in self._marks:
+            mark.adopt(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Complete a copy, in a copy of the whole model."""
+        self.__dict__.update(state)
+        self._adopt()
 
     def _owners(self) -> Iterator[nn.Module]:
         return (module for site in self.sites for module in site.target.owners)

@@ -19,7 +19,9 @@ ADAPTER = "PEFT's own: an adapter, or its copy of a module to save"
 _NOT_A_WEIGHT = "bias, norm or another vector"
 _UNKNOWN = "of {}, a kind of layer that is not mixed"
 _EMBEDDING = "embedding: name it in include to mix it"
-_NOT_INCLUDED = "not in include"
+NOT_INCLUDED = "not in include"
+_RENORMALIZED = "embedding with max_norm, which renormalizes its weight in place as it is used"
+_COMPLEX = "of complex numbers"
 _QUANTIZED = "quantized to {}"
 _IN_ATTENTION = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
 
@@ -104,7 +106,7 @@ def choose(model: nn.Module, fresh: AbstractSet[str], *, include: Sequence[str],
         owners = tuple(module for name, module in members if name.rpartition(".")[2] == "weight")
         choice.targets.append(Target(names[0], names, tuple(dict.fromkeys(owners)), kind))
     _refuse_swapped(model, include, exclude)
-    _refuse_nothing(choice, include)
+    _refuse_nothing(choice, [*include, *exclude])
     return choice
 
 
@@ -122,7 +124,7 @@ def _selection(names: Iterable[str], include: Sequence[str], exclude: Sequence[s
     if any(is_match(glob, name) for glob in exclude for name in names):
         return EXCLUDED
     if include and not any(is_match(glob, name) for glob in include for name in names):
-        return _NOT_INCLUDED
+        return NOT_INCLUDED
     return None
 
 
@@ -144,8 +146,12 @@ def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tu
     module, shape = (linear or shapes)[0]
     weight = module._parameters["weight"]
     assert weight is not None
+    if weight.is_complex():
+        return _COMPLEX
     if packed := packing(weight):
         return _QUANTIZED.format(packed)
+    if any(getattr(module, "max_norm", None) is not None for module, _ in shapes):
+        return _RENORMALIZED
     if not linear and not is_requested:
         return _EMBEDDING
     return _IN_ATTENTION if is_read_by_attention(module) else shape
@@ -191,14 +197,14 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
         )
 
 
-def _refuse_nothing(choice: Choice, include: Sequence[str]) -> None:
+def _refuse_nothing(choice: Choice, globs: Sequence[str]) -> None:
     if any(target.weight.requires_grad for target in choice.targets):
         return
     reasons: dict[str, int] = {}
     for reason in [*choice.left.values(), *("frozen" for _ in choice.targets)]:
         reasons[reason] = reasons.get(reason, 0) + 1
     told = "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-    remedy = "Correct include and exclude" if include else "Unfreeze a weight, or name an embedding in include"
+    remedy = "Correct include and exclude" if globs else "Unfreeze a weight, or name an embedding in include"
     raise SettingError(f"model: expected a trainable weight to mix, got none ({told or 'no parameters'}). {remedy}.")
 
 

@@ -17,8 +17,9 @@ class SurgeryCallback(TrainerCallback):
     """Log what the regularizers do beside the training loss, for all reporters.
 
     Adds to every log that has a training loss: with mixout or anchor `w_pre_distance`, ||w - w_pre||_2 over the weights
-    chosen by patch_model, and `mixed_share`, the share of the model's trainable elements that these weights are; with
-    rdrop `rdrop_kl` and `rdrop_ce`, the KL and the cross-entropy, each the mean over the forwards since the last log.
+    chosen by patch_model, and, where they are mixed, `mixed_share`, the share of the model's trainable elements that
+    they are; with rdrop `rdrop_kl` and `rdrop_ce`, the KL and the cross-entropy, means over the forwards since the last
+    log.
 
     Args:
         unpatch: call unpatch_model when training ends.
@@ -56,7 +57,9 @@ class SurgeryCallback(TrainerCallback):
         figures = stats(model)
         added: dict[str, float] = {}
         if patch.sites:
-            added |= {"w_pre_distance": figures["distance"], "mixed_share": mixed / trainable}
+            added["w_pre_distance"] = figures["distance"]
+        if patch.is_mixing:
+            added["mixed_share"] = mixed / trainable
         if patch.drop is not None and figures["kl_mean"] is not None:
             added |= {"rdrop_kl": figures["kl_mean"], "rdrop_ce": figures["ce_mean"]}
         logs.update(added)

@@ -79,7 +79,7 @@ def perturb_state_dict(
         SettingError: a setting is out of range, or would do nothing.
         SourceError: a tensor is quantized, distributed, on the meta device, or holds NaN or Inf.
     """
-    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs(include), as_globs(exclude))
+    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     found = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
     targets, tied = _targets(found, {name: name for name in found}, {}, settings)
     return _perturb(targets, tied, settings, source="state_dict")
@@ -114,7 +114,7 @@ def perturb_model(
         SettingError: a setting is out of range, or would do nothing.
         SourceError: the model is quantized, sharded, on the meta device, or holds NaN or Inf; or `source` is unusable.
     """
-    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs(include), as_globs(exclude))
+    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     _refuse_quantized(model)
     names = find_names(model, source)
     for note in names.notes:  # the recipe has them too, but it is easily thrown away

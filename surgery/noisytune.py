@@ -109,9 +109,20 @@ class NoisyTune:
         return scale if dtype == "F64" else float(np.float32(scale))
 
 
-def as_globs(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """Take one glob or several; a string is one, not its characters."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def as_globs(option: str, patterns: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Take one glob, several or none; a string is one, not its characters.
+
+    Raises:
+        SettingError: it is none of these.
+    """
+    globs: tuple[object, ...] = (patterns,)
+    if patterns is None:
+        globs = ()
+    elif isinstance(patterns, Iterable) and not isinstance(patterns, str | bytes):
+        globs = tuple(patterns)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise SettingError(f"{option}: expected a glob or several, got {patterns!r}. Give strings.")
+    return tuple(str(glob) for glob in globs)
 
 
 def _is_buffer(name: str, shape: Sequence[int]) -> bool:

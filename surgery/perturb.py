@@ -63,7 +63,7 @@ def perturb_checkpoint(
         SourceError: the source is missing, malformed, unsafe, quantized, or holds NaN or Inf.
         OutputError: `out` cannot be used, or the disk is full.
     """
-    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs(include), as_globs(exclude))
+    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     plan = make_plan(source, out, settings, revision=revision, variant=variant, token=token)
     recipe = execute(plan, overwrite=overwrite, workers=workers)
     warn_of_vanished(recipe)

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core already; read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -156,3 +158,16 @@ def source(tmp_path: Path) -> Path:
     write_json(folder / "config.json", {"model_type": "bert"})
     write_json(folder / "tokenizer.json", {"version": "1.0"})
     return folder
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model of another test listens to optimizers."""
+    from torch.optim import optimizer
+
+    from surgery.hooks import optimizers
+
+    monkeypatch.setattr(optimizers, "_listeners", WeakSet())
+    monkeypatch.setattr(optimizers, "_handles", [])
+    for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"):
+        monkeypatch.setattr(optimizer, name, OrderedDict())

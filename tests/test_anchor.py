@@ -4,12 +4,14 @@ import gc
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
+from transformers.optimization import Adafactor
 
 from surgery.errors import SettingError, SourceError
 from surgery.hooks import Anchor, Mixout, describe, patch_model, patched, stats, unpatch_model
@@ -255,8 +257,8 @@ def test_anchor_works_after_a_step_that_raised() -> None:
     assert describe(model).anchored == 3
 
 
+@pytest.mark.usefixtures("alone")
 def test_two_models_are_anchored_each_to_its_own() -> None:
-    gc.collect()  # the models of other tests
     first, second = patch_model(network(1), anchor=1.0), patch_model(network(2), anchor=0.5)
     expected = []
     for model, weight in ((first, 1.0), (second, 0.5)):
@@ -402,6 +404,54 @@ def test_optimizer_made_before_steps_on_after_unpatch() -> None:
     before = model[0].weight.detach().clone()
     optimizer.step()
     assert torch.equal(model[0].weight, before - 0.1 * model[0].weight.grad)
+
+
+@pytest.mark.parametrize("zeroed", ["before", "within"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "lbfgs", "own"])
+def test_step_with_a_closure_is_anchored_from_the_first_on(kind: str, zeroed: str) -> None:
+    model, expected = patch_model(network(), anchor=0.5), network()
+    w_pre = {name: w.detach().clone() for name, w in expected.named_parameters() if w.dim() == 2}
+    optimizers = [OPTIMIZERS[kind](each) for each in (model, expected)]
+
+    def closure(each: nn.Module, optimizer: Any, step: int) -> torch.Tensor:
+        if zeroed == "within":
+            optimizer.zero_grad()
+        loss = loss_of(each, step)
+        loss.backward()
+        return loss
+
+    for step in range(STEPS):
+        with torch.no_grad():
+            for name, start in w_pre.items():
+                w = expected.get_parameter(name)
+                w.copy_(w - optimizers[1].param_groups[0]["lr"] * 0.5 * (w - start))
+        for each, optimizer in zip((model, expected), optimizers, strict=True):
+            if zeroed == "before":
+                optimizer.zero_grad()
+            optimizer.step(partial(closure, each, optimizer, step))
+    assert describe(model).anchored == STEPS
+    assert_close(model, expected)
+
+
+def test_closure_by_name_and_weights_that_are_never_trained() -> None:
+    model = patch_model(nn.ModuleList([network(), nn.Linear(3, 3), nn.Linear(3, 3)]), anchor=0.5)
+    model[2].requires_grad_(False)
+    before = deepcopy(model[1].state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step(closure=lambda: loss_of(model[0], 0).backward())
+    assert describe(model).anchored == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model[1].state_dict().items())
+
+
+def test_optimizer_without_an_lr_is_refused() -> None:
+    model = patch_model(network(), anchor=0.5)
+    loss_of(model, 0).backward()
+    message = (
+        r"^anchor: expected an optimizer with an lr, got Adafactor with lr=None\. "
+        r"Give it an lr: the decay is lr \* weight\.$"
+    )
+    with pytest.raises(SettingError, match=message):
+        Adafactor(model.parameters()).step()
 
 
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), True, "0.1"], ids=str)

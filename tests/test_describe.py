@@ -1,6 +1,7 @@
 """What describe and stats say about a model: every parameter accounted for, and nothing passed over in silence."""
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,40 @@ def test_describe_of_an_unpatched_model_is_empty() -> None:
     assert str(describe(model)) == "not patched"
     assert str(describe(unpatch_model(patch_model(model)))) == "not patched"
     with pytest.raises(
-        SettingError, match=r"^Linear: expected a patched model, got another\. Call patch_model on it\.$"
+        SettingError, match=r"^Linear: expected a patched model, got one that is not patched\. Call patch_model\.$"
     ):
         stats(model)
+
+
+def test_describe_tells_where_the_patch_is_if_not_here() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    patch_model(model[1])
+    assert str(describe(model)) == "not patched itself, but its part 1 is"
+    assert str(describe(model[1][0])) == "not patched itself, but a part of a model that is"
+    with pytest.raises(SettingError, match=r"got one that is not patched itself, but its part 1 is\. Call patch_model"):
+        stats(model)
+    patch_model(model[0])
+    assert str(describe(model)) == "not patched itself, but its parts 0, 1 are"
+    assert str(describe(model[1])).startswith("mixout       p = 0.7")
+    assert str(describe(deepcopy(model[1][0]))) == (
+        "not patched itself, but copied, loaded or kept from a model that is: call unpatch_model or patch_model on it"
+    )
+
+
+def test_describe_leaves_out_dropout_that_was_set_since() -> None:
+    model = patch_model(nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 4), nn.Dropout(0.2)))
+    model[2].p = 0.3
+    assert describe(model).replaced == ("0",)
 
 
 def test_describe_names_what_was_replaced_or_added_since() -> None:
     model = patch_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     model[1] = nn.Linear(4, 5)
     model.append(nn.Linear(5, 2))
+    model.train()(torch.ones(1, 4))
     found = describe(model)
     assert found.mixed == ("0.weight",)
+    assert found.uncalled == ()
     assert stats(model)["mixed"] == 1
     assert found.left["1.weight"] == "its layer has been replaced since patch_model: call it again"
     assert found.left["2.weight"] == found.left["2.bias"] == "added since patch_model: call it again"
@@ -145,6 +169,38 @@ def test_layer_called_later_is_no_more_uncalled() -> None:
     model(torch.ones(2, 4))
     model.lm_head(torch.ones(2, 4))
     assert describe(model).uncalled == ()
+
+
+class Stepping(nn.Module):
+    """As Lightning has it: forward is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.unused = nn.Linear(4, 2), nn.Linear(3, 3)
+
+    def training_step(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x).sum()
+
+
+def test_layers_called_without_the_models_own_forward_are_seen() -> None:
+    model = patch_model(Stepping())
+    assert describe(model).uncalled == ()
+    model.training_step(torch.ones(2, 4))
+    assert describe(model).uncalled == ("unused.weight",)
+
+
+@pytest.mark.parametrize("settings", [{"mixout": 0.5}, {"anchor": 0.1}], ids=str)
+def test_model_frozen_after_patching_says_so_once(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model = patch_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), **settings)
+    model.requires_grad_(False)
+    for _ in range(2):
+        model(torch.ones(1, 4))
+    assert caplog.messages == [
+        "0.weight: expected a trainable weight, got 2 frozen since patch_model: nothing is regularized. "
+        "Unfreeze them, and add LoRA before patch_model: it freezes what it is added to."
+    ]
+    line = str(describe(model)).splitlines()[1]
+    assert line.endswith("0 weights, 0 of 40 elements: NOTHING IS REGULARIZED, for all of them are frozen")
 
 
 @pytest.mark.parametrize("settings", [{"mixout": 0.5}, {"anchor": 0.1}, {"mixout": 0.0}], ids=str)

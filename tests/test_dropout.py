@@ -122,6 +122,8 @@ def rates_of(model: nn.Module) -> dict[str, float]:
     return {name: rate for name, rate in rates.items() if rate}
 
 
+GPT2_LAYER = ("attn.attn_dropout", "attn.resid_dropout", "mlp.dropout")
+T5_PARTS, T5_ATTENTION = ("encoder", "decoder"), ("SelfAttention.dropout", "dropout")
 BART_LAYER = ("self_attn.dropout", "dropout", "activation_dropout")
 KEPT: dict[Callable[[Path], nn.Module], set[str]] = {
     bert: {"dropout"},
@@ -165,6 +167,52 @@ def test_dropout_before_an_excluded_layer_is_kept(tmp_path: Path) -> None:
     assert describe(model).kept == ("dropout",)
     patch_model(unpatch_model(model))
     assert describe(model).kept == ()
+
+
+@pytest.mark.parametrize(
+    ("make", "include", "replaced"),
+    [
+        (bert, "bert.encoder.layer.1", {f"bert.encoder.layer.1.{name}" for name in BERT_LAYER}),
+        (bert, "**.intermediate", set()),
+        (gpt2, "transformer.h.0", {"transformer.drop"} | {f"transformer.h.0.{name}" for name in GPT2_LAYER}),
+        (gpt2, "transformer.h.1", {f"transformer.h.1.{name}" for name in GPT2_LAYER}),
+        (bart, "model.encoder.layers.0", {f"model.encoder.layers.0.{name}" for name in BART_LAYER}),
+        (t5, "**.SelfAttention", {f"{part}.block.0.layer.0.{name}" for part in T5_PARTS for name in T5_ATTENTION}),
+        (vit, "vit.embeddings", {"vit.embeddings.dropout"}),
+        (encoder_layer, "linear1", set()),
+        (encoder_layer, "linear2", {"dropout", "dropout1", "dropout2"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or (value if isinstance(value, str) else ""),
+)
+def test_dropout_of_layers_not_in_include_is_kept(
+    make: Callable[[Path], nn.Module], include: str, replaced: set[str], tmp_path: Path
+) -> None:
+    model = make(tmp_path)
+    before = rates_of(model)
+    patch_model(model, include=include)
+    assert set(describe(model).replaced) == replaced
+    assert rates_of(model).keys() == before.keys() - replaced
+
+
+def test_dropout_of_layers_that_are_frozen_is_kept(tmp_path: Path) -> None:
+    model = bert(tmp_path)
+    model.bert.embeddings.requires_grad_(False)
+    model.bert.encoder.layer[0].requires_grad_(False)
+    patch_model(model)
+    assert set(describe(model).replaced) == {f"bert.encoder.layer.1.{name}" for name in BERT_LAYER}
+
+
+def test_next_layer_decides_and_the_last_one_where_none_comes() -> None:
+    layers = [nn.Linear(4, 4), nn.Dropout(0.1), nn.Linear(4, 4), nn.Dropout(0.2), nn.Linear(4, 4), nn.Dropout(0.3)]
+    model = nn.Sequential(*layers)
+    for include, replaced in (("0", ()), ("2", ("1",)), ("4", ("3", "5"))):
+        assert describe(patch_model(unpatch_model(model), include=include)).replaced == replaced
+
+
+def test_dropout_by_itself_follows_the_layers_beside_its_parent() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout(0.1)), nn.Linear(4, 4))
+    assert describe(patch_model(model, include="0")).kept == ("1.0",)
+    assert describe(patch_model(model, include="2", w_pre=model.state_dict())).replaced == ("1.0",)
 
 
 @pytest.mark.parametrize(

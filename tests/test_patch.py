@@ -361,7 +361,12 @@ def test_loaded_model_evaluates_and_refuses_to_train(copied: Any) -> None:
     model = patch_model(bert(), mixout=0.5, anchor=0.1)
     loaded = copied(model)
     assert torch.equal(loss(loaded.eval()), loss(deepcopy(model).eval()))
-    message = "expected w_pre, got a model from a pickle, which does not carry it. Call patch_model"
+    message = (
+        r"expected w_pre, got a model from a pickle, which does not carry it\. Call patch_model with w_pre, the "
+        r"checkpoint it was trained from, and all its settings again, or unpatch_model\.$"
+    )
+    assert "; MISSING: a pickle does not carry it. Call patch_model with w_pre and all" in str(describe(loaded))
+    assert "MISSING" not in str(describe(model))
     with pytest.raises(SourceError, match=message):
         loss(loaded.train())
     with pytest.raises(

@@ -56,8 +56,9 @@ def test_patch_model_refuses_an_anchor_of_no_weight(weight: Any) -> None:
     [
         ({"granularity": "row"}, "granularity: expected neuron or element, got 'row'. Choose one of them."),
         ({"gradient": "wrong"}, "gradient: expected exact or official, got 'wrong'. Choose one of them."),
+        ({"replace_dropout": "no"}, "replace_dropout: expected True or False, got 'no'. Choose one of them."),
     ],
-    ids=["granularity", "gradient"],
+    ids=["granularity", "gradient", "replace-dropout"],
 )
 def test_mixout_refuses_unknown_choices(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=f"^{re.escape(message)}$"):
@@ -84,12 +85,53 @@ _BIASES = "bias, norm or another vector"
             + _GLOBS,
         ),
         ({"include": "*.bias"}, f"{_NOTHING} (2 not in include; 2 {_BIASES}). Correct include and exclude."),
-        ({"exclude": "**"}, f"{_NOTHING} (4 in exclude). Unfreeze a weight, or name an embedding in include."),
+        ({"exclude": "**"}, f"{_NOTHING} (4 in exclude). Correct include and exclude."),
+        ({"include": 3}, "include: expected a glob or several, got 3. Give strings."),
+        ({"exclude": 3}, "exclude: expected a glob or several, got 3. Give strings."),
+        ({"include": ["0", 3]}, "include: expected a glob or several, got ['0', 3]. Give strings."),
+        ({"include": b"0"}, "include: expected a glob or several, got b'0'. Give strings."),
+        (
+            {"include": ""},
+            "include '': expected a glob that matches a parameter or a module, got none of 4, such as '0.weight'. "
+            + _GLOBS,
+        ),
     ],
-    ids=["w_pre_device", "include", "exclude", "include-biases", "exclude-all"],
+    ids=[
+        "w_pre_device",
+        "include",
+        "exclude",
+        "include-biases",
+        "exclude-all",
+        "3",
+        "exclude-3",
+        "mixed",
+        "bytes",
+        "empty",
+    ],
 )
 def test_patch_model_refuses_settings_that_cannot_take_effect(settings: dict[str, Any], message: str) -> None:
     refuses(message, SettingError, two(), **settings)
+
+
+@pytest.mark.parametrize("none", [None, (), [], iter(())], ids=["None", "tuple", "list", "iterator"])
+def test_no_globs_choose_everything(none: Any) -> None:
+    assert len(describe(patch_model(two(), include=none, exclude=none)).mixed) == 2
+
+
+def test_patch_model_refuses_an_embedding_that_renormalizes_itself() -> None:
+    model = nn.Sequential(nn.Embedding(3, 2, max_norm=0.5), nn.Linear(2, 2))
+    reason = "embedding with max_norm, which renormalizes its weight in place as it is used"
+    told = f"2 not in include; 1 {reason}"
+    refuses(f"{_NOTHING} ({told}). Correct include and exclude.", SettingError, model, include="0")
+    assert describe(patch_model(model, include=["0", "1"])).left["0.weight"] == reason
+    tied = nn.Sequential(nn.Embedding(3, 2, max_norm=0.5), nn.Linear(2, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    assert describe(patch_model(tied)).mixed == ("2.weight",)
+
+
+def test_complex_weights_are_named_and_not_mixed() -> None:
+    model = two().append(nn.Linear(3, 3, dtype=torch.complex64))
+    assert describe(patch_model(model)).left["2.weight"] == "of complex numbers"
 
 
 def test_patch_model_refuses_a_frozen_model() -> None:
@@ -158,6 +200,25 @@ def test_refused_settings_leave_the_former_patch() -> None:
 )
 def test_patch_model_refuses_w_pre_that_does_not_fit(w_pre: Any, message: str) -> None:
     refuses(message, SourceError, two(), w_pre=w_pre)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [NAN, float("inf"), float("-inf")], ids=str)
+def test_patch_model_refuses_values_that_are_not_finite(value: float, dtype: torch.dtype) -> None:
+    model = two().to(dtype)
+    w_pre = deepcopy(model.state_dict())
+    w_pre["1.weight"][2, 1] = value
+    fault = "1.weight: expected finite values, got NaN or Inf. Repair it, or name it in exclude."
+    with pytest.raises(SourceError, match=f"^w_pre: {re.escape(fault)}$"):
+        patch_model(model, w_pre=w_pre)
+    assert not any("surgery" in name for module in model.modules() for name in vars(module))
+    with torch.no_grad():
+        model[1].weight[0, 2] = value
+    for settings in ({}, {"w_pre": two().to(dtype).state_dict()}, {"anchor": 0.1}):
+        with pytest.raises(SourceError, match=f"^{re.escape(fault)}$"):
+            patch_model(model, **settings)
+    assert not any("surgery" in name for module in model.modules() for name in vars(module))
+    patch_model(model, exclude="1")
 
 
 def test_patch_model_refuses_w_pre_of_which_it_has_no_weight() -> None:

