@@ -205,7 +205,7 @@ class Drop:
         if self._is_due and not self.measured.fired and self._holds(optimizer):
             raise SourceError(
                 "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
-                "whose loss it could reach. Call model.train(), and patch the model that the script calls as model(...)."
+                "whose loss it could reach. Call model.train(), and patch what the script calls as model(...)."
             )
 
     def after_step(self, optimizer: Optimizer) -> None:
