@@ -169,7 +169,7 @@ def log_softmax(
         SettingError: the blend cannot be expressed in log-probabilities.
     """
     _refuse_inexpressible(blend)
-    dtype = loss_dtype(a)
+    dtype = F.log_softmax(a.new_zeros(1), 0).dtype  # autocast has a say in it, on some devices
     a, b = a.movedim(dim, -1), b.movedim(dim, -1)
     rows_a, rows_b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
     valid = torch.ones(len(rows_a), dtype=torch.bool, device=a.device)
@@ -208,6 +208,6 @@ class _Recorded(torch.autograd.Function):
             if total != 0:
                 kl = (weights * s).sum() / total
                 # a class of probability 0 has no gradient, and must not make it NaN
-                ce = -torch.where(grad == 0, 0, grad * c).sum() / total - ctx.alpha / 2 * kl
+                ce = torch.where(grad == 0, 0, grad * c).sum() / total - ctx.alpha / 2 * kl
                 ctx.record(ce, kl)
         return grad, None, None, None

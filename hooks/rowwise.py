@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 _CPU_CHUNK = 2**18  # elements of each of the four temporaries: 1 MB of float32, so that they stay in cache
 _GPU_CHUNK = 2**24  # where there is no Triton: large enough to fill the device
@@ -78,8 +77,10 @@ class _Compare(torch.autograd.Function):
         return -0.5 * (log_p + log_q), s.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_nll: torch.Tensor, grad_s: torch.Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # once_differentiable would leave a gradient penalty without effect, and say nothing
+            raise RuntimeError("R-Drop's loss: expected create_graph=False, got True. It has no second derivative.")
         a, b, target, rows = ctx.saved_tensors
         grads = [
             torch.empty_like(x) if needed else None for x, needed in zip((a, b), ctx.needs_input_grad, strict=False)
