@@ -183,6 +183,8 @@ def _gradients(
 def _chunks(a: torch.Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
     """Cut (N, C) or (N, C, D) along N, and along D where one N is too much: yield where in a, and where in the rows."""
     size = (_CPU_CHUNK if a.device.type == "cpu" else _GPU_CHUNK) // max(1, a.shape[1])
+    if torch.compiler.is_compiling():
+        size = a.numel()  # a loop would be unrolled
     inner = a.shape[2] if a.dim() == 3 else 1
     for n in _slices(len(a), size // max(1, inner)):
         if a.dim() == 2:
@@ -201,7 +203,7 @@ class _Work:
     """Four temporaries, allocated once: fresh ones would be new pages for each chunk."""
 
     def __init__(self, a: torch.Tensor) -> None:
-        size = max((a[at].numel() for at, _ in _chunks(a)), default=0)
+        size = max([0, *(a[at].numel() for at, _ in _chunks(a))])
         self.flat = a.new_empty(4, size, dtype=wide(a.dtype))
 
     def like(self, chunk: torch.Tensor) -> Iterator[torch.Tensor]:

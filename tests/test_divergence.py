@@ -442,3 +442,11 @@ def test_reported_numbers_of_unreduced_losses_are_means_over_valid_rows() -> Non
     joined = cross_entropy(a, b, target, BLEND, reduction="none")
     _, ce, kl = expected(a, b, target, reduction="mean")
     torch.testing.assert_close((joined.ce, joined.kl), (ce, kl))
+
+
+def test_compiled_is_one_graph_with_the_same_gradient() -> None:
+    (a, b), target = pair(3, C), classes((3, C))
+    compiled = torch.compile(lambda x, y: cross_entropy(x, y, target, BLEND).loss, backend="aot_eager", fullgraph=True)
+    loss, want = compiled(a, b), expected(a, b, target, reduction="mean")[0]
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(torch.autograd.grad(loss, (a, b)), torch.autograd.grad(want, (a, b)))
