@@ -444,6 +444,8 @@ def test_reported_numbers_of_unreduced_losses_are_means_over_valid_rows() -> Non
     torch.testing.assert_close((joined.ce, joined.kl), (ce, kl))
 
 
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_compiled_is_one_graph_with_the_same_gradient() -> None:
     (a, b), target = pair(3, C), classes((3, C))
     compiled = torch.compile(lambda x, y: cross_entropy(x, y, target, BLEND).loss, backend="aot_eager", fullgraph=True)
