@@ -1,70 +1,214 @@
-"""Stand-in until the real arithmetic is merged."""
+"""R-Drop's loss: 1/2 (CE(a) + CE(b)) + alpha/2 * 1/2 [KL(p||q) + KL(q||p)], for each loss function that it can join.
 
+Liang et al., arXiv 2106.14448, eq. 4. a and b are the outputs of two forward passes of one batch. The divergence is
+reduced as the loss that it joins: same rows, same row weights, same denominator. Computed in float32 at least; the loss
+has the dtype that torch's own function gives.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F  # noqa: N812
+
+from surgery.errors import SettingError
+
+from .blend import Blend as Blend
+from .blend import Joined as Joined
+from .blend import join, loss_dtype, mean_of_both, widen
+from .elementwise import binary_cross_entropy as binary_cross_entropy
+from .elementwise import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from .elementwise import mse_loss as mse_loss
+from .rowwise import compare_rows, wide
+
+
+def cross_entropy(
+    a: torch.Tensor,
+    b: torch.Tensor | None,
+    target: torch.Tensor,
+    blend: Blend,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Joined:
+    """Join two F.cross_entropy.
+
+    With class indices and no smoothing nothing of the logits' size is made but the gradient.
+
+    Args:
+        a, b: logits, (N, C), (C) or (N, C, d1, ...). b None: a is (2N, ...) and target of 2N, the two passes one after
+            the other with equal targets; the result is that of N rows.
+        target: class indices, or probabilities of a's shape.
+        blend: how the parts are put together.
+        weight, ignore_index, reduction, label_smoothing: as F.cross_entropy's.
+    Raises:
+        SettingError: target has another shape than the logits, or reduction is unknown.
+    """
+    if target.shape != a.shape and label_smoothing == 0:
+        return _join_classes(a, b, target, blend, weight, ignore_index, reduction, is_log=False)
+    dtype = loss_dtype(a)
+    if b is None:
+        (a, b), target = a.chunk(2), target.chunk(2)[0]
+    how: dict[str, Any] = {"weight": widen(weight), "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    is_index = target.shape != a.shape
+    wide_target = target if is_index else target.to(wide(target.dtype))
+    ce = mean_of_both(
+        lambda x: F.cross_entropy(x, wide_target, reduction=reduction, **how),
+        widen(a), widen(b),
+    )  # fmt: skip
+    rows = _Rows.of(a, b, target if is_index else None, weight, ignore_index)
+    _, s = compare_rows(rows.a, rows.b, None, valid=rows.valid)
+    return rows.join(ce, rows.reduce(s, reduction, blend=blend), blend, dtype, reduction)
+
+
+def nll_loss(
+    log_p: torch.Tensor,
+    log_q: torch.Tensor,
+    target: torch.Tensor,
+    blend: Blend,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Joined:
+    """Join two F.nll_loss: see cross_entropy, of log-probabilities instead of logits."""
+    return _join_classes(log_p, log_q, target, blend, weight, ignore_index, reduction, is_log=True)
+
+
+def _join_classes(
+    a: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor, blend: Blend, weight: torch.Tensor | None,
+    ignore_index: int, reduction: str, *, is_log: bool,
+) -> Joined:  # fmt: skip
+    rows = _Rows.of(a, b, target, weight, ignore_index)
+    nll, s = compare_rows(rows.a, rows.b, rows.target, valid=rows.valid, is_log=is_log)
+    ce, kl = rows.reduce(nll, reduction), rows.reduce(s, reduction, blend=blend)
+    return rows.join(ce, kl, blend, loss_dtype(a), reduction)
 
 
 @dataclass(frozen=True)
-class Blend:
-    alpha: float
-    factor: float = 1.0
-    sums: bool = False
+class _Rows:
+    """The logits as rows, and the coefficient that the cross entropy gives each of them."""
+
+    a: torch.Tensor
+    b: torch.Tensor | None
+    target: torch.Tensor | None
+    valid: torch.Tensor
+    coefficient: torch.Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(
+        cls, a: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor | None, weight: torch.Tensor | None,
+        ignore_index: int,
+    ) -> "_Rows":  # fmt: skip
+        shape = a.shape[:1] + a.shape[2:] if a.dim() > 1 else a.shape[:0]
+        if target is not None and target.shape != shape:
+            raise SettingError(
+                f"target: expected shape {tuple(shape)} for logits of {tuple(a.shape)}, got {tuple(target.shape)}. "
+                f"Give each row of logits one class."
+            )
+        if b is None:
+            shape = torch.Size((shape[0] // 2, *shape[1:]))
+            target = target if target is None else target.chunk(2)[0]
+        is_last = a.dim() > 2 and a.stride(1) == 1
+        a, b = _as_rows(a, is_last=is_last), b if b is None else _as_rows(b, is_last=is_last)
+        n = len(a) if b is not None else len(a) // 2
+        inner = (n, *a.shape[2:])
+        if target is None:
+            valid = torch.ones(inner, dtype=torch.bool, device=a.device)
+            return cls(a, b, None, valid, valid.to(wide(a.dtype)), shape)
+        target = target.reshape(inner)
+        valid = target != ignore_index
+        coefficient = valid.to(wide(a.dtype))
+        if weight is not None:
+            coefficient = coefficient * weight[torch.where(valid, target.long(), 0)]
+        return cls(a, b, target, valid, coefficient, shape)
+
+    def join(self, ce: torch.Tensor, kl: torch.Tensor, blend: Blend, dtype: torch.dtype, reduction: str) -> Joined:
+        """Put the parts together, and report them as means."""
+        count, rows = self.coefficient.sum(), self.valid.sum()
+        return join(ce, kl, blend, dtype, reduction=reduction, count=count, rows=rows)
+
+    def reduce(self, rows: torch.Tensor, reduction: str, *, blend: Blend | None = None) -> torch.Tensor:
+        """Reduce as the cross entropy does, or as the blend asks."""
+        sums = blend is not None and blend.sums
+        weighted = rows if sums else rows * self.coefficient
+        if reduction == "none":
+            return weighted.reshape(self.shape)
+        if reduction == "sum" or (sums and reduction == "mean"):
+            return weighted.sum()
+        if reduction == "mean":
+            return weighted.sum() / self.coefficient.sum()
+        raise SettingError(f"reduction: expected none, mean or sum, got {reduction!r}. Choose one of them.")
 
 
-class Joined(NamedTuple):
-    loss: torch.Tensor
-    ce: torch.Tensor
-    kl: torch.Tensor
+def _as_rows(x: torch.Tensor, *, is_last: bool) -> torch.Tensor:
+    """View (C), (N, C) or (N, C, d1, ...) as (N, C) or (N, C, D); as (N * D, C) where classes lie last in memory."""
+    if x.dim() < 3:
+        return x if x.dim() == 2 else x.unsqueeze(0)
+    return x.movedim(1, -1).flatten(0, -2) if is_last else x.flatten(2)
 
 
-def _s(a, b, dim):
-    p, q = a.log_softmax(dim), b.log_softmax(dim)
-    return 0.5 * ((p.exp() - q.exp()) * (p - q)).sum(dim)
+def log_softmax(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dim: int,
+    blend: Blend,
+    record: Callable[[torch.Tensor, torch.Tensor], object],
+) -> torch.Tensor:
+    """Return c = factor * [1/2 (log p + log q) - alpha/2 * S], S being that of its distribution, broadcast over dim.
 
+    Any loss that is linear in -c with weights that sum to 1 in each row (NLL, gather, label smoothing, KL against a
+    teacher) is then R-Drop's, with its own mask, shift and denominator.
 
-def _pack(ce, kl, blend):
-    return Joined(blend.factor * (ce + blend.alpha / 2 * kl), ce.detach().mean().float(), kl.detach().mean().float())
-
-
-def cross_entropy(a, b, target, blend, *, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
-    if b is None:
-        a, b = a.chunk(2)
-        target = target.chunk(2)[0]
-    k = dict(weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-    ce = 0.5 * (F.cross_entropy(a, target, **k) + F.cross_entropy(b, target, **k))
-    return _pack(ce, _red(_s(a, b, 1 if a.dim() > 1 else 0), target, ignore_index, reduction, blend), blend)
-
-
-def _red(s, target, ignore_index, reduction, blend):
-    if not target.is_floating_point():
-        s = s[target != ignore_index] if reduction != "none" else s * (target != ignore_index)
+    Args:
+        a, b: logits.
+        dim: of the classes.
+        blend: how the parts are put together.
+        record: called in each backward pass with ce and kl, weighted as the loss weighted the rows; not called where
+            no row had weight.
+    Raises:
+        SettingError: S is to be summed; over how many rows the loss takes a mean is not known here.
+    """
     if blend.sums:
-        return s.sum()
-    return s.mean() if reduction == "mean" else s.sum() if reduction == "sum" else s
+        raise SettingError(
+            'kl_reduction: expected "match" for a loss computed from log_softmax, got "sum". '
+            "Use a loss that calls cross_entropy or nll_loss."
+        )
+    dtype = F.log_softmax(a.new_zeros(1), 0).dtype  # autocast has a say in it, on some devices
+    a, b = a.movedim(dim, -1), b.movedim(dim, -1)
+    rows_a, rows_b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
+    valid = torch.ones(len(rows_a), dtype=torch.bool, device=a.device)
+    s = compare_rows(rows_a, rows_b, None, valid=valid)[1].reshape(*a.shape[:-1], 1)
+    mean = mean_of_both(lambda x: F.log_softmax(x, -1), widen(a), widen(b))
+    blended = mean - blend.alpha / 2 * s if blend.alpha else mean
+    c: torch.Tensor = _Recorded.apply(blended, s, blend.alpha, record)  # type: ignore[no-untyped-call]
+    return (blend.factor * c).to(dtype).movedim(-1, dim)
 
 
-def nll_loss(log_p, log_q, target, blend, *, weight=None, ignore_index=-100, reduction="mean"):
-    return cross_entropy(log_p, log_q, target, blend, weight=weight, ignore_index=ignore_index, reduction=reduction)
+class _Recorded(torch.autograd.Function):
+    """The identity; its gradient tells how the loss weighted the rows."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, c: torch.Tensor, s: torch.Tensor, alpha: float, record: Callable[[torch.Tensor, torch.Tensor], object]
+    ) -> torch.Tensor:
+        ctx.alpha, ctx.record = alpha, record
+        ctx.save_for_backward(c, s)
+        return c.view_as(c)
 
-def binary_cross_entropy_with_logits(a, b, target, blend, *, weight=None, reduction="mean", pos_weight=None):
-    k = dict(weight=weight, reduction=reduction, pos_weight=pos_weight)
-    ce = 0.5 * (F.binary_cross_entropy_with_logits(a, target, **k) + F.binary_cross_entropy_with_logits(b, target, **k))
-    s = 0.5 * (a.sigmoid() - b.sigmoid()) * (a - b)
-    return _pack(ce, s.mean() if reduction == "mean" else s.sum() if reduction == "sum" else s, blend)
-
-
-def binary_cross_entropy(p, q, target, blend, *, weight=None, reduction="mean"):
-    return binary_cross_entropy_with_logits(p.logit(), q.logit(), target, blend, weight=weight, reduction=reduction)
-
-
-def mse_loss(a, b, target_a, target_b, blend, *, weight=None, reduction="mean"):
-    ce = 0.5 * (F.mse_loss(a, target_a, reduction=reduction) + F.mse_loss(b, target_b, reduction=reduction))
-    return _pack(ce, F.mse_loss(a - target_a, b - target_b, reduction=reduction), blend)
-
-
-def log_softmax(a, b, dim, blend, record):
-    c = 0.5 * (a.log_softmax(dim) + b.log_softmax(dim)) - blend.alpha / 2 * _s(a, b, dim).unsqueeze(dim)
-    return c * blend.factor
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        c, s = ctx.saved_tensors
+        with torch.no_grad():
+            weights = -grad.sum(-1, keepdim=True)
+            total = weights.sum()
+            if total != 0:
+                kl = (weights * s).sum() / total
+                # a class of probability 0 has no gradient, and must not make it NaN
+                ce = torch.where(grad == 0, 0, grad * c).sum() / total - ctx.alpha / 2 * kl
+                ctx.record(ce, kl)
+        return grad, None, None, None
