@@ -16,6 +16,7 @@ from . import divergence, doubling
 from .divergence import Blend, Joined
 from .graphs import between_graphs, eagerly, is_compiled_call, run_uncompiled
 from .hearing import Hearing, LossMode, calls_of
+from .kvcache import is_cache, map_cache
 from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
 from .losses import LossCall, join, join_halves, read_call
 from .measured import Measured
@@ -83,8 +84,8 @@ class Drop:
         self.measured.settle()
         self._randomness.mark()
         is_doubled = self._doubles(root, arguments)
-        size = doubling.batch_size(root, arguments) if is_doubled else None
-        self._mode.open(Hearing(root, Ticket(self._join), size), is_compiled=is_compiled)
+        rows = doubling.batch_rows(root, arguments) if is_doubled else None
+        self._mode.open(Hearing(root, Ticket(self._join), rows), is_compiled=is_compiled)
         if is_doubled:
             return None, doubling.double(arguments)
         first, second = part(arguments)
@@ -111,9 +112,10 @@ class Drop:
             return None
         hearing.refuse_missing()
         _refuse_unreached(output, hearing.ticket)
-        if hearing.size is None:
+        if hearing.rows is None:
             return pair(output, hearing.first_output, hearing.ticket)
-        return pair(*doubling.halve(output, hearing.size), hearing.ticket)
+        first, second = doubling.halve(output, hearing.rows)
+        return pair(second, first, hearing.ticket)
 
     def _is_within(self, root: nn.Module) -> bool:
         """Tell whether the model calls itself."""
@@ -245,18 +247,14 @@ def _end_passes(root: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
 
 
 def _fresh(arguments: Any) -> Any:
-    """Copy containers and caches, which a forward may write to; the tensors are the same."""
+    """Copy containers and caches, which a forward may write to; other tensors are the same."""
     return tree_map(_fresh_leaf, arguments)
 
 
 def _fresh_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Mapping):
         return copy.copy(leaf)
-    if not hasattr(leaf, "get_seq_length"):
-        return leaf
-    cache = copy.copy(leaf)
-    cache.layers = [copy.copy(layer) for layer in leaf.layers]
-    return cache
+    return map_cache(leaf, torch.clone) if is_cache(leaf) else leaf
 
 
 def _refuse_unreached(output: Any, ticket: Ticket) -> None:

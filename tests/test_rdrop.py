@@ -7,6 +7,7 @@ import pytest
 import torch
 from heads import CAUSAL, HEADS, Head, grads_of, symmetric_kl
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 from surgery import RDrop, patch_model
 
@@ -126,3 +127,75 @@ def test_rdrop_joins_the_loss_of_a_model_of_ones_own(kind: str, smoothing: float
     assert type(output) is type(Own(kind)(X, Y))
     torch.testing.assert_close(own_loss(output), loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grads_of(model), grads, rtol=1e-12, atol=1e-12)
+
+
+class ByHand(Own):
+    """As ProphetNet: log-probabilities first, their loss after."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Any:
+        logits = self.body(x)
+        assert y is not None
+        return logits, F.nll_loss(F.log_softmax(logits.view(-1, 5), -1), y.view(-1), ignore_index=-1)
+
+
+def test_rdrop_joins_log_softmax_and_nll_loss_in_forward() -> None:
+    loss, grads = expect_own(0.0)
+    model = patch_model(ByHand(), rdrop=ALPHA)
+    torch.manual_seed(SEED)
+    made = model(X, Y)[1]
+    made.backward()
+    torch.testing.assert_close(made, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads_of(model), grads, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "dataclass", "alone", "first"])
+def test_rdrop_doubles_the_batch_of_a_model_of_ones_own(kind: str) -> None:
+    plain = Own()
+    torch.manual_seed(SEED)
+    logits, ce = plain(torch.cat([X, X]), torch.cat([Y, Y]))
+    a, b = logits.chunk(2)
+    model = patch_model(Own(kind), rdrop=RDrop(ALPHA, passes="doubled"))
+    torch.manual_seed(SEED)
+    output = model(X, y=Y)
+    loss = ce + ALPHA / 2 * symmetric_kl(a, b)[Y != -1].mean()
+    torch.testing.assert_close(own_loss(output), loss, rtol=1e-12, atol=1e-12)
+    if kind == "dataclass":
+        assert torch.equal(output.scores, b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [({"scale": "paper"}, (2, 2)), ({"kl_reduction": "sum"}, (1, int((Y != -1).sum())))],
+    ids=["paper", "sum"],
+)
+@pytest.mark.parametrize("passes", ["two", "doubled"])
+def test_rdrop_scales_as_the_authors_do(settings: Any, factors: tuple[int, int], passes: Any) -> None:
+    plain, (ce, kl) = Own(), factors
+    torch.manual_seed(SEED)
+    if passes == "two":
+        (a, loss_a), (b, loss_b) = plain(X, Y), plain(X, Y)
+    else:
+        logits, loss_a = plain(torch.cat([X, X]), torch.cat([Y, Y]))
+        (a, b), loss_b = logits.chunk(2), loss_a
+    model = patch_model(Own(), rdrop=RDrop(ALPHA, passes=passes, **settings))
+    torch.manual_seed(SEED)
+    expected = ce * (loss_a + loss_b) / 2 + kl * ALPHA / 2 * symmetric_kl(a, b)[Y != -1].mean()
+    torch.testing.assert_close(model(X, Y)[1], expected, rtol=1e-12, atol=1e-12)
+
+
+@each_head
+def test_alpha_0_is_the_doubled_batch_to_the_bit(name: str) -> None:
+    head = HEADS[name]
+    model = head.model()
+    torch.manual_seed(SEED)
+    expected = model(**doubled(head.batch)).loss
+    if name == "llama-items":
+        expected = expected / 2  # the count is of one batch
+    expected.backward()
+    grads = grads_of(model)
+    patch_model(model, rdrop=RDrop(0, passes="doubled"))
+    torch.manual_seed(SEED)
+    loss = model(**head.batch).loss
+    loss.backward()
+    assert torch.equal(loss, expected)
+    torch.testing.assert_close(grads_of(model), grads, rtol=0, atol=0)
