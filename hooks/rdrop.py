@@ -50,6 +50,7 @@ class Drop:
         self._watch = StepWatch()
         self._steps = 0
         self._has_stepped = False
+        self._is_stepping = False
         self._weights: set[int] = set()
 
     def attach(self, root: nn.Module) -> list[Any]:
@@ -183,6 +184,8 @@ class Drop:
         self._steps += self._has_stepped
         self._has_stepped = False
         weights = self._know(root)
+        if self._is_stepping:  # LBFGS moves the weights between the forwards of a step
+            return
         if self.settings.every > 1 and weights and self._watch.is_missed(weights[0], self._steps):
             raise SourceError(
                 "every: expected steps of a torch.optim.Optimizer to count, got weights that change without one. "
@@ -197,6 +200,7 @@ class Drop:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Refuse a step that R-Drop should have had a part in, if it never had one."""
+        self._is_stepping = True
         if self._is_due and not self.measured.fired and self._holds(optimizer):
             raise SourceError(
                 "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
@@ -205,6 +209,7 @@ class Drop:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note that there was one."""
+        self._is_stepping = False
         self._has_stepped = self._has_stepped or self._holds(optimizer)
 
     def _holds(self, optimizer: Optimizer) -> bool:
