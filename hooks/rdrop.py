@@ -200,12 +200,12 @@ class Drop:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Refuse a step that R-Drop should have had a part in, if it never had one."""
-        self._is_stepping = True
         if self._is_due and not self.measured.fired and self._holds(optimizer):
             raise SourceError(
                 "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
                 "whose loss it could reach. Patch the model that the script calls, as model(...)."
             )
+        self._is_stepping = True
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note that there was one."""
