@@ -198,6 +198,11 @@ class Drop:
         self._weights = set(map(id, weights))
         return weights
 
+    def resume(self, steps: int) -> None:
+        """Go on with `every` as after so many steps."""
+        self._steps = steps
+        self._has_stepped = False
+
     def before_step(self, optimizer: Optimizer) -> None:
         """Refuse a step that R-Drop should have had a part in, if it never had one."""
         if self._is_due and not self.measured.fired and self._holds(optimizer):
