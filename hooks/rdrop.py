@@ -18,7 +18,7 @@ from .graphs import between_graphs, eagerly, is_compiled_call, run_uncompiled
 from .hearing import Hearing, LossMode, calls_of
 from .kvcache import is_cache, map_cache
 from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
-from .losses import LossCall, join, join_halves, read_call
+from .losses import LossCall, join, join_halves, read_call, refuse_unhalved
 from .measured import Measured
 from .optimizers import StepWatch, watch
 from .randomness import Randomness
@@ -135,8 +135,10 @@ class Drop:
 
     def _join(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
         """Return the loss for a call in each pass, or for one of a doubled batch."""
-        a, b = (first.input, second.input) if first is not None else second.input.detach().chunk(2)
+        if first is None:
+            refuse_unhalved(second, is_new=not self.measured.fired)
         if self._blend.alpha:
+            a, b = (first.input, second.input) if first is not None else second.input.chunk(2)
             self._randomness.check(a.detach(), b.detach(), steps=self._steps)
         if second.name == "log_softmax":
             assert first is not None
