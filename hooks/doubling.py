@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def is_known(root: nn.Module, arguments: Arguments) -> bool:
         and all(isinstance(value, _PLAIN) or (isinstance(value, torch.Tensor) and not value.dim()) for value in plain)
         and len(sizes) == 1
         and min(sizes) > 1
-        and not (_family(root) in _SOFT and "labels" in tensors and tensors["labels"].dim() > 1)
+        and not (_has_soft_loss(root) and tensors["labels"].dim() > 1)
         and ("position_ids" not in tensors or _shape(tensors, "position_ids") == _shape(tensors, "input_ids"))
         and not any(map(_is_of_batch, root.modules()))
     )
@@ -83,6 +83,10 @@ def _is_head(root: nn.Module) -> bool:
     )
 
 
+def _has_soft_loss(root: nn.Module) -> bool:
+    return _family(root) in _SOFT and type(root).__name__.endswith("ForSequenceClassification")
+
+
 def _family(root: nn.Module) -> str:
     return type(root).__module__.split(".")[2]
 
@@ -92,17 +96,15 @@ def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> Any:
 
 
 def _is_of_batch(module: nn.Module) -> bool:
-    """Tell whether a layer may depend on the batch as a whole, or draw for it: unknown ones may.
+    """Tell whether a layer may depend on the batch as a whole, or draw for it."""
+    return _is_kind_of_batch(type(module)) or bool(vars(module).get("layerdrop"))
 
-    Such are BatchNorm, layerdrop, experts that are balanced or full, and PEFT's rank_dropout.
-    """
-    what = type(module)
-    return (
-        not what.__module__.startswith(("torch.nn.modules.", "transformers."))
-        or isinstance(module, _BatchNorm)
-        or _ROUTED.search(what.__name__) is not None
-        or bool(vars(module).get("layerdrop"))
-    )
+
+@cache
+def _is_kind_of_batch(what: type[nn.Module]) -> bool:
+    """Tell BatchNorm, experts that are balanced or full, and what is unknown, such as PEFT's rank_dropout."""
+    is_known = what.__module__.startswith(("torch.nn.modules.", "transformers."))
+    return not is_known or issubclass(what, _BatchNorm) or _ROUTED.search(what.__name__) is not None
 
 
 def batch_rows(root: nn.Module, arguments: Arguments) -> tuple[int, ...]:

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import seeded
 import torch
-from heads import HEADS, IDS, ROWS, SIZES, TOKENS
+from heads import HEADS, IDS, ROWS, SIZES, TOKENS, grads_of
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import (
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    DebertaV2ForTokenClassification,
     MixtralConfig,
     MixtralForCausalLM,
     ProphetNetConfig,
@@ -23,7 +24,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from surgery import RDrop, patch_model
+from surgery import Mixout, RDrop, patch_model
+from surgery.hooks.doubling import is_known
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_head = pytest.mark.parametrize("name", HEADS)
@@ -194,3 +196,112 @@ def test_auto_takes_two_passes_where_a_doubled_batch_may_differ(name: str) -> No
 
 def _again(batch: dict[str, Any]) -> dict[str, Any]:
     return batch | ({"past_key_values": DynamicCache()} if "past_key_values" in batch else {})
+
+
+# -- what is doubled -----------------------------------------------------------------------------------------------
+
+ONES = torch.ones_like(IDS)
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "inputs_embeds": ("single-label", {"input_ids": None, "inputs_embeds": torch.randn(4, 8, 16).double()}),
+    "token_types": ("single-label", {"token_type_ids": ONES, "position_ids": torch.arange(8).repeat(4, 1)}),
+    "4d-mask": ("single-label", {"attention_mask": torch.ones(4, 1, 8, 8)}),
+    "decoder": ("t5", {"decoder_input_ids": IDS, "decoder_attention_mask": ONES}),
+    "flags": ("llama", {"use_cache": False, "return_dict": True, "logits_to_keep": 0, "num_items_in_batch": 9}),
+}
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_auto_doubles_more_arguments(more: str) -> None:
+    name, batch = MORE[more]
+    head = HEADS[name]
+    plain = rows_seen(head.model(), **head.batch | batch)
+    assert rows_seen(patch_model(head.model(), rdrop=1.0), **head.batch | batch) == [2 * rows for rows in plain]
+
+
+def test_positions_in_planes_are_not_doubled() -> None:
+    planes = torch.zeros(4, 3, 8, dtype=torch.long)
+    assert is_known(bert(), ((), TEXT))
+    assert not is_known(bert(), ((), {**TEXT, "position_ids": planes}))
+
+
+def test_deberta_takes_two_passes_for_soft_labels_alone() -> None:
+    config = DebertaV2Config(**SIZES, vocab_size=40, num_labels=3, max_position_embeddings=16)
+    assert is_known(DebertaV2ForSequenceClassification(config), ((), TEXT))
+    assert is_known(DebertaV2ForTokenClassification(config), ((), {"input_ids": IDS, "labels": TOKENS}))
+
+
+def test_weights_that_are_mixed_take_two_passes() -> None:
+    assert rows_seen(patch_model(bert(), rdrop=1.0, mixout=Mixout(0.5)), **TEXT) == [4, 4]
+    assert rows_seen(patch_model(bert(), rdrop=1.0, mixout=Mixout(0.0, replace_dropout=False)), **TEXT) == [8]
+
+
+def test_only_tensors_of_the_batch_are_doubled() -> None:
+    class Listener(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heard: Any = None
+            self.layer = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor, **more: Any) -> torch.Tensor:
+            self.heard = (x, y, more)
+            return F.cross_entropy(self.layer(x), y) * more["factor"]
+
+    model = patch_model(Listener(), rdrop=RDrop(1.0, passes="doubled"))
+    x, y, factor = torch.randn(4, 3), torch.tensor([0, 1, 2, 1]), torch.tensor(2.0)
+    masks = [torch.ones(4), torch.zeros(4, 2)]
+    model(x, y, factor=factor, masks=masks, flag=True, count=4, name="n")
+    heard_x, heard_y, more = model.heard
+    assert torch.equal(heard_x, torch.cat([x, x]))
+    assert torch.equal(heard_y, torch.cat([y, y]))
+    assert [mask.shape for mask in more["masks"]] == [(8,), (8, 2)]
+    assert (more["factor"] is factor, more["flag"], more["count"], more["name"]) == (True, True, 4, "n")
+    assert [mask.shape for mask in masks] == [(4,), (4, 2)]
+
+
+@each_head
+def test_without_dropout_a_doubled_batch_is_two_passes(name: str) -> None:
+    head, found = HEADS[name], []
+    for passes in ("two", "doubled"):
+        model = head.model()
+        for module in model.modules():
+            rates = [
+                key for key, value in vars(module).items() if key == "p" or (isinstance(value, float) and "drop" in key)
+            ]
+            vars(module).update(dict.fromkeys(rates, 0.0))
+        patch_model(model, rdrop=RDrop(0, passes=passes))  # type: ignore[arg-type]
+        output = model(**head.batch)
+        output.loss.backward()
+        found.append({"loss": output.loss.detach(), **grads_of(model)})
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+def test_outputs_without_a_dict_are_halved() -> None:
+    plain, model = bert(), patch_model(bert(), rdrop=RDrop(1.0, passes="doubled"))
+    assert_alike(model(**TEXT, return_dict=False), plain(**TEXT, return_dict=False))
+
+
+def with_prefix(model: Any) -> DynamicCache:
+    cache = DynamicCache()
+    with torch.no_grad():
+        model.eval()(input_ids=IDS, past_key_values=cache)
+    model.train()
+    return cache
+
+
+def test_a_cache_that_is_given_grows_once_and_both_passes_start_from_it() -> None:
+    plain, model = HEADS["llama"].model(), patch_model(HEADS["llama"].model(), rdrop=RDrop(0.0))
+    batch, caches = {"input_ids": IDS, "labels": TOKENS}, [with_prefix(plain), with_prefix(plain), with_prefix(model)]
+    torch.manual_seed(1)
+    expected = sum(plain(**batch, past_key_values=cache).loss for cache in caches[:2]) / 2
+    torch.manual_seed(1)
+    loss = model(**batch, past_key_values=caches[2]).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    assert [cache.get_seq_length() for cache in caches] == [16] * 3
+
+
+def test_a_cache_of_encoder_and_decoder_grows_once() -> None:
+    model = patch_model(HEADS["t5"].model(), rdrop=1.0)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    model(input_ids=IDS, decoder_input_ids=IDS, past_key_values=cache, use_cache=True)
+    assert cache.self_attention_cache.get_seq_length() == 8
+    assert [layer.keys.shape[0] for layer in cache.cross_attention_cache.layers] == [4]
