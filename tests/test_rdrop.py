@@ -199,3 +199,22 @@ def test_alpha_0_is_the_doubled_batch_to_the_bit(name: str) -> None:
     loss.backward()
     assert torch.equal(loss, expected)
     torch.testing.assert_close(grads_of(model), grads, rtol=0, atol=0)
+
+
+def test_weights_of_classes_are_not_halved_with_the_batch() -> None:
+    class Tags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 8)).double()
+            self.register_buffer("weight", torch.arange(1.0, 9.0).double())
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return F.binary_cross_entropy_with_logits(self.body(x), y, pos_weight=self.weight)
+
+    x, y = torch.randn(4, 3).double(), torch.randint(0, 2, (4, 8)).double()  # as many classes as doubled rows
+    plain, model = Tags(), patch_model(Tags(), rdrop=RDrop(1e-9, passes="doubled"))
+    torch.manual_seed(SEED)
+    expected = plain(torch.cat([x, x]), torch.cat([y, y]))
+    torch.manual_seed(SEED)
+    torch.testing.assert_close(model(x, y), expected, rtol=1e-6, atol=1e-6)
