@@ -2,16 +2,18 @@
 
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from surgery.errors import SettingError, SourceError
 
 from .graphs import eagerly, unveil_cross_entropy, veil_cross_entropy
-from .logprobs import JoinedLogProbs, LogProbs
+from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
 from .losses import JOINED, UNKNOWN, WAY_OUT, LossCall, is_trained, read_call, refuse_misfit
 from .twins import Ticket
 
@@ -24,13 +26,13 @@ class Hearing:
 
     Args:
         ticket: makes one loss of two calls.
-        size: of the batch, if it is doubled.
+        rows: first dimensions of what one pass makes, if the batch is doubled.
     """
 
-    def __init__(self, root: nn.Module, ticket: Ticket, size: int | None) -> None:
+    def __init__(self, root: nn.Module, ticket: Ticket, rows: tuple[int, ...] | None) -> None:
         self.root = root
         self.ticket = ticket
-        self.size = size
+        self.rows = rows
         self.first_output: Any = None
         self._is_second = False
         self._tape: list[LossCall] = []
@@ -54,7 +56,7 @@ class Hearing:
             return func(*args, **kwargs)
         call = read_call(func, args, kwargs)
         refuse_misfit(call)
-        if self.size is not None:
+        if self.rows is not None:
             if call.name == "log_softmax" or call.arguments["reduction"] == "none":
                 raise SettingError(
                     f"passes: expected a loss that is reduced on a doubled batch, got {call.name} without. {WAY_OUT}"
@@ -62,7 +64,9 @@ class Hearing:
             return self.ticket.meet(None, call)
         if not self._is_second:
             self._tape.append(call)
-            with torch.set_grad_enabled(call.name == "log_softmax"):  # a loss is made once, with the second pass
+            if call.name == "log_softmax":
+                return _as_first(func(*args, **kwargs))
+            with torch.no_grad():  # a loss is made once, with the second pass
                 return func(*args, **kwargs)
         first = self._tape[self._next] if self._next < len(self._tape) else None
         self._next += 1
@@ -80,6 +84,11 @@ class Hearing:
         if self._next < len(self._tape):
             name = self._tape[self._next].name
             raise SourceError(f"rdrop: expected the same losses in both passes, got {name} in the first only.")
+
+
+def _as_first(log_p: torch.Tensor) -> torch.Tensor:
+    """Mark log-probabilities as in the second pass, for the same calls to be heard in both."""
+    return as_log_probs(log_p, partial(F.nll_loss, log_p.detach()), lambda: log_p)
 
 
 class LossMode(TorchFunctionMode):

@@ -113,24 +113,10 @@ def join(first: LossCall, second: LossCall, blend: Blend) -> Joined:
 
 
 def join_halves(call: LossCall, blend: Blend) -> Joined:
-    """Return R-Drop's loss where one call has both passes, one after the other, in its first dimension.
-
-    Raises:
-        SettingError: the first dimension cannot be halved, or the labels of the halves differ.
-    """
-    logits, target = call.input, call.arguments["target"]
-    if logits.dim() == 0 or logits.shape[0] % 2 or target.shape[0] != logits.shape[0]:
-        raise SettingError(
-            f"rdrop: expected the doubled batch in the first dimension of logits and labels, got shapes "
-            f"{tuple(logits.shape)} and {tuple(target.shape)} in {call.name}. {WAY_OUT}"
-        )
-    if call.arguments["reduction"] == "none":
-        raise SettingError(
-            f"rdrop: expected a loss that is reduced, got {call.name} with reduction none on a doubled batch. {WAY_OUT}"
-        )
+    """Return R-Drop's loss where one call has both passes, one after the other, in its first dimension."""
     if call.name == "cross_entropy":
-        return cross_entropy(logits, None, target, blend, **_options(call))
-    first, second = _split(call.arguments, logits.shape[0])
+        return cross_entropy(call.input, None, call.arguments["target"], blend, **_options(call))
+    first, second = _split(call.arguments, call.input)
     return join(
         LossCall(call.name, {**call.arguments, **first}), LossCall(call.name, {**call.arguments, **second}), blend
     )
@@ -139,10 +125,36 @@ def join_halves(call: LossCall, blend: Blend) -> Joined:
 WAY_OUT = 'Use RDrop(alpha, passes="two").'
 
 
-def _split(arguments: Mapping[str, Any], size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Halve what lies along the doubled batch."""
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-    batched = {name: value for name, value in tensors.items() if value.dim() and value.shape[0] == size}
+def refuse_unhalved(call: LossCall, *, is_new: bool) -> None:
+    """Refuse a loss that is not that of one batch twice over.
+
+    Args:
+        is_new: look at the labels too, which costs a wait for the device.
+    Raises:
+        SettingError: the batch is not in the first dimension of what the loss function was given.
+    """
+    logits, target = call.input, call.arguments["target"]
+    if logits.dim() == 0 or logits.shape[0] % 2 or target.shape[:1] != logits.shape[:1]:
+        raise SettingError(
+            f"passes: expected the doubled batch in the first dimension of logits and labels, got shapes "
+            f"{tuple(logits.shape)} and {tuple(target.shape)} in {call.name}. {WAY_OUT}"
+        )
+    if is_new and not target.is_floating_point() and not torch.equal(*target.chunk(2)):
+        raise SettingError(
+            f"passes: expected the labels of one batch twice over in {call.name}, got halves that differ: the batch "
+            f"is not in the first dimension. {WAY_OUT}"
+        )
+
+
+def _split(arguments: Mapping[str, Any], logits: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Halve what lies along the doubled batch: not the weights of classes."""
+    batched = {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor)
+        and value.shape[:1] == logits.shape[:1]
+        and (name == "target" or value.dim() == logits.dim() > 1 or value is logits)
+    }
     first, second = ({name: value.chunk(2)[half] for name, value in batched.items()} for half in (0, 1))
     return first, second
 

@@ -16,8 +16,9 @@ from . import divergence, doubling
 from .divergence import Blend, Joined
 from .graphs import between_graphs, eagerly, is_compiled_call, run_uncompiled
 from .hearing import Hearing, LossMode, calls_of
+from .kvcache import is_cache, map_cache
 from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
-from .losses import LossCall, join, join_halves, read_call
+from .losses import LossCall, join, join_halves, read_call, refuse_unhalved
 from .measured import Measured
 from .optimizers import StepWatch, watch
 from .randomness import Randomness
@@ -50,6 +51,7 @@ class Drop:
         self._watch = StepWatch()
         self._steps = 0
         self._has_stepped = False
+        self._is_stepping = False
         self._weights: set[int] = set()
 
     def attach(self, root: nn.Module) -> list[Any]:
@@ -88,8 +90,8 @@ class Drop:
         self.measured.settle()
         self._randomness.mark()
         is_doubled = self._doubles(root, arguments)
-        size = doubling.batch_size(root, arguments) if is_doubled else None
-        self._mode.open(Hearing(root, Ticket(self._join, self.unjoined), size), is_compiled=is_compiled)
+        rows = doubling.batch_rows(root, arguments) if is_doubled else None
+        self._mode.open(Hearing(root, Ticket(self._join, self.unjoined), rows), is_compiled=is_compiled)
         if is_doubled:
             return None, doubling.double(arguments)
         first, second = part(arguments)
@@ -116,9 +118,10 @@ class Drop:
             return None
         hearing.refuse_missing()
         _refuse_unreached(output, hearing.ticket)
-        if hearing.size is None:
+        if hearing.rows is None:
             return pair(output, hearing.first_output, hearing.ticket)
-        return pair(*doubling.halve(output, hearing.size), hearing.ticket)
+        first, second = doubling.halve(output, hearing.rows)
+        return pair(second, first, hearing.ticket)
 
     def _is_within(self, root: nn.Module) -> bool:
         """Tell whether the model calls itself."""
@@ -137,8 +140,10 @@ class Drop:
 
     def _join(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
         """Return the loss for a call in each pass, or for one of a doubled batch."""
-        a, b = (first.input, second.input) if first is not None else second.input.detach().chunk(2)
+        if first is None:
+            refuse_unhalved(second, is_new=not self.measured.fired)
         if self._blend.alpha:
+            a, b = (first.input, second.input) if first is not None else second.input.chunk(2)
             self._randomness.check(a.detach(), b.detach(), steps=self._steps)
         if second.name == "log_softmax":
             assert first is not None
@@ -186,6 +191,8 @@ class Drop:
         self._steps += self._has_stepped
         self._has_stepped = False
         weights = self._know(root)
+        if self._is_stepping:  # LBFGS moves the weights between the forwards of a step
+            return
         if self.settings.every > 1 and weights and self._watch.is_missed(weights[0], self._steps):
             raise SourceError(
                 "every: expected steps of a torch.optim.Optimizer to count, got weights that change without one. "
@@ -198,18 +205,24 @@ class Drop:
         self._weights = set(map(id, weights))
         return weights
 
+    def resume(self, steps: int) -> None:
+        """Go on with `every` as after so many steps."""
+        self._steps = steps
+        self._has_stepped = False
+
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Refuse a step that R-Drop should have had a part in, if it never had one."""
-        if is_closure or torch.compiler.is_compiling():
-            return
-        if self._is_due and not self.measured.fired and self._holds(optimizer):
+        is_looked_at = not is_closure and not torch.compiler.is_compiling()
+        if is_looked_at and self._is_due and not self.measured.fired and self._holds(optimizer):
             raise SourceError(
                 "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
                 "whose loss it could reach. Call model.train(), and patch what the script calls as model(...)."
             )
+        self._is_stepping = True
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note that there was one."""
+        self._is_stepping = False
         # in a compiled step, whatever is looked at would be guarded on
         self._has_stepped = self._has_stepped or torch.compiler.is_compiling() or self._holds(optimizer)
 
@@ -253,18 +266,14 @@ def _end_passes(root: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
 
 
 def _fresh(arguments: Any) -> Any:
-    """Copy containers and caches, which a forward may write to; the tensors are the same."""
+    """Copy containers and caches, which a forward may write to; other tensors are the same."""
     return tree_map(_fresh_leaf, arguments)
 
 
 def _fresh_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Mapping):
         return copy.copy(leaf)
-    if not hasattr(leaf, "get_seq_length"):
-        return leaf
-    cache = copy.copy(leaf)
-    cache.layers = [copy.copy(layer) for layer in leaf.layers]
-    return cache
+    return map_cache(leaf, torch.clone) if is_cache(leaf) else leaf
 
 
 def _refuse_unreached(output: Any, ticket: Ticket) -> None:

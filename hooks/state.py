@@ -113,6 +113,8 @@ class Patch:
         """Take the patch off again, whatever has become of the model meanwhile."""
         for listener in self._listeners():
             forget(listener)
+        if self.drop is not None:
+            self.drop.close()
         for rate in self.replaced:
             restore_rates(rate.module)
         for handle in self._handles:

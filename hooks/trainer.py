@@ -31,15 +31,20 @@ class SurgeryCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Check that there is something to log, and go before the callbacks that report logs.
 
+        A resumed run goes on with RDrop's `every` where the saved one was.
+
         Raises:
             SettingError: the model is not patched.
         """
         model: nn.Module = kwargs["model"]
-        if find_patch(model) is None:
+        patch = find_patch(model)
+        if patch is None:
             raise SettingError(
                 f"SurgeryCallback: expected a patched model, got {type(model).__name__} as it is. "
                 "Call patch_model(model) before training."
             )
+        if patch.drop is not None:
+            patch.drop.resume(state.global_step)
         # the Trainer puts a user's callbacks after its reporters, and hands no callback the list
         handler = sys._getframe(1).f_locals.get("self")
         if isinstance(handler, CallbackHandler) and self in handler.callbacks:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -94,11 +94,10 @@ def pair(second: Any, first: Any, ticket: Ticket) -> Any:
     """
     if isinstance(second, torch.Tensor):
         return _pair_tensors(second, first, ticket)
-    if is_dataclass(second) and not isinstance(second, type | Mapping):
-        changed = {name: pair(value, getattr(first, name, None), ticket) for name, value in vars(second).items()}
-        return _with_attributes(second, changed)
+    if is_record(second):
+        return change_record(second, lambda name, value: pair(value, getattr(first, name, None), ticket))
     return tree_map(
-        lambda b, a: pair(b, a, ticket) if isinstance(b, torch.Tensor) or is_dataclass(b) else b, second, first
+        lambda b, a: pair(b, a, ticket) if isinstance(b, torch.Tensor) or is_record(b) else b, second, first
     )
 
 
@@ -117,10 +116,16 @@ def _twin(second: torch.Tensor, first: torch.Tensor, tickets: frozenset[Ticket])
     return twin
 
 
-def _with_attributes(original: Any, changed: Mapping[str, Any]) -> Any:
-    made = copy.copy(original)
-    for name, value in changed.items():
-        object.__setattr__(made, name, value)
+def is_record(leaf: Any) -> bool:
+    """Tell a dataclass, which torch's pytree takes for a leaf."""
+    return is_dataclass(leaf) and not isinstance(leaf, type | Mapping)
+
+
+def change_record(record: Any, change: Callable[[str, Any], Any]) -> Any:
+    """Copy a dataclass, frozen or not, with other values in its fields."""
+    made = copy.copy(record)
+    for field in fields(record):
+        object.__setattr__(made, field.name, change(field.name, getattr(record, field.name)))
     return made
 
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,17 @@ def clean_env(**extra: str) -> dict[str, str]:
 
 def command(*args: object) -> list[str]:
     return [sys.executable, "-m", "surgery", *map(str, args)]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads of several workers on few cores wait for each other longer than tiny models compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
