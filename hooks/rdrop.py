@@ -23,7 +23,7 @@ from .optimizers import StepWatch, watch
 from .randomness import Randomness
 from .settings import RDrop
 from .state import PATCH, Patch
-from .twins import Ticket, Twin, pair, part
+from .twins import Ticket, Twin, pair, part, tickets_of
 
 
 class Drop:
@@ -84,7 +84,7 @@ class Drop:
         self._randomness.mark()
         is_doubled = self._doubles(root, arguments)
         size = doubling.batch_size(root, arguments) if is_doubled else None
-        self._mode.open(Hearing(root, Ticket(self._join), size), is_compiled=is_compiled)
+        self._mode.open(Hearing(root, Ticket(self._join, tickets_of(arguments)), size), is_compiled=is_compiled)
         if is_doubled:
             return None, doubling.double(arguments)
         first, second = part(arguments)
@@ -132,7 +132,7 @@ class Drop:
 
     def _join(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
         """Return the loss for a call in each pass, or for one of a doubled batch."""
-        a, b = (first.input, second.input) if first is not None else second.input.detach().chunk(2)
+        a, b = (first.prediction, second.prediction) if first is not None else second.prediction.detach().chunk(2)
         if self._blend.alpha:
             self._randomness.check(a.detach(), b.detach(), steps=self._steps)
         if second.name == "log_softmax":
