@@ -267,7 +267,8 @@ def _refuse_unreached(output: Any, ticket: Ticket) -> None:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if logits is None:
         raise SourceError(
-            "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off, such as "
-            "Trainer's use_liger_kernel or Liger's fused_linear_cross_entropy, or train without rdrop."
+            "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off: "
+            "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of "
+            "the logits for TRL's SFTTrainer. Or train without rdrop."
         )
     raise SourceError(ticket.complaint())
