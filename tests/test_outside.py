@@ -4,15 +4,17 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.parallel import DistributedDataParallel
 
 from surgery.errors import SourceError
 from surgery.hooks import patch_model, stats
@@ -225,3 +227,24 @@ def test_argument_that_a_forward_writes_to_is_the_scripts_own() -> None:
     model, batch = patch_model(Writer(3, 5), rdrop=1.0), {"x": X}
     F.cross_entropy(model(batch)["logits"], Y).backward()
     assert batch.keys() == {"x", "logits"}
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static graph"])
+def test_distributed_data_parallel_hands_twins_on(is_static: bool) -> None:
+    model, plain = net(), net()
+    wrapped = DistributedDataParallel(model, static_graph=is_static)
+    for _ in range(3):
+        for each in (wrapped, plain):
+            each.zero_grad()
+            torch.manual_seed(1)
+            F.cross_entropy(each(X), Y).backward()
+        torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    assert stats(model)["kl"] == stats(plain)["kl"] > 0
