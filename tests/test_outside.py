@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 
 from surgery.errors import SourceError
 from surgery.hooks import patch_model, stats
@@ -248,3 +249,46 @@ def test_distributed_data_parallel_hands_twins_on(is_static: bool) -> None:
             F.cross_entropy(each(X), Y).backward()
         torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
     assert stats(model)["kl"] == stats(plain)["kl"] > 0
+
+
+class OwnLoss(nn.Module):
+    """Makes its own loss, as heads with labels do."""
+
+    def __init__(self, loss: Callable[[torch.Tensor], torch.Tensor], wrap: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.loss, self.wrap = nn.Linear(3, 5), loss, wrap
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = F.dropout(self.layer(x), 0.5, self.training)
+        return self.wrap(self.loss(logits), logits)
+
+
+def as_output(loss: torch.Tensor, logits: torch.Tensor | None) -> ModelOutput:
+    return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize(("script", "got"), UNKNOWN.values(), ids=UNKNOWN)
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+def test_unknown_loss_in_the_model_is_refused_by_name(script: Any, got: str) -> None:
+    with pytest.raises(SourceError) as error:
+        patch_model(OwnLoss(script, as_output), rdrop=1.0)(X)
+    assert str(error.value) == KNOWN + "got " + got + WAY_OUT
+
+
+@pytest.mark.parametrize("wrap", [lambda loss, z: (z, loss), lambda loss, _: loss], ids=["tuple", "loss alone"])
+def test_unknown_loss_in_the_model_is_refused_at_backward(wrap: Any) -> None:
+    output = patch_model(OwnLoss(UNKNOWN["huber"][0], wrap), rdrop=1.0)(X)
+    with pytest.raises(SourceError, match=r"got huber_loss\. Train"):
+        (output[1] if isinstance(output, tuple) else output).backward()
+
+
+def test_loss_without_logits_is_refused_with_the_switches_to_turn() -> None:
+    """As Liger's and TRL's fused losses, which the tests do not install, return it."""
+    model = OwnLoss(lambda z: Scaled.apply(z, torch.sum), lambda loss, _: as_output(loss, None))  # type: ignore[no-untyped-call]
+    with pytest.raises(SourceError) as error:
+        patch_model(model, rdrop=1.0)(X)
+    assert str(error.value) == (
+        "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off: "
+        "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of the "
+        "logits for TRL's SFTTrainer. Or train without rdrop."
+    )
