@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from surgery.errors import SettingError
 
 from .kvcache import is_cache, map_cache
-from .twins import change_record, is_record
+from .outputs import map_output
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the named arguments of a forward."""
@@ -154,14 +154,12 @@ def halve(output: Any, rows: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 def _take(output: Any, *, half: int, rows: tuple[int, ...]) -> Any:
-    return tree_map(partial(_take_leaf, half=half, rows=rows), output)
+    return map_output(partial(_take_leaf, half=half, rows=rows), output)
 
 
 def _take_leaf(leaf: Any, *, half: int, rows: tuple[int, ...]) -> Any:
     if is_cache(leaf):
         return map_cache(leaf, partial(_take, half=half, rows=rows))
-    if is_record(leaf):
-        return change_record(leaf, lambda name, value: _take(value, half=half, rows=rows))  # noqa: ARG005
     if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] in [2 * size for size in rows]:
         return leaf.chunk(2)[half]
     return leaf

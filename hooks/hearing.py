@@ -50,7 +50,7 @@ class Hearing:
         if is_joined or not is_trained(values) or calls_of(self.root) == 0:
             return func(*args, **kwargs)
         if func in UNKNOWN:
-            if self.size is not None:
+            if self.rows is not None:
                 raise SettingError(f"passes: expected losses that can be halved, got {func.__name__}. {WAY_OUT}")
             self.ticket.pass_by(func.__name__)
             return func(*args, **kwargs)

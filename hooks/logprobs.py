@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 from surgery.errors import SourceError
 
 from .graphs import eagerly
+from .plain import Plain
 
 _AFFINE = frozenset(
     """__add__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __rsub__ __sub__ __truediv__ add add_ bfloat16 cat chunk
@@ -25,10 +26,12 @@ _AFFINE = frozenset(
     unsqueeze view view_as where""".split()
 )
 """Names of functions that keep an affine function affine, as long as what else they take wants no gradient."""
-_PRODUCTS = frozenset(["__mul__", "__rmul__", "__truediv__", "div", "div_", "einsum", "mul", "mul_"])
+_PRODUCTS = frozenset(["__mul__", "__rmul__", "einsum", "mul", "mul_"])
+_OF_THE_FIRST = frozenset(["__truediv__", "div", "div_", "kl_div", "nll_loss", "true_divide"])
+"""Those that are affine in their first argument only."""
 
 
-class LogProbs(torch.Tensor):
+class LogProbs(Plain):
     """log q of the second pass, and what a loss is to see in its place.
 
     Args:
@@ -47,7 +50,7 @@ class LogProbs(torch.Tensor):
             return _apply(func, args, dict(kwargs or {}))
 
 
-class JoinedLogProbs(torch.Tensor):
+class JoinedLogProbs(Plain):
     """A part of a loss that has R-Drop in it already."""
 
     @classmethod
@@ -95,8 +98,10 @@ def _is_affine(func: Any, args: tuple[Any, ...]) -> bool:
     name = getattr(func, "__name__", "")
     if not torch.is_grad_enabled() or name not in _AFFINE:
         return False
-    factors = args if name in _PRODUCTS else ()
-    return sum(isinstance(factor, torch.Tensor) and factor.requires_grad for factor in factors) < 2
+    trained = [isinstance(arg, torch.Tensor) and arg.requires_grad for arg in tree_iter(args)]
+    if name in _OF_THE_FIRST and any(trained[1:]):
+        return False
+    return name not in _PRODUCTS or sum(trained) < 2
 
 
 def _marked(result: Any) -> Any:

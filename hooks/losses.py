@@ -74,6 +74,12 @@ class LossCall:
         logits: torch.Tensor = self.arguments["input"]
         return logits
 
+    @property
+    def prediction(self) -> torch.Tensor:
+        """What wants a gradient: the input, unless mse_loss was given its arguments the other way round."""
+        target = self.arguments.get("target")
+        return target if target is not None and target.requires_grad and not self.input.requires_grad else self.input
+
     def repeat(self) -> torch.Tensor:
         """Return what torch gives for a doubled batch, on the scale of one pass."""
         loss: torch.Tensor = getattr(F, self.name)(**self.arguments)

@@ -24,7 +24,7 @@ from .optimizers import StepWatch, watch
 from .randomness import Randomness
 from .settings import RDrop
 from .state import PATCH, Patch
-from .twins import Ticket, Twin, pair, part
+from .twins import Ticket, Twin, pair, part, tickets_of
 
 
 class Drop:
@@ -91,7 +91,8 @@ class Drop:
         self._randomness.mark()
         is_doubled = self._doubles(root, arguments)
         rows = doubling.batch_rows(root, arguments) if is_doubled else None
-        self._mode.open(Hearing(root, Ticket(self._join, self.unjoined), rows), is_compiled=is_compiled)
+        ticket = Ticket(self._join, self.unjoined, tickets_of(arguments))
+        self._mode.open(Hearing(root, ticket, rows), is_compiled=is_compiled)
         if is_doubled:
             return None, doubling.double(arguments)
         first, second = part(arguments)
@@ -143,7 +144,7 @@ class Drop:
         if first is None:
             refuse_unhalved(second, is_new=not self.measured.fired)
         if self._blend.alpha:
-            a, b = (first.input, second.input) if first is not None else second.input.chunk(2)
+            a, b = (first.prediction, second.prediction) if first is not None else second.prediction.chunk(2)
             self._randomness.check(a.detach(), b.detach(), steps=self._steps)
         if second.name == "log_softmax":
             assert first is not None
@@ -284,7 +285,8 @@ def _refuse_unreached(output: Any, ticket: Ticket) -> None:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if logits is None:
         raise SourceError(
-            "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off, such as "
-            "Trainer's use_liger_kernel or Liger's fused_linear_cross_entropy, or train without rdrop."
+            "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off: "
+            "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of "
+            "the logits for TRL's SFTTrainer. Or train without rdrop."
         )
     raise SourceError(ticket.complaint())

@@ -1,17 +1,20 @@
 """Tensors that carry their twin from the model's other pass to a loss function that is called outside of the model."""
 
-import copy
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.parallel.distributed import _DDPSink
 from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from surgery.errors import SourceError
 
 from .graphs import eagerly
 from .losses import JOINED, UNKNOWN, LossCall, is_trained, read_call
+from .outputs import map_output
+from .plain import Plain
 
 Join = Callable[[LossCall | None, LossCall, Callable[[], None]], torch.Tensor]
 """Makes one loss of the calls in both passes; says so when it has."""
@@ -24,12 +27,14 @@ class Ticket:
     Args:
         join: makes one loss of the calls of both passes, or of one call on a doubled batch.
         unjoined: names of the losses that R-Drop has no formula for, over all forwards of the model.
+        before: tickets of the forwards whose outputs this one was given, such as a hidden state.
         is_reached: it has been called.
         stray: those of this forward.
     """
 
     join: Join
     unjoined: set[str]
+    before: frozenset["Ticket"] = frozenset()
     is_reached: bool = False
     stray: tuple[str, ...] = ()
 
@@ -43,8 +48,13 @@ class Ticket:
         self.unjoined.add(name)
 
     def reach(self) -> None:
-        """Note that the loss has R-Drop in it."""
-        self.is_reached = True
+        """Note that the loss has R-Drop in it, and so have the gradients that go back to forwards before."""
+        waiting = [self]
+        while waiting:
+            ticket = waiting.pop()
+            ticket.is_reached = True
+            waiting += ticket.before
+            ticket.before = frozenset()
 
     def check(self, grad: torch.Tensor) -> None:  # noqa: ARG002
         """Refuse a gradient that does not come from R-Drop's loss; a hook of the logits."""
@@ -53,14 +63,14 @@ class Ticket:
 
     def complaint(self) -> str:
         """Say that the loss is not known."""
-        met = f"got {' and '.join(self.stray)}" if self.stray else "got a loss that calls none of them"
+        met = f"got {' and '.join(dict.fromkeys(self.stray))}" if self.stray else "got a loss that calls none of them"
         return (
             "rdrop: expected a loss by cross_entropy, nll_loss, log_softmax, binary_cross_entropy or mse_loss of "
             f"torch, {met}. Train without rdrop, or with one of these."
         )
 
 
-class Twin(torch.Tensor):
+class Twin(Plain):
     """The result of the second pass, with that of the first as `other`: what is done to one is done to both.
 
     Only as long as there is a gradient to be had: what is detached, compared or printed is an ordinary tensor.
@@ -77,32 +87,18 @@ class Twin(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return _apply_to_both(func, args, kwargs)
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        return repr(self.as_subclass(torch.Tensor))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return self.as_subclass(torch.Tensor).__deepcopy__(memo)  # type: ignore[no-any-return, no-untyped-call]
-
 
 def pair(second: Any, first: Any, ticket: Ticket) -> Any:
     """Pair the outputs of two passes, tensor by tensor, in a copy of the structure of the second.
 
     Where there is nothing to pair with, a gradient that comes along raises unless the ticket is reached.
     """
-    if isinstance(second, torch.Tensor):
-        return _pair_tensors(second, first, ticket)
-    if is_record(second):
-        return change_record(second, lambda name, value: pair(value, getattr(first, name, None), ticket))
-    return tree_map(
-        lambda b, a: pair(b, a, ticket) if isinstance(b, torch.Tensor) or is_record(b) else b, second, first
-    )
+    return map_output(lambda b, a: _pair_tensors(b, a, ticket), second, first)
 
 
-def _pair_tensors(second: torch.Tensor, first: Any, ticket: Ticket) -> torch.Tensor:
-    if not second.requires_grad or second.is_leaf or (ticket.is_reached and second.dim() == 0):
+def _pair_tensors(second: Any, first: Any, ticket: Ticket) -> Any:
+    is_output = isinstance(second, torch.Tensor) and second.requires_grad and not second.is_leaf
+    if not is_output or (ticket.is_reached and second.dim() == 0):
         return second
     if not ticket.is_reached:
         second.register_hook(ticket.check)  # type: ignore[no-untyped-call]
@@ -116,21 +112,10 @@ def _twin(second: torch.Tensor, first: torch.Tensor, tickets: frozenset[Ticket])
     return twin
 
 
-def is_record(leaf: Any) -> bool:
-    """Tell a dataclass, which torch's pytree takes for a leaf."""
-    return is_dataclass(leaf) and not isinstance(leaf, type | Mapping)
-
-
-def change_record(record: Any, change: Callable[[str, Any], Any]) -> Any:
-    """Copy a dataclass, frozen or not, with other values in its fields."""
-    made = copy.copy(record)
-    for field in fields(record):
-        object.__setattr__(made, field.name, change(field.name, getattr(record, field.name)))
-    return made
-
-
 def part(tree: Any) -> tuple[Any, Any]:
     """Return the first and the second pass's share of arguments that may hold twins."""
+    if not any(isinstance(leaf, Twin) for leaf in tree_iter(tree)):
+        return tree, tree  # the script may look into what it has given
     return tree_map_only(Twin, lambda twin: twin.other, tree), tree_map_only(Twin, _plain, tree)
 
 
@@ -138,7 +123,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_subclass(torch.Tensor)
 
 
-def _tickets(tree: Any) -> frozenset[Ticket]:
+def tickets_of(tree: Any) -> frozenset[Ticket]:
+    """Return the tickets of the twins in arguments."""
     return frozenset().union(*(leaf.tickets for leaf in tree_iter(tree) if isinstance(leaf, Twin)))
 
 
@@ -148,7 +134,7 @@ def _apply_to_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return _join(func, args, kwargs)
     if func is _BASE:
         return func(*args)
-    tickets = _tickets((args, kwargs))
+    tickets = tickets_of((args, kwargs))
     if func in UNKNOWN and is_trained([*args, *kwargs.values()]):
         for ticket in tickets:
             ticket.pass_by(func.__name__)
@@ -159,15 +145,17 @@ def _apply_to_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     versions = [_version(tensor) for tensor in tensors]
     result = func(*args, **kwargs)
     written = [tensor for tensor, version in zip(tensors, versions, strict=True) if _version(tensor) != version]
-    if any(not isinstance(tensor, Twin) for tensor in written):
+    if any(tensor.requires_grad and not isinstance(tensor, Twin) for tensor in written):
         return result  # a plain tensor has taken in a twin: to do it twice would count it twice
-    # DistributedDataParallel clones the outputs within an autograd function, where no gradients are wanted
-    is_sink = func is torch.Tensor.clone and not torch.is_grad_enabled()
-    if not written and not is_sink and not any(_is_twinnable(leaf) for leaf in tree_iter(result)):
+    is_sink = func is torch.Tensor.clone and not torch.is_grad_enabled() and _is_in_sink()
+    is_paired = torch.is_grad_enabled() and any(_is_twinnable(leaf) for leaf in tree_iter(result))
+    if not (written or is_sink or is_paired):
         return result
     with torch.set_grad_enabled(torch.is_grad_enabled() or is_sink):
         others, other_kwargs = tree_map_only(Twin, lambda twin: twin.other, (args, kwargs))
         other = func(*others, **other_kwargs)
+    if not (is_sink or is_paired):
+        return result
     return tree_map(
         lambda b, a: _twin(b, a, tickets) if _is_twinnable(b) or (is_sink and type(b) is torch.Tensor) else b,
         result,
@@ -175,6 +163,19 @@ def _apply_to_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     )
 
 
+def _is_in_sink() -> bool:
+    """Tell whether DistributedDataParallel is cloning the outputs, in an autograd function that changes nothing."""
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if frame.f_code is _SINK:
+            return True
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return False
+
+
+_SINK = _DDPSink.forward.__code__
 _BASE = torch.Tensor._base.__get__  # type: ignore[union-attr]
 
 
@@ -187,7 +188,7 @@ def _is_twinnable(leaf: Any) -> bool:
 
 
 def _join(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tickets = _tickets((args, kwargs))
+    tickets = tickets_of((args, kwargs))
     (first_args, first_kwargs), (second_args, second_kwargs) = part((args, kwargs))
 
     def reach() -> None:
