@@ -106,6 +106,8 @@ class Patch:
         for listener in (self.decay, self.drop):
             if listener is not None:
                 forget(listener)
+        if self.drop is not None:
+            self.drop.close()  # a KeyboardInterrupt has left it open
         for rate in self.replaced:
             if getattr(rate.module, rate.attribute, None) == 0:  # else somebody has set it since
                 setattr(rate.module, rate.attribute, rate.value)
