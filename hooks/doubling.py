@@ -97,7 +97,8 @@ def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> Any:
 
 def _is_of_batch(module: nn.Module) -> bool:
     """Tell whether a layer may depend on the batch as a whole, or draw for it."""
-    return _is_kind_of_batch(type(module)) or bool(vars(module).get("layerdrop"))
+    kind: Any = type(module)
+    return _is_kind_of_batch(kind) or bool(vars(module).get("layerdrop"))
 
 
 @cache

@@ -141,6 +141,10 @@ class Drop:
 
     def _join(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
         """Return the loss for a call in each pass, or for one of a doubled batch."""
+        with torch._C.DisableTorchFunction():  # another patched model, that calls this one, would hear the arithmetic
+            return self._join_unheard(first, second, reach)
+
+    def _join_unheard(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
         if first is None:
             refuse_unhalved(second, is_new=not self.measured.fired)
         if self._blend.alpha:
@@ -172,7 +176,8 @@ class Drop:
 
         def join_any() -> torch.Tensor:
             reach()
-            return divergence.log_softmax(a, b, dim, self._blend, self.measured.add)
+            with torch._C.DisableTorchFunction():
+                return divergence.log_softmax(a, b, dim, self._blend, self.measured.add)
 
         return as_log_probs(log_q, join_nll, join_any)
 

@@ -114,7 +114,7 @@ class Patch:
         for listener in self._listeners():
             forget(listener)
         if self.drop is not None:
-            self.drop.close()
+            self.drop.close()  # a KeyboardInterrupt has left it open
         for rate in self.replaced:
             restore_rates(rate.module)
         for handle in self._handles:

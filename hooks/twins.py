@@ -101,7 +101,7 @@ def _pair_tensors(second: Any, first: Any, ticket: Ticket) -> Any:
     if not is_output or (ticket.is_reached and second.dim() == 0):
         return second
     if not ticket.is_reached:
-        second.register_hook(ticket.check)  # type: ignore[no-untyped-call]
+        second.register_hook(ticket.check)
     is_fit = isinstance(first, torch.Tensor) and first.requires_grad and first.shape == second.shape
     return _twin(second, first, frozenset([ticket])) if is_fit and type(second) is torch.Tensor else second
 

@@ -301,14 +301,14 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
-def main(rank: int, folder: Path, names: list[str]) -> None:
+def main(rank: int, folder: Path, names: list[str], cases: dict[str, Callable[[], Any]]) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     found = {}
     for name in names:
         try:
-            found[name] = CASES[name]()
+            found[name] = cases[name]()
         except Exception:
             found[name] = {"error": traceback.format_exc()}
     (folder / f"{rank}.json").write_text(json.dumps(found))
@@ -317,4 +317,4 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:], CASES)

@@ -18,15 +18,15 @@ Found = dict[str, dict[str, Any]]
 TOLERANCE = 1e-12
 
 
-def launch(folder: Path, names: list[str]) -> list[Found]:
-    """Run cases in two processes, and return what each has measured."""
+def launch(folder: Path, names: list[str], *, module: str = "ranks") -> list[Found]:
+    """Run cases of a module in two processes, and return what each has measured."""
     environment = clean_env(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment |= {"GLOO_SOCKET_IFNAME": "lo"}
     folder.mkdir()
     ranks = []
     try:
         for rank in ("0", "1"):
-            command = [sys.executable, "-m", "tests.ranks", rank, str(folder), *names]
+            command = [sys.executable, "-m", f"tests.{module}", rank, str(folder), *names]
             with (folder / f"{rank}.log").open("w") as log:
                 ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
         codes = [process.wait(timeout=120) for process in ranks]
@@ -38,15 +38,19 @@ def launch(folder: Path, names: list[str]) -> list[Found]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+def launched(tmp_path_factory: pytest.TempPathFactory, module: str, names: list[str]) -> list[Found]:
     """What every case measured, by rank: launched once, also when pytest-xdist spreads the tests over processes."""
     base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / module
     with FileLock(f"{shared}.lock"):
         if not shared.exists():
-            launch(shared, list(CASES))
+            launch(shared, names, module=module)
     return [json.loads((shared / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    return launched(tmp_path_factory, "ranks", list(CASES))
 
 
 TRAINED = [
