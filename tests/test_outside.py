@@ -215,7 +215,7 @@ def test_step_without_the_patched_model_is_refused() -> None:
         torch.optim.SGD(layers.parameters(), lr=0.1).step()
     assert str(error.value) == (
         "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none whose "
-        "loss it could reach. Patch the model that the script calls, as model(...)."
+        "loss it could reach. Call model.train(), and patch what the script calls as model(...)."
     )
 
 
