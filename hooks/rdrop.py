@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_map
 
-from surgery.errors import SourceError
+from surgery.errors import SettingError, SourceError
 
 from . import divergence, doubling
 from .divergence import Blend, Joined
@@ -18,7 +18,7 @@ from .graphs import between_graphs, eagerly, is_compiled_call, run_uncompiled
 from .hearing import Hearing, LossMode, calls_of
 from .kvcache import is_cache, map_cache
 from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
-from .losses import LossCall, join, join_halves, read_call, refuse_unhalved
+from .losses import WAY_OUT, LossCall, join, join_halves, read_call, refuse_unhalved
 from .measured import Measured
 from .optimizers import StepWatch, watch
 from .randomness import Randomness
@@ -133,8 +133,11 @@ class Drop:
         self._mode.close()
 
     def _doubles(self, root: nn.Module, arguments: doubling.Arguments) -> bool:
+        is_paired = bool(tickets_of(arguments))  # each pass has inputs of its own
         if self.settings.passes == "auto":
-            return not self._is_mixed and doubling.is_known(root, arguments)
+            return not self._is_mixed and not is_paired and doubling.is_known(root, arguments)
+        if self.settings.passes == "doubled" and is_paired:
+            raise SettingError(f"passes: expected inputs without R-Drop, got outputs of a patched model. {WAY_OUT}")
         return self.settings.passes == "doubled"
 
     # -- the loss -------------------------------------------------------------------------------------------------

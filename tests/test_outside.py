@@ -9,6 +9,7 @@ from io import BytesIO
 from typing import Any
 
 import pytest
+import seeded
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -17,8 +18,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 
-from surgery.errors import SourceError
-from surgery.hooks import patch_model, stats
+from surgery.errors import SettingError, SourceError
+from surgery.hooks import RDrop, patch_model, stats
 
 KNOWN = "rdrop: expected a loss by cross_entropy, nll_loss, log_softmax, binary_cross_entropy or mse_loss of torch, "
 WAY_OUT = ". Train without rdrop, or with one of these."
@@ -98,7 +99,7 @@ class Scaled(torch.autograd.Function):
         return -grad.expand(8, 5), None
 
 
-HOWS = {"clone": torch.clone, "view": lambda z: z.view_as(z), "itself": lambda z: z, "sum": torch.sum}
+HOWS = {"clone": lambda z: z.clone(), "view": lambda z: z.view_as(z), "itself": lambda z: z, "sum": torch.sum}
 
 
 @pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
@@ -291,4 +292,36 @@ def test_loss_without_logits_is_refused_with_the_switches_to_turn() -> None:
         "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off: "
         "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of the "
         "logits for TRL's SFTTrainer. Or train without rdrop."
+    )
+
+
+def test_patched_model_goes_on_from_the_outputs_of_another() -> None:
+    """Two passes, each from its own: a batch twice over would need both in one."""
+    torch.manual_seed(0)
+    encoder, x, labels = nn.Sequential(nn.Linear(3, 32), nn.Dropout(0.5)), X.reshape(2, 4, 3), Y.reshape(2, 4)
+    head = seeded.gpt2().train()
+    wanted = None
+    for patch in (False, True):
+        torch.manual_seed(2)
+        if patch:
+            patch_model(encoder, rdrop=1.0)
+            patch_model(head, rdrop=1.0)
+            loss = head(inputs_embeds=encoder(x), labels=labels).loss
+        else:
+            first, second = encoder(x), encoder(x)
+            a, b = (head(inputs_embeds=z).logits[:, :-1].flatten(0, 1) for z in (first, second))
+            p, q, target = a.softmax(-1), b.softmax(-1), labels[:, 1:].flatten()
+            divergence = ((p - q) * (p / q).log()).sum(-1).mean() / 2
+            loss = (F.cross_entropy(a, target) + F.cross_entropy(b, target)) / 2 + divergence / 2
+        grads = torch.autograd.grad(loss, list(encoder.parameters()))
+        wanted = wanted or grads
+    torch.testing.assert_close(grads, wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_outputs_of_a_patched_model_are_refused_as_inputs_to_double() -> None:
+    model = patch_model(nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.5)), rdrop=RDrop(1.0, passes="doubled"))
+    with pytest.raises(SettingError) as error:
+        model(net()(X))
+    assert str(error.value) == (
+        'passes: expected inputs without R-Drop, got outputs of a patched model. Use RDrop(alpha, passes="two").'
     )

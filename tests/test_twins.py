@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from surgery.hooks import patch_model
+from surgery.hooks import RDrop, patch_model
 
 ALPHA = 1.5
 B, T, C = 6, 4, 5
@@ -230,8 +230,6 @@ def test_layers_outside_the_model_are_trained_on_both_passes() -> None:
 
 @pytest.mark.parametrize("passes", ["doubled", "two"])
 def test_doubled_batch_trains_losses_outside(passes: str) -> None:
-    from surgery.hooks import RDrop
-
     model = patch_model(Net(), rdrop=RDrop(ALPHA, passes=passes))  # type: ignore[arg-type]
     logits = model(X)
     assert logits.shape == (B, T, C)
