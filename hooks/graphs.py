@@ -58,7 +58,7 @@ def trace_cross_entropy() -> None:
     from torch._dynamo.variables.user_defined import UserDefinedClassVariable as Variable
 
     if hasattr(Variable, "_call_cross_entropy_loss"):
-        Variable._call_cross_entropy_loss = _call_as_any  # type: ignore[method-assign]
+        Variable._call_cross_entropy_loss = _call_as_any  # type: ignore[method-assign, assignment]
 
 
 def _call_as_any(variable: Any, tx: Any, args: Any, kwargs: Any) -> Any:
