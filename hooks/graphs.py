@@ -49,22 +49,22 @@ class _CrossEntropyLoss(nn.CrossEntropyLoss):
 _REAL = nn.CrossEntropyLoss
 
 
-def unveil_cross_entropy() -> None:
-    """Have torch.compile trace nn.CrossEntropyLoss as it does any module, until veil_cross_entropy.
+def trace_cross_entropy() -> None:
+    """Have torch.compile trace nn.CrossEntropyLoss as it does any module. That stays for the process.
 
     It takes one that is made in a forward for its function, and then asks no TorchFunctionMode. It tells the class by
-    comparing it with torch.nn.CrossEntropyLoss, so that another one of that name is enough.
+    comparing it with torch.nn.CrossEntropyLoss, so that another one of that name, for just that moment, is enough.
     """
+    from torch._dynamo.variables.user_defined import UserDefinedClassVariable as Variable
+
+    if hasattr(Variable, "_call_cross_entropy_loss"):
+        Variable._call_cross_entropy_loss = _call_as_any  # type: ignore[method-assign, assignment]
+
+
+def _call_as_any(variable: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    """Take the way of another class through torch.compile's `call_function`, which has called this."""
     nn.CrossEntropyLoss = _CrossEntropyLoss  # type: ignore[misc]
-
-
-def veil_cross_entropy() -> None:
-    """Undo unveil_cross_entropy."""
-    nn.CrossEntropyLoss = _REAL  # type: ignore[misc]
-
-
-def is_compiled_call() -> bool:
-    """Tell whether the frames called from here are compiled."""
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback
-
-    return get_eval_frame_callback() is not None
+    try:
+        return variable.call_function(tx, args, kwargs)
+    finally:
+        nn.CrossEntropyLoss = _REAL  # type: ignore[misc]

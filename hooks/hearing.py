@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from surgery.errors import SettingError, SourceError
 
-from .graphs import eagerly, unveil_cross_entropy, veil_cross_entropy
+from .graphs import eagerly
 from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
 from .losses import JOINED, UNKNOWN, WAY_OUT, LossCall, is_trained, read_call, refuse_misfit
 from .twins import Ticket
@@ -106,17 +106,14 @@ class LossMode(TorchFunctionMode):
             return _hear(self, func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
-    def open(self, hearing: Hearing, *, is_compiled: bool) -> None:
+    def open(self, hearing: Hearing) -> None:
         """Hear what is called from now on."""
         self.hearing = hearing
-        if is_compiled:
-            unveil_cross_entropy()
         _push_mode(self)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Hear nothing more, whatever modes have been entered since."""
         self.hearing = None
-        veil_cross_entropy()
         above = []
         while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             if (mode := _pop_mode()) is not self:  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from surgery.errors import SettingError, SourceError
 
 from . import divergence, doubling
 from .divergence import Blend, Joined
-from .graphs import between_graphs, eagerly, is_compiled_call, run_uncompiled
+from .graphs import between_graphs, eagerly, run_uncompiled, trace_cross_entropy
 from .hearing import Hearing, LossMode, calls_of
 from .kvcache import is_cache, map_cache
 from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
@@ -57,6 +57,7 @@ class Drop:
     def attach(self, root: nn.Module) -> list[Any]:
         """Put R-Drop on the model; return the handles of its hooks."""
         run_uncompiled(Twin, LogProbs, JoinedLogProbs)
+        trace_cross_entropy()
         self._know(root)
         return [
             root.register_forward_pre_hook(_begin_passes, with_kwargs=True),
@@ -67,11 +68,9 @@ class Drop:
     # -- the forward ----------------------------------------------------------------------------------------------
 
     @eagerly
-    def begin(self, root: nn.Module, arguments: doubling.Arguments, *, is_compiled: bool) -> tuple[Any, Any]:
+    def begin(self, root: nn.Module, arguments: doubling.Arguments) -> tuple[Any, Any]:
         """Listen to the passes to come.
 
-        Args:
-            is_compiled: torch.compile has the root.
         Returns:
             The arguments of a first pass, None if there is none, and those of the forward that the script has called,
             None for those that it has.
@@ -92,7 +91,7 @@ class Drop:
         is_doubled = self._doubles(root, arguments)
         rows = doubling.batch_rows(root, arguments) if is_doubled else None
         ticket = Ticket(self._join, self.unjoined, tickets_of(arguments))
-        self._mode.open(Hearing(root, ticket, rows), is_compiled=is_compiled)
+        self._mode.open(Hearing(root, ticket, rows))
         if is_doubled:
             return None, doubling.double(arguments)
         first, second = part(arguments)
@@ -255,7 +254,7 @@ def _begin_passes(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Make the first pass; the last of the root's forward pre-hooks."""
     patch: Patch = root.__dict__[PATCH]
     assert patch.drop is not None
-    first, arguments = patch.drop.begin(root, (args, kwargs), is_compiled=is_compiled_call())
+    first, arguments = patch.drop.begin(root, (args, kwargs))
     if first is not None:
         try:
             output = root.forward(*first[0], **first[1])
