@@ -26,6 +26,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/bench_perturb.py
 	$(BIN)/python tests/benchmarks/bench_report.py
 	$(BIN)/python tests/benchmarks/bench_mixout.py
+	$(BIN)/python tests/benchmarks/bench_rdrop.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,12 +1,9 @@
 """Time a training step under R-Drop beside the plain step and a hand-written loop of two passes.
 
 One MiniLM classifier and one AdamW go through all ways in turn, step by step, so that every ratio is of one run. The
-hand-written loop is the README's of the paper's authors, with the same loss.
-
-    python tests/benchmarks/bench_rdrop_step.py [--device cuda] [--rounds N]
+hand-written loop is the README's of the paper's authors, with the same loss. bench_rdrop.py runs this.
 """
 
-import argparse
 import contextlib
 import logging
 import statistics
@@ -94,21 +91,14 @@ def time_steps(training: Training, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=10)
-    arguments = parser.parse_args()
+def report_steps(device: str, rounds: int) -> None:
+    """Time the steps, and print a table with ratios."""
     logging.getLogger("surgery").setLevel(logging.ERROR)
-    seconds = time_steps(Training(arguments.device), arguments.rounds)
-    what = "bf16 autocast" if arguments.device == "cuda" else f"float32, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {arguments.device}, {what}, MiniLM, {BATCH[0]} x {BATCH[1]} tokens, AdamW")
+    seconds = time_steps(Training(device), rounds)
+    what = "bf16 autocast" if device == "cuda" else f"float32, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {device}, {what}, MiniLM, {BATCH[0]} x {BATCH[1]} tokens, AdamW")
     print(f"{'':16}{'median ms':>11}{'best ms':>10}{'x plain':>9}{'best x':>8}")
     median, best = statistics.median(seconds["plain"]), min(seconds["plain"])
     for name, values in seconds.items():
         middle, least = statistics.median(values), min(values)
         print(f"{name:16}{middle * 1e3:11.1f}{least * 1e3:10.1f}{middle / median:9.2f}{least / best:8.2f}")
-
-
-if __name__ == "__main__":
-    main()
