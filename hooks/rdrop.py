@@ -20,8 +20,9 @@ from .kvcache import is_cache, map_cache
 from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
 from .losses import WAY_OUT, LossCall, join, join_halves, read_call, refuse_unhalved
 from .measured import Measured
-from .optimizers import StepWatch, watch
+from .optimizers import watch
 from .randomness import Randomness
+from .schedule import Schedule
 from .settings import RDrop
 from .state import PATCH, Patch
 from .twins import Ticket, Twin, pair, part, tickets_of
@@ -45,20 +46,16 @@ class Drop:
         self._blend = Blend(
             float(settings.alpha), 2.0 if settings.scale == "paper" else 1.0, settings.kl_reduction == "sum"
         )
+        self.schedule = Schedule(settings.every)
         self._is_mixed = is_mixed
         self._mode = LossMode()
         self._randomness = Randomness()
-        self._watch = StepWatch()
-        self._steps = 0
-        self._has_stepped = False
-        self._is_stepping = False
-        self._weights: set[int] = set()
 
     def attach(self, root: nn.Module) -> list[Any]:
         """Put R-Drop on the model; return the handles of its hooks."""
         run_uncompiled(Twin, LogProbs, JoinedLogProbs)
         trace_cross_entropy()
-        self._know(root)
+        self.schedule.know(root)
         return [
             root.register_forward_pre_hook(_begin_passes, with_kwargs=True),
             # before all others, FSDP's for instance, so that they see what the script will get
@@ -83,8 +80,8 @@ class Drop:
                 "gradient. Use loss.backward(), or train without rdrop."
             )
         self.close()  # a KeyboardInterrupt has left it open
-        self._count_step(root)
-        if not self._is_due:
+        self.schedule.count(root)
+        if not self.schedule.is_due:
             return None, None
         self.measured.settle()
         self._randomness.mark()
@@ -151,7 +148,7 @@ class Drop:
             refuse_unhalved(second, is_new=not self.measured.fired)
         if self._blend.alpha:
             a, b = (first.prediction, second.prediction) if first is not None else second.prediction.chunk(2)
-            self._randomness.check(a.detach(), b.detach(), steps=self._steps)
+            self._randomness.check(a.detach(), b.detach(), steps=self.schedule.steps)
         if second.name == "log_softmax":
             assert first is not None
             return self._log_probs(first, second, reach)
@@ -189,55 +186,19 @@ class Drop:
 
     # -- training steps -------------------------------------------------------------------------------------------
 
-    @property
-    def _is_due(self) -> bool:
-        """This training step is one that R-Drop takes part in."""
-        return (self._steps + 1) % self.settings.every == 0
-
-    def _count_step(self, root: nn.Module) -> None:
-        """Begin another step if an optimizer has stepped since the last forward; several of them make one step."""
-        self._steps += self._has_stepped
-        self._has_stepped = False
-        weights = self._know(root)
-        if self._is_stepping:  # LBFGS moves the weights between the forwards of a step
-            return
-        if self.settings.every > 1 and weights and self._watch.is_missed(weights[0], self._steps):
-            raise SourceError(
-                "every: expected steps of a torch.optim.Optimizer to count, got weights that change without one. "
-                "Use such an optimizer, built from the model's own parameters, or every=1."
-            )
-
-    def _know(self, root: nn.Module) -> list[nn.Parameter]:
-        """Look up the trainable weights, which fully_shard replaces."""
-        weights = [parameter for parameter in root.parameters() if parameter.requires_grad]
-        self._weights = set(map(id, weights))
-        return weights
-
-    def resume(self, steps: int) -> None:
-        """Go on with `every` as after so many steps."""
-        self._steps = steps
-        self._has_stepped = False
-
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Refuse a step that R-Drop should have had a part in, if it never had one."""
         is_looked_at = not is_closure and not torch.compiler.is_compiling()
-        if is_looked_at and self._is_due and not self.measured.fired and self._holds(optimizer):
+        if is_looked_at and self.schedule.is_due and not self.measured.fired and self.schedule.holds(optimizer):
             raise SourceError(
                 "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
                 "whose loss it could reach. Call model.train(), and patch what the script calls as model(...)."
             )
-        self._is_stepping = True
+        self.schedule.begin_step()
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note that there was one."""
-        self._is_stepping = False
-        # in a compiled step, whatever is looked at would be guarded on
-        self._has_stepped = self._has_stepped or torch.compiler.is_compiling() or self._holds(optimizer)
-
-    def _holds(self, optimizer: Optimizer) -> bool:
-        return any(
-            id(w) in self._weights and w.grad is not None for group in optimizer.param_groups for w in group["params"]
-        )
+        self.schedule.end_step(optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "measured": Measured(), "_randomness": Randomness()}

@@ -44,7 +44,7 @@ class SurgeryCallback(TrainerCallback):
                 "Call patch_model(model) before training."
             )
         if patch.drop is not None:
-            patch.drop.resume(state.global_step)
+            patch.drop.schedule.resume(state.global_step)
         # the Trainer puts a user's callbacks after its reporters, and hands no callback the list
         handler = sys._getframe(1).f_locals.get("self")
         if isinstance(handler, CallbackHandler) and self in handler.callbacks:
