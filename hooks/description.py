@@ -24,6 +24,7 @@ class Description:
         is_w_pre_lost: they have stayed behind a pickle.
         anchored: optimizer steps that the anchor acted in.
         fired: forwards that R-Drop's KL was a part of.
+        missed: optimizer steps without R-Drop, after some with it.
         unjoined: names of losses that R-Drop has no formula for, and has left as they are in the second pass.
         unmixed: optimizer steps, if there was no forward in training mode until now.
         elsewhere: of a model that is not patched itself: what of it, or around it, is.
@@ -46,6 +47,7 @@ class Description:
     is_w_pre_lost: bool = False
     anchored: int = 0
     fired: int = 0
+    missed: int = 0
     unjoined: tuple[str, ...] = ()
     unmixed: int = 0
     elsewhere: str = ""
@@ -60,6 +62,8 @@ def _lines(found: Description) -> list[str]:
     lines = []
     if found.rdrop is not None:
         lines.append(_rdrop_line(found.rdrop, found.fired))
+        if found.missed:
+            lines.append(f"NOT IN       {found.missed} optimizer steps: no forward in training mode came before them")
         if found.unjoined:
             lines.append(f"not joined   {', '.join(found.unjoined)}: no formula; as the second pass has it")
     if found.mixout is None and found.anchor is None:

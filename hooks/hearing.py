@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from surgery.errors import SettingError, SourceError
 
 from .graphs import eagerly
-from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
+from .logprobs import JoinedRows, LogProbs, as_log_probs
 from .losses import JOINED, UNKNOWN, WAY_OUT, LossCall, is_trained, read_call, refuse_misfit
 from .twins import Ticket
 
@@ -46,7 +46,7 @@ class Hearing:
             SettingError: the loss of a doubled batch cannot be told from that of one pass.
         """
         values = [*args, *kwargs.values()]
-        is_joined = any(isinstance(value, LogProbs | JoinedLogProbs) for value in values)
+        is_joined = any(isinstance(value, LogProbs | JoinedRows) for value in values)
         if is_joined or not is_trained(values) or calls_of(self.root) == 0:
             return func(*args, **kwargs)
         if func in UNKNOWN:

@@ -19,14 +19,16 @@ from .graphs import eagerly
 from .plain import Plain
 
 _AFFINE = frozenset(
-    """__add__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __rsub__ __sub__ __truediv__ add add_ bfloat16 cat chunk
-    clone contiguous cpu cuda div div_ double einsum expand flatten float gather half index_select kl_div masked_fill
-    masked_fill_ masked_select mean movedim mul mul_ nansum narrow neg negative nll_loss permute reshape rsub select
-    split squeeze stack sub sub_ subtract sum swapaxes t take_along_dim to transpose type type_as unbind unflatten
-    unsqueeze view view_as where""".split()
+    """__add__ __getitem__ __matmul__ __mul__ __neg__ __radd__ __rmatmul__ __rmul__ __rsub__ __sub__ __truediv__ add
+    add_ bfloat16 cat chunk clone contiguous cpu cuda cumsum div div_ dot double einsum expand flatten float
+    gather half index_select kl_div masked_fill masked_fill_ masked_select matmul mean movedim mul mul_ nansum
+    narrow neg negative nll_loss permute reshape rsub select split squeeze stack sub sub_ subtract sum
+    swapaxes t take_along_dim to transpose type type_as unbind unflatten unsqueeze view view_as where""".split()
 )
 """Names of functions that keep an affine function affine, as long as what else they take wants no gradient."""
-_PRODUCTS = frozenset(["__mul__", "__rmul__", "einsum", "mul", "mul_"])
+_PRODUCTS = frozenset("__matmul__ __mul__ __rmatmul__ __rmul__ dot einsum matmul mul mul_".split())
+_SELECTING = frozenset(["sort", "topk"])
+"""Those that pick rows of a loss; of log-probabilities they pick classes, for figures."""
 _OF_THE_FIRST = frozenset(["__truediv__", "div", "div_", "kl_div", "nll_loss", "true_divide"])
 """Those that are affine in their first argument only."""
 
@@ -50,8 +52,8 @@ class LogProbs(Plain):
             return _apply(func, args, dict(kwargs or {}))
 
 
-class JoinedLogProbs(Plain):
-    """A part of a loss that has R-Drop in it already."""
+class JoinedRows(Plain):
+    """A loss before its reduction, or a part of one, that has R-Drop in it already."""
 
     @classmethod
     def __torch_function__(
@@ -76,18 +78,21 @@ def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0].join_nll(*args[1:], **kwargs)
     if not _is_affine(func, args):
         return func(*args, **kwargs)
-    swapped_args, swapped_kwargs = tree_map_only(LogProbs, lambda probs: probs.join(), (args, kwargs))
-    return _marked(func(*swapped_args, **swapped_kwargs))
+    is_in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
+    swapped_args, swapped_kwargs = tree_map_only(
+        LogProbs, lambda probs: probs.join().clone() if is_in_place else probs.join(), (args, kwargs)
+    )
+    return mark_joined(func(*swapped_args, **swapped_kwargs))
 
 
 @eagerly
 def _apply_to_joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*args, **kwargs)
-    if _is_affine(func, args):
-        return _marked(result)
+    if _is_affine(func, args) or getattr(func, "__name__", "") in _SELECTING:
+        return mark_joined(result)
     if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_iter(result)):
         raise SourceError(
-            "rdrop: expected a loss that is a weighted sum of log-probabilities, got "
+            "rdrop: expected a loss that is a weighted sum of its rows, or of log-probabilities, got "
             f"{getattr(func, '__name__', func)} of them. Train without rdrop."
         )
     return result
@@ -104,11 +109,11 @@ def _is_affine(func: Any, args: tuple[Any, ...]) -> bool:
     return name not in _PRODUCTS or sum(trained) < 2
 
 
-def _marked(result: Any) -> Any:
+def mark_joined(result: Any) -> Any:
     """Mark what is not yet the loss itself, for what is done next."""
     return tree_map(
         lambda leaf: (
-            leaf.as_subclass(JoinedLogProbs)
+            leaf.as_subclass(JoinedRows)
             if type(leaf) is torch.Tensor and leaf.requires_grad and leaf.dim() > 0
             else leaf
         ),

@@ -16,11 +16,16 @@ class Measured:
         self._last: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None
         self._count = 0
-        self._fired = 0
+        self.fired = 0
+        """Forwards that the KL was a part of."""
 
     def add(self, ce: torch.Tensor, kl: torch.Tensor) -> None:
         """Take in the terms of one loss."""
         self._pending.append(torch.stack([kl.detach().double(), ce.detach().double()]))
+
+    def fire(self) -> None:
+        """Count a forward whose loss has the KL in it."""
+        self.fired += 1
 
     def settle(self) -> None:
         """End a forward."""
@@ -30,7 +35,6 @@ class Measured:
         self._sum = self._last if self._sum is None else self._sum + self._last
         self._pending = []
         self._count += 1
-        self._fired += 1
 
     def read(self) -> dict[str, Any]:
         """Return the last values and the means since they were last read; None where nothing has been measured."""
@@ -38,9 +42,4 @@ class Measured:
         last = [None, None] if self._last is None else self._last.tolist()
         mean = [None, None] if self._sum is None else (self._sum / self._count).tolist()
         self._sum, self._count = None, 0
-        return {"kl": last[0], "ce": last[1], "kl_mean": mean[0], "ce_mean": mean[1], "rdrop_fired": self._fired}
-
-    @property
-    def fired(self) -> int:
-        """Forwards that the KL was a part of."""
-        return self._fired + bool(self._pending)
+        return {"kl": last[0], "ce": last[1], "kl_mean": mean[0], "ce_mean": mean[1], "rdrop_fired": self.fired}

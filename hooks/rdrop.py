@@ -1,7 +1,9 @@
 """R-Drop on a live model: two passes for each training forward, and one loss of both."""
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from .divergence import Blend, Joined
 from .graphs import between_graphs, eagerly, run_uncompiled, trace_cross_entropy
 from .hearing import Hearing, LossMode, calls_of
 from .kvcache import is_cache, map_cache
-from .logprobs import JoinedLogProbs, LogProbs, as_log_probs
+from .logprobs import JoinedRows, LogProbs, as_log_probs, mark_joined
 from .losses import WAY_OUT, LossCall, join, join_halves, read_call, refuse_unhalved
 from .measured import Measured
 from .optimizers import watch
@@ -26,6 +28,8 @@ from .schedule import Schedule
 from .settings import RDrop
 from .state import PATCH, Patch
 from .twins import Ticket, Twin, pair, part, tickets_of
+
+_log = logging.getLogger(__name__)
 
 
 class Drop:
@@ -43,6 +47,11 @@ class Drop:
         self.settings = settings
         self.measured = Measured()
         self.unjoined: set[str] = set()
+        self.missed = 0
+        """Optimizer steps without R-Drop, after some with it."""
+        self._fired_before = 0
+        self._served: set[int] = set()
+        self._is_closure = False
         self._blend = Blend(
             float(settings.alpha), 2.0 if settings.scale == "paper" else 1.0, settings.kl_reduction == "sum"
         )
@@ -53,7 +62,7 @@ class Drop:
 
     def attach(self, root: nn.Module) -> list[Any]:
         """Put R-Drop on the model; return the handles of its hooks."""
-        run_uncompiled(Twin, LogProbs, JoinedLogProbs)
+        run_uncompiled(Twin, LogProbs, JoinedRows)
         trace_cross_entropy()
         self.schedule.know(root)
         return [
@@ -87,7 +96,7 @@ class Drop:
         self._randomness.mark()
         is_doubled = self._doubles(root, arguments)
         rows = doubling.batch_rows(root, arguments) if is_doubled else None
-        ticket = Ticket(self._join, self.unjoined, tickets_of(arguments))
+        ticket = Ticket(self._join, self.measured.fire, self.unjoined, tickets_of(arguments))
         self._mode.open(Hearing(root, ticket, rows))
         if is_doubled:
             return None, doubling.double(arguments)
@@ -154,7 +163,8 @@ class Drop:
             return self._log_probs(first, second, reach)
         reach()
         if first is not None:
-            return self._note(join(first, second, self._blend))
+            loss = self._note(join(first, second, self._blend))
+            return mark_joined(loss) if second.arguments["reduction"] == "none" else loss
         if self._blend.alpha:
             return self._note(join_halves(second, self._blend))
         with torch.no_grad():
@@ -178,7 +188,7 @@ class Drop:
             with torch._C.DisableTorchFunction():
                 return divergence.log_softmax(a, b, dim, self._blend, self.measured.add)
 
-        return as_log_probs(log_q, join_nll, join_any)
+        return as_log_probs(log_q, join_nll, cache(join_any))  # one for all that the loss takes of it, for its figures
 
     def _note(self, joined: Joined) -> torch.Tensor:
         self.measured.add(joined.ce, joined.kl)
@@ -187,18 +197,37 @@ class Drop:
     # -- training steps -------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
-        """Refuse a step that R-Drop should have had a part in, if it never had one."""
-        is_looked_at = not is_closure and not torch.compiler.is_compiling()
-        if is_looked_at and self.schedule.is_due and not self.measured.fired and self.schedule.holds(optimizer):
-            raise SourceError(
-                "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
-                "whose loss it could reach. Call model.train(), and patch what the script calls as model(...)."
-            )
+        """Look whether R-Drop has a part in this step; what a closure does is seen after it."""
+        self._is_closure = is_closure
+        if not is_closure:
+            self._refuse_idle(optimizer)
         self.schedule.begin_step()
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note that there was one."""
+        if self._is_closure:
+            self._refuse_idle(optimizer)
         self.schedule.end_step(optimizer)
+
+    def _refuse_idle(self, optimizer: Optimizer) -> None:
+        """Raise if R-Drop should have had a part in a step and never had in any; later, warn once and count."""
+        if torch.compiler.is_compiling() or not self.schedule.is_due or not self.schedule.holds(optimizer):
+            return
+        if self.measured.fired > self._fired_before:
+            self._fired_before = self.measured.fired
+            self._served.clear()
+        if self.measured.fired and id(optimizer) not in self._served:  # one that steps beside another
+            self._served.add(id(optimizer))
+            return
+        what = (
+            "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
+            "whose loss it could reach. Call model.train(), and patch what the script calls as model(...)."
+        )
+        if not self.measured.fired and self.schedule.has_gradient(optimizer):
+            raise SourceError(what)
+        if self.measured.fired and not self.missed:
+            _log.warning("%s", what)
+        self.missed += bool(self.measured.fired)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "measured": Measured(), "_randomness": Randomness()}

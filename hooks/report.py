@@ -47,6 +47,7 @@ def describe(model: nn.Module) -> Description:
         is_w_pre_lost=any(site.pretrained is not None and site.values is None for site in active),
         anchored=patch.decay.steps if patch.decay is not None else 0,
         fired=patch.drop.measured.fired if patch.drop is not None else 0,
+        missed=patch.drop.missed if patch.drop is not None else 0,
         unjoined=tuple(sorted(patch.drop.unjoined)) if patch.drop is not None else (),
         unmixed=patch.lookout.steps if patch.lookout is not None and not patch.has_mixed else 0,
     )
@@ -78,6 +79,8 @@ def _changed(root: nn.Module, patch: Patch) -> tuple[dict[str, str], dict[str, s
     modules = set(root.modules())
     gone = {site.name: _GONE for site in patch.sites if not modules.intersection(site.target.owners)}
     known = {id(site.weight) for site in patch.sites if site.name not in gone}
+    if not patch.sites:
+        return {}, {}
     added = {
         name: _ADDED
         for name, parameter in root.named_parameters()

@@ -80,7 +80,9 @@ class _Compare(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: torch.Tensor, grad_s: torch.Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # once_differentiable would leave a gradient penalty without effect, and say nothing
-            raise RuntimeError("R-Drop's loss: expected create_graph=False, got True. It has no second derivative.")
+            raise RuntimeError(
+                "rdrop: expected create_graph=False, got True. Train without a gradient penalty, or without rdrop."
+            )
         a, b, target, rows = ctx.saved_tensors
         grads = [
             torch.empty_like(x) if needed else None for x, needed in zip((a, b), ctx.needs_input_grad, strict=False)

@@ -64,6 +64,12 @@ class Schedule:
         # in a compiled step, whatever is looked at would be guarded on
         self._has_stepped = self._has_stepped or torch.compiler.is_compiling() or self.holds(optimizer)
 
+    def has_gradient(self, optimizer: Optimizer) -> bool:
+        """Tell whether one of its gradients is not 0, as all of them are where somebody only wants its state made."""
+        return any(
+            w.grad is not None and bool(w.grad.any()) for group in optimizer.param_groups for w in group["params"]
+        )
+
     def holds(self, optimizer: Optimizer) -> bool:
         """Tell whether an optimizer is about to change one of the weights."""
         return any(

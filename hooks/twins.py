@@ -1,5 +1,6 @@
 """Tensors that carry their twin from the model's other pass to a loss function that is called outside of the model."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .losses import JOINED, UNKNOWN, LossCall, is_trained, read_call
 from .outputs import map_output
 from .plain import Plain
 
+_log = logging.getLogger(__name__)
 Join = Callable[[LossCall | None, LossCall, Callable[[], None]], torch.Tensor]
 """Makes one loss of the calls in both passes; says so when it has."""
 
@@ -26,6 +28,7 @@ class Ticket:
 
     Args:
         join: makes one loss of the calls of both passes, or of one call on a doubled batch.
+        fire: is told once that it has.
         unjoined: names of the losses that R-Drop has no formula for, over all forwards of the model.
         before: tickets of the forwards whose outputs this one was given, such as a hidden state.
         is_reached: it has been called.
@@ -33,6 +36,7 @@ class Ticket:
     """
 
     join: Join
+    fire: Callable[[], None]
     unjoined: set[str]
     before: frozenset["Ticket"] = frozenset()
     is_reached: bool = False
@@ -45,6 +49,8 @@ class Ticket:
     def pass_by(self, name: str) -> None:
         """Note a loss that is not known."""
         self.stray += (name,)
+        if name not in self.unjoined:
+            _log.warning("rdrop: no formula for %s: it is taken from the second pass, as it is.", name)
         self.unjoined.add(name)
 
     def reach(self) -> None:
@@ -52,6 +58,8 @@ class Ticket:
         waiting = [self]
         while waiting:
             ticket = waiting.pop()
+            if not ticket.is_reached:
+                ticket.fire()
             ticket.is_reached = True
             waiting += ticket.before
             ticket.before = frozenset()
@@ -63,7 +71,10 @@ class Ticket:
 
     def complaint(self) -> str:
         """Say that the loss is not known."""
-        met = f"got {' and '.join(dict.fromkeys(self.stray))}" if self.stray else "got a loss that calls none of them"
+        unmet = (
+            "a loss that calls none of them, or something in between that loses a pass, as an autograd function does"
+        )
+        met = f"got {' and '.join(dict.fromkeys(self.stray)) or unmet}"
         return (
             "rdrop: expected a loss by cross_entropy, nll_loss, log_softmax, binary_cross_entropy or mse_loss of "
             f"torch, {met}. Train without rdrop, or with one of these."

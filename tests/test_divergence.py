@@ -169,7 +169,7 @@ def test_gradient_is_that_of_the_value(loss: Callable[..., torch.Tensor]) -> Non
 
 def test_second_derivative_is_refused() -> None:
     a, b = pair(3, C)
-    with pytest.raises(RuntimeError, match="R-Drop's loss: expected create_graph=False, got True"):
+    with pytest.raises(RuntimeError, match="rdrop: expected create_graph=False, got True"):
         torch.autograd.grad(cross_entropy(a, b, classes((3, C)), BLEND).loss, a, create_graph=True)
 
 

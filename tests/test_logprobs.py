@@ -196,7 +196,7 @@ def test_loss_that_is_no_sum_of_log_probabilities_is_refused(script: Loss, name:
         made(model(X)).backward()
     if name:
         assert str(error.value) == (
-            f"rdrop: expected a loss that is a weighted sum of log-probabilities, got {name} of them. "
+            f"rdrop: expected a loss that is a weighted sum of its rows, or of log-probabilities, got {name} of them. "
             "Train without rdrop."
         )
 

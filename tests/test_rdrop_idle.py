@@ -1,0 +1,148 @@
+"""Steps and losses that R-Drop has no part in: refused, or said."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.nn import functional as F  # noqa: N812
+
+from surgery import SourceError, describe, patch_model, stats
+
+X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+IDLE = "rdrop: expected a forward of the patched model in training mode before the optimizer's step"
+
+
+def net(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return patch_model(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3)), rdrop=1.0, **settings)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def train(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    F.cross_entropy(model(X), Y).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def test_closure_without_a_forward_in_training_mode_is_refused() -> None:
+    model = net().eval()
+
+    def closure() -> torch.Tensor:
+        loss = F.cross_entropy(model(X), Y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(SourceError, match=IDLE):
+        sgd(model).step(closure)
+    model.train()
+    sgd(model).step(closure)
+
+
+def test_eval_mode_left_on_is_warned_of_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    optimizer = sgd(model)
+    train(model, optimizer)
+    model.eval()
+    with caplog.at_level(logging.WARNING, "surgery"):
+        for _ in range(3):
+            train(model, optimizer)
+    assert [record.message.startswith(IDLE) for record in caplog.records] == [True]
+    assert "NOT IN       3 optimizer steps" in str(describe(model))
+    train(model.train(), optimizer)
+    assert (describe(model).missed, stats(model)["rdrop_fired"]) == (3, 2)
+
+
+def test_optimizers_that_step_together_are_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    optimizers = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.AdamW(model[2].parameters())
+    with caplog.at_level(logging.WARNING, "surgery"):
+        for _ in range(3):
+            train(model, *optimizers)
+    assert caplog.records == []
+    assert describe(model).missed == 0
+
+
+def test_state_of_an_optimizer_can_be_made_before_training() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    get_optimizer_state_dict(model, optimizer)
+    train(model, optimizer)
+    assert stats(model)["rdrop_fired"] == 1
+
+
+def test_both_models_of_one_loss_have_fired() -> None:
+    encoder, head = net(), patch_model(nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 3)), rdrop=1.0)
+    F.cross_entropy(head(encoder(X)), Y).backward()
+    F.cross_entropy(encoder(X) + head(X[:, :3]), Y).backward()
+    sgd(encoder).step()
+    sgd(head).step()
+    assert [stats(model)["rdrop_fired"] for model in (encoder, head)] == [2, 2]
+
+
+class Focal(nn.Module):
+    """A focal loss in the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 3))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        rows = F.cross_entropy(self.net(x), y, reduction="none")
+        return ((1 - torch.exp(-rows)) ** 2 * rows).mean()
+
+
+def test_focal_loss_of_rows_is_refused() -> None:
+    message = "rdrop: expected a loss that is a weighted sum of its rows, or of log-probabilities, got exp of them"
+    rows = F.cross_entropy(net()(X), Y, reduction="none")
+    with pytest.raises(SourceError, match=message):
+        torch.exp(-rows)
+    with pytest.raises(SourceError, match=message):
+        patch_model(Focal(), rdrop=1.0)(X, Y)
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda rows: (rows * torch.arange(8)).sum() / 28,
+        lambda rows: rows.topk(3)[0].mean(),
+        lambda rows: rows @ X[:, 0],
+    ],
+    ids=["weights", "hardest", "product"],
+)
+def test_weighted_rows_are_taken(reduce: Any) -> None:
+    model = net()
+    reduce(F.cross_entropy(model(X), Y, reduction="none")).backward()
+    assert stats(model)["rdrop_fired"] == 1
+
+
+def test_figures_of_a_hand_made_smoothing_are_those_of_the_whole_loss() -> None:
+    model = net()
+    torch.manual_seed(1)
+    lp = model(X).log_softmax(-1)
+    (0.9 * -lp.gather(1, Y[:, None]).squeeze(1) + 0.1 * -lp.mean(-1)).mean().backward()
+    by_hand = stats(model)
+    torch.manual_seed(1)
+    F.cross_entropy(model(X), Y, label_smoothing=0.1).backward()
+    torch.testing.assert_close([by_hand["ce"], by_hand["kl"]], [stats(model)["ce"], stats(model)["kl"]])
+
+
+def test_loss_without_a_formula_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    with caplog.at_level(logging.WARNING, "surgery"):
+        for _ in range(2):
+            logits = model(X)
+            (F.cross_entropy(logits, Y) + F.l1_loss(logits, X[:, :3])).backward()
+    assert [record.message for record in caplog.records] == [
+        "rdrop: no formula for l1_loss: it is taken from the second pass, as it is."
+    ]
+    assert describe(model).unjoined == ("l1_loss",)
+
+
+def test_description_of_rdrop_alone_names_no_weights() -> None:
+    assert describe(net()).left == {}
