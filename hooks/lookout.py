@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.optim.optimizer import Optimizer
 
 from .optimizers import watch
@@ -32,8 +31,6 @@ class Lookout:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Warn of the first step that was taken without Mixout."""
-        if torch.compiler.is_compiling():  # whatever is looked at here would become a guard of the compiled step
-            return
         if any(site.is_called for site in self._sites):
             self.steps = 0
             return

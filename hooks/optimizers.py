@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .graphs import eagerly
 from .pretrained import local
 
 
@@ -29,8 +30,9 @@ def watch(listener: Listener) -> None:
     """Call it from now on, as long as somebody else holds it."""
     _listeners.add(listener)
     if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(_before_step))
-        _handles.append(register_optimizer_step_post_hook(_after_step))
+        # torch.compile would follow them into the set, which the garbage collector changes
+        _handles.append(register_optimizer_step_pre_hook(eagerly(_before_step)))
+        _handles.append(register_optimizer_step_post_hook(eagerly(_after_step)))
 
 
 def forget(listener: Listener) -> None:

@@ -211,7 +211,7 @@ class Drop:
 
     def _refuse_idle(self, optimizer: Optimizer) -> None:
         """Raise if R-Drop should have had a part in a step and never had in any; later, warn once and count."""
-        if torch.compiler.is_compiling() or not self.schedule.is_due or not self.schedule.holds(optimizer):
+        if not self.schedule.is_due or not self.schedule.holds(optimizer):
             return
         if self.measured.fired > self._fired_before:
             self._fired_before = self.measured.fired

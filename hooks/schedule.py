@@ -1,6 +1,5 @@
 """Which training steps R-Drop takes part in, a step being an optimizer's."""
 
-import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
@@ -61,8 +60,7 @@ class Schedule:
 
     def end_step(self, optimizer: Optimizer) -> None:
         self._is_stepping = False
-        # in a compiled step, whatever is looked at would be guarded on
-        self._has_stepped = self._has_stepped or torch.compiler.is_compiling() or self.holds(optimizer)
+        self._has_stepped = self._has_stepped or self.holds(optimizer)
 
     def has_gradient(self, optimizer: Optimizer) -> bool:
         """Tell whether one of its gradients is not 0, as all of them are where somebody only wants its state made."""
