@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import OrderedDict
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
 Tensors = dict[str, np.ndarray]
 
 _OF_THE_USER = ("HF_", "HUGGING", "SURGERY_")
