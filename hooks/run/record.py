@@ -1,0 +1,51 @@
+"""What one process of a run has to say, as the file that it leaves for `surgery run`.
+
+A file `<pid>.json` in the folder that SURGERY_RUN_DIR names, whole or not there, written anew whenever there is more to
+say. Every Python of the command leaves one when it starts.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Record:
+    """One process.
+
+    Args:
+        pid: its number.
+        rank: its rank among the processes that train; 0 where there is one.
+        has_torch: it has imported torch.
+        has_loaded: a model's weights were loaded.
+        has_trained: a backward pass or an optimizer's step was made.
+        is_refused: it was ended by surgery, with exit code 3, for nothing could take effect.
+        acts: the regularizers that took effect.
+        faults: why others did not, and what else should be known, in sentences.
+        models: one entry of the report for each model that was patched or perturbed.
+    """
+
+    pid: int
+    rank: int = 0
+    has_torch: bool = False
+    has_loaded: bool = False
+    has_trained: bool = False
+    is_refused: bool = False
+    acts: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    models: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Replace the record of this process."""
+        path = folder / f"{self.pid}.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(self)))
+        part.replace(path)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Return the records of all processes, in the order of their ranks."""
+    names = {one.name for one in fields(Record)}
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return sorted((Record(**{k: v for k, v in one.items() if k in names}) for one in found), key=lambda r: r.rank)
