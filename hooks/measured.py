@@ -36,10 +36,15 @@ class Measured:
         self._pending = []
         self._count += 1
 
+    def last(self) -> dict[str, Any]:
+        """Return the last values, None where nothing has been measured."""
+        self.settle()
+        kl, ce = [None, None] if self._last is None else self._last.tolist()
+        return {"kl": kl, "ce": ce, "rdrop_fired": self.fired}
+
     def read(self) -> dict[str, Any]:
         """Return the last values and the means since they were last read; None where nothing has been measured."""
-        self.settle()
-        last = [None, None] if self._last is None else self._last.tolist()
-        mean = [None, None] if self._sum is None else (self._sum / self._count).tolist()
+        last = self.last()
+        kl, ce = [None, None] if self._sum is None else (self._sum / self._count).tolist()
         self._sum, self._count = None, 0
-        return {"kl": last[0], "ce": last[1], "kl_mean": mean[0], "ce_mean": mean[1], "rdrop_fired": self.fired}
+        return last | {"kl_mean": kl, "ce_mean": ce}

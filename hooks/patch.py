@@ -70,7 +70,31 @@ def patch_model(
         SourceError: the model is compiled, wrapped, sharded or swapped in a way that hooks cannot work with, or w_pre
             does not fit. The model is as it was after either.
     """
-    root = _root(model)
+    put_patch(
+        take_root(model),
+        mixout=mixout,
+        rdrop=rdrop,
+        anchor=anchor,
+        w_pre=w_pre,
+        w_pre_device=w_pre_device,
+        include=include,
+        exclude=exclude,
+    )
+    return model
+
+
+def put_patch(
+    root: nn.Module,
+    *,
+    mixout: float | Mixout | None = None,
+    rdrop: float | RDrop | None = None,
+    anchor: float | Anchor | None = None,
+    w_pre: Source | None = None,
+    w_pre_device: Literal["same", "cpu"] = "same",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> None:
+    """Do what patch_model does, to what `take_root` has let pass."""
     settings = _settings(mixout, rdrop, anchor)
     _refuse_idle(settings, {"w_pre": w_pre, "include": include, "exclude": exclude})
     if w_pre_device not in ("same", "cpu"):
@@ -94,7 +118,6 @@ def patch_model(
     for module in orphans:
         release(module)
     patch.attach(root)
-    return model
 
 
 def unpatch_model(model: _Model) -> _Model:
@@ -169,8 +192,12 @@ def _unwrap(model: Any) -> nn.Module:
     return unwrapped
 
 
-def _root(model: Any) -> nn.Module:
-    """Return the model within DistributedDataParallel; refuse what hooks cannot work with."""
+def take_root(model: Any, *, may_be_compiled: bool = False) -> nn.Module:
+    """Return the model within DistributedDataParallel; refuse what hooks cannot work with.
+
+    Args:
+        may_be_compiled: the caller has torch.compile forget the graphs it has made.
+    """
     root = _unwrap(model)
     what = type(root).__name__
     if isinstance(model, DataParallel):
@@ -180,7 +207,7 @@ def _root(model: Any) -> nn.Module:
         )
     for name, module in model.named_modules():
         path = name or type(module).__name__
-        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+        if is_compiled(module) and not may_be_compiled:
             raise SourceError(
                 f"{path}: expected a model that is not compiled, got one that is: its hooks would never run. "
                 "Call patch_model before torch.compile."
@@ -197,6 +224,11 @@ def _root(model: Any) -> nn.Module:
                 f"{path}: expected whole weights or FSDP 2, got FSDP 1, which flattens them. Use fully_shard."
             )
     return root
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether torch.compile was given a module, by either of its two ways."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def _refuse_others(root: nn.Module, own: Patch | None) -> None:

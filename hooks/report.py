@@ -13,7 +13,7 @@ from .description import Description
 from .mixout import SITE
 from .orphans import find_orphans
 from .patch import find_patch
-from .pretrained import is_distributed
+from .pretrained import is_distributed, local
 from .state import PATCH, Patch
 
 _CHUNK = 1 << 22
@@ -121,19 +121,21 @@ def w_pre_bytes(patch: Patch) -> int:
 
 
 @torch.no_grad()
-def distance(patch: Patch) -> float:
-    """Return ||w - w_pre||_2 over all weights that the regularizers act on."""
+def distance(patch: Patch, *, is_whole: bool = True) -> float:
+    """Return ||w - w_pre||_2 over all weights that the regularizers act on.
+
+    Args:
+        is_whole: False takes of sharded weights the shards of this rank, and asks no other one.
+    """
     squares = 0.0
     for site in patch.sites:
         w = site.weight.detach()
         if site.pretrained is None or site.values is None or not site.weight.requires_grad:
             continue
-        if is_distributed(w):
+        if is_distributed(w) and is_whole:
             squares += _square_of_shards(w, site.pretrained.part(w))
         else:
-            pieces = zip(
-                torch.split(w.flatten(), _CHUNK), torch.split(site.pretrained(w).flatten(), _CHUNK), strict=True
-            )
+            pieces = zip(*(torch.split(t.flatten(), _CHUNK) for t in (local(w), site.pretrained.part(w))), strict=True)
             squares += sum(float((a.double() - b.double()).square().sum()) for a, b in pieces)
     return float(squares**0.5)
 

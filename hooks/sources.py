@@ -67,10 +67,10 @@ class _Live:
     def __init__(self, model: nn.Module) -> None:
         self.label = "the model's weights when it was patched"
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        pretrained = {name for name, parameter in parameters.items() if _is_loaded(parameter)}
+        pretrained = {name for name, parameter in parameters.items() if is_loaded(parameter)}
         parts = list(pretrained_parts(model))
         for path, part in parts:
-            if not any(map(_is_loaded, part.parameters())):  # deepcopy and fully_shard lose the marks
+            if not any(map(is_loaded, part.parameters())):  # deepcopy and fully_shard lose the marks
                 pretrained |= {f"{path}.{name}".lstrip(".") for name in _in_checkpoint(part)}
         self.fresh = parameters.keys() - pretrained if pretrained else set()
         if parts and not pretrained:
@@ -83,9 +83,13 @@ class _Live:
         return ((target, target.weight.detach()) for target in targets)
 
 
-def _is_loaded(parameter: torch.Tensor) -> bool:
-    """Tell whether transformers has marked a parameter as loaded from a checkpoint."""
-    return hasattr(parameter, "_is_hf_initialized")
+LOADED = "_is_surgery_loaded"
+"""The mark of a parameter that `surgery run` has seen load_state_dict fill."""
+
+
+def is_loaded(parameter: torch.Tensor) -> bool:
+    """Tell whether a parameter bears the mark, transformers' or ours, of what was loaded from a checkpoint."""
+    return hasattr(parameter, "_is_hf_initialized") or hasattr(parameter, LOADED)
 
 
 def _in_checkpoint(part: nn.Module) -> set[str]:

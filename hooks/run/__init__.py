@@ -11,11 +11,9 @@ RUN_DIR = "SURGERY_RUN_DIR"
 
 
 def start() -> None:
-    """Leave word that this Python can be reached, and wait for torch. Every Python below runs it: nothing heavy here."""
+    """Leave word that this Python can be reached, and wait for torch. Every Python runs it: nothing heavy here."""
     if folder := run_dir():
-        (folder / f"{os.getpid()}.json").write_text(
-            json.dumps({"pid": os.getpid()})
-        )  # Record has defaults for the rest
+        (folder / f"{os.getpid()}.json").write_text(json.dumps({"pid": os.getpid()}))
     after("torch", _begin)
 
 
@@ -26,6 +24,6 @@ def run_dir() -> Path | None:
 
 
 def _begin() -> None:
-    from .session import begin
+    from .process import begin
 
     begin()

@@ -1,0 +1,95 @@
+"""NoisyTune on the models that a process trains: once on each, and undone where a run turns out to be resumed."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from surgery.live import perturb_model
+from surgery.names import NEW, find_names, pretrained_parts, unwrap
+from surgery.recipe import Recipe, TensorRecord
+
+from ..sources import LOADED
+from ..targets import is_match
+from .past import Past
+
+
+class Noise:
+    """What the noise has been added to.
+
+    Args:
+        lam, seed: of the noise.
+        pretrained: what loads have overwritten since: the noise is for that.
+    """
+
+    def __init__(self, lam: float, seed: int, pretrained: Past) -> None:
+        self._lam = lam
+        self._seed = seed
+        self._pretrained = pretrained
+        self._done: list[tuple[WeakIdKeyDictionary, Recipe]] = []  # parameters, weakly
+        self.original = Past()
+        """What the weights were before."""
+
+    def add(self, top: nn.Module, loaded: Sequence[nn.Module], include: Sequence[str], exclude: Sequence[str]) -> None:
+        """Perturb the pretrained parts of a model that are trained; the whole model if it has none.
+
+        Args:
+            loaded: modules that load_state_dict has filled.
+            include, exclude: globs of the model's parameters.
+        Raises:
+            SurgeryError: as perturb_model. No part is half perturbed.
+        """
+        for path, part in _parts(top, loaded):
+            parameters = list(part.parameters())
+            if any(parameter in known for known, _ in self._done for parameter in parameters):
+                continue
+            self.original.keep(parameters)
+            with self._pretrained.brought_back(parameters, is_past_written=True):
+                if self._pretrained.has(parameters):
+                    self.original.drop(parameters)
+                    self.original.keep(parameters)
+                recipe = perturb_model(
+                    part, lam=self._lam, seed=self._seed, exclude=_left(part, path, include, exclude)
+                )
+            known = WeakIdKeyDictionary()
+            for parameter in parameters:
+                known[parameter] = True
+            self._done.append((known, recipe))
+
+    def undo(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take the noise off again."""
+        self.original.restore(parameters)
+
+    def records(self, root: nn.Module) -> list[TensorRecord]:
+        """Return what was done to the tensors of a model."""
+        parameters = list(root.parameters())
+        recipes = [recipe for known, recipe in self._done if any(parameter in known for parameter in parameters)]
+        return [tensor for recipe in recipes for file in recipe.files for tensor in file.tensors]
+
+
+def _parts(top: nn.Module, loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what is pretrained and to be trained of a model, with its path."""
+    pretrained = list(pretrained_parts(top))
+    if not pretrained:
+        filled = {id(unwrap(module)) for module in loaded}
+        pretrained = [(path, module) for path, module in top.named_modules() if id(module) in filled][:1]
+    for path, part in pretrained or [("", top)]:
+        if any(parameter.requires_grad for parameter in part.parameters()):
+            yield path, part
+
+
+def _left(part: nn.Module, path: str, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Return the checkpoint's names of what is not to be perturbed."""
+    parameters = dict(part.named_parameters(remove_duplicate=False))
+    is_marked = any(hasattr(parameter, LOADED) for parameter in parameters.values())
+    left = set()
+    for name, parameter in parameters.items():
+        live = f"{path}.{name}".lstrip(".")
+        is_new = is_marked and not hasattr(parameter, LOADED)
+        is_out = any(is_match(glob, live) for glob in exclude)
+        if is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
+            left.add(name)
+    if not left:
+        return []
+    names = find_names(part, None)
+    return sorted({names.canonical[name] for name in left if names.copied.get(name) != NEW})

@@ -1,0 +1,66 @@
+"""What weights were before somebody wrote to them, kept until the model is patched."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Past:
+    """Values of parameters, in the CPU's memory; whole DTensors where they are. They go with the parameters."""
+
+    def __init__(self) -> None:
+        self._values: Any = WeakIdKeyDictionary()
+
+    def keep(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep what they are now, unless something older is kept already."""
+        for parameter in parameters:
+            if parameter not in self._values and not parameter.is_meta:
+                self._values[parameter] = _copy(parameter.detach())
+
+    def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Follow parameters that were replaced by others of their names."""
+        for name, parameter in before.items():
+            if parameter in self._values and name in after and after[name] is not parameter:
+                self._values[after[name]] = self._values.pop(parameter)
+
+    def drop(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep these no longer."""
+        for parameter in parameters:
+            self._values.pop(parameter, None)
+
+    def has(self, parameters: Iterable[nn.Parameter]) -> bool:
+        return any(parameter in self._values for parameter in parameters)
+
+    @torch.no_grad()
+    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Write back what was kept of these."""
+        for parameter in parameters:
+            if parameter in self._values:
+                parameter.copy_(self._values[parameter])
+
+    @contextmanager
+    def brought_back(self, parameters: Iterable[nn.Parameter], *, is_past_written: bool = False) -> Iterator[None]:
+        """Give parameters the values that are kept of them, for the body of a `with`.
+
+        Args:
+            is_past_written: what the body makes of them is what is kept from then on.
+        """
+        kept = [parameter for parameter in parameters if parameter in self._values]
+        present = [_copy(parameter.detach()) for parameter in kept]
+        self.restore(kept)
+        try:
+            yield
+        finally:
+            for parameter, values in zip(kept, present, strict=True):
+                if is_past_written:
+                    self._values[parameter] = _copy(parameter.detach())
+                with torch.no_grad():
+                    parameter.copy_(values)
+
+
+def _copy(values: torch.Tensor) -> torch.Tensor:
+    return values.clone() if hasattr(values, "placements") else values.to("cpu", copy=True)

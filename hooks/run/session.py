@@ -1,0 +1,306 @@
+"""One process of a run: from an optimizer to the model whose parameters it owns, and from there to its patch."""
+
+import os
+import sys
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from surgery.errors import SurgeryError, some
+from surgery.names import unwrap
+
+from ..optimizers import watch
+from ..patch import find_patch, is_compiled, put_patch, take_root
+from ..sources import LOADED, is_loaded
+from . import run_dir
+from .choice import Choice
+from .models import Model
+from .order import Order
+from .past import Past
+from .record import Record
+from .roots import find_tops
+
+if TYPE_CHECKING:
+    from .noise import Noise
+
+EXIT_INACTIVE = 3
+_SECONDS_BETWEEN_RECORDS = 5
+
+
+class Session:
+    """Watches a process train, and regularizes what it trains.
+
+    An optimizer tells which models are trained: their pretrained parts get noise as soon as it is made. The first of
+    their modules that is called in training mode tells what the script calls: that is patched.
+
+    Args:
+        order: what was asked for.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.record = Record(os.getpid(), has_torch=True)
+        self._choice = Choice(order.include, order.exclude)
+        self._models: list[Model] = []
+        self._groups: list[tuple[Any, set[int]]] = []  # a top, weakly, and the ids of an optimizer's parameters in it
+        self._waiting: set[int] = set()
+        self._barren: set[int] = set()
+        self._loaded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._overwritten = Past()
+        self._noise = _noise(order, self._overwritten)
+        self._refusals: list[str] = []
+        self._is_child = False
+        self._written = 0.0
+        watch(self)
+
+    # -- what is trained ------------------------------------------------------------------------------------------
+
+    def meet(self, optimizer: Optimizer) -> None:
+        """Look whose parameters a new optimizer owns, or one that got more of them."""
+        covered = self._covered | self._waiting
+        owned = [
+            one
+            for one in _parameters(optimizer)
+            if isinstance(one, nn.Parameter) and one.requires_grad and id(one) not in covered
+        ]
+        for top, parameters in find_tops(owned) if owned else []:
+            if find_patch(top) is None and self._choice.takes(top):
+                self._perturb(top)
+                self._groups.append((weakref.ref(top), set(map(id, parameters))))
+                self._waiting |= set(map(id, parameters))
+        self._barren.clear()
+
+    @property
+    def _covered(self) -> set[int]:
+        """The ids of the parameters of all models that are regularized."""
+        return set().union(*(model.ids for model in self._models if model.is_alive))
+
+    @property
+    def is_waiting(self) -> bool:
+        """A model is trained whose forward has not been seen."""
+        return bool(self._waiting)
+
+    # -- noise ----------------------------------------------------------------------------------------------------
+
+    def before_shard(self, module: nn.Module) -> None:
+        """Perturb what fully_shard is about to split, which is too late for it then."""
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for top, parameters in find_tops(trainable) if trainable else []:
+            if self._overwritten.has(parameters):
+                self._note("fully_shard: the run was resumed before it: w_pre is what the weights were then.")
+            if not any(parameter.is_meta for parameter in top.parameters()) and self._choice.takes(top):
+                self._perturb(top)
+
+    def _perturb(self, top: nn.Module) -> None:
+        if self._noise is None:
+            return
+        try:
+            self._noise.add(top, list(self._loaded), *self._choice.of_model(top))
+        except SurgeryError as error:
+            self._refuse("noisytune", top, error)
+
+    # -- loads ----------------------------------------------------------------------------------------------------
+
+    def before_load(self, module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        """Keep what a load is about to overwrite, where that is pretrained: the load resumes a run."""
+        self.record.has_loaded = True
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        if any(is_loaded(parameter) or id(parameter) in self._waiting for parameter in parameters.values()):
+            covered = self._covered
+            touched = [parameters[name] for name in names if name in parameters]
+            self._overwritten.keep(parameter for parameter in touched if id(parameter) not in covered)
+        return parameters
+
+    def after_load(self, module: nn.Module, names: Sequence[str], before: dict[str, nn.Parameter]) -> None:
+        """Mark what the first load has filled: it is pretrained."""
+        after = dict(module.named_parameters(remove_duplicate=False))
+        self._overwritten.move(before, after)
+        if not any(map(is_loaded, before.values())):
+            self._loaded.add(module)
+            for name in names:
+                if name in after:
+                    setattr(after[name], LOADED, True)
+
+    def resume(self, optimizer: Optimizer) -> None:
+        """Take the noise off again: an optimizer that gets its state back goes on with weights that had it."""
+        owned = self._waiting.intersection(map(id, _parameters(optimizer)))
+        for reference, ids in self._groups:
+            top = reference()
+            if top is None or ids.isdisjoint(owned) or self._overwritten.has(top.parameters()):
+                continue
+            self._note(
+                f"{type(top).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
+                "were then, and noise is what the run began with."
+            )
+            if self._noise is not None:
+                self._noise.undo(list(top.parameters()))
+
+    # -- patching -------------------------------------------------------------------------------------------------
+
+    def see(self, module: nn.Module) -> None:
+        """Patch the model that `module` is or holds, if it is about to be trained and was waited for."""
+        if id(module) in self._barren or not torch.is_grad_enabled():
+            return
+        inner = unwrap(module)
+        if not inner.training:
+            return
+        ids = {id(parameter) for parameter in inner.parameters()}
+        if self._waiting.isdisjoint(ids) or any(find_patch(child) for child in inner.modules()):
+            self._barren.add(id(module))
+            return
+        self._patch(self._root(module, ids))
+
+    def _root(self, module: nn.Module, ids: set[int]) -> nn.Module:
+        """Return the module, or what it is a fragment of: a script may call the parts of a model on their own."""
+        for reference, owned in self._groups:
+            top: nn.Module | None = reference()
+            if top is not None and not owned.isdisjoint(ids) and not owned <= ids:
+                return top
+        return module
+
+    def _patch(self, module: nn.Module) -> None:
+        order, root = self.order, unwrap(module)
+        parameters = list(root.parameters())
+        self._waiting -= set(map(id, parameters))
+        patch = None
+        if order.mixout is not None or order.rdrop is not None or order.anchor is not None:
+            include, exclude = self._choice.of_model(root)
+            acts_on_weights = order.mixout is not None or order.anchor is not None
+            past = self._noise.original if order.w_pre == "original" and self._noise else self._overwritten
+            try:
+                take_root(module, may_be_compiled=True)
+                with past.brought_back(parameters):
+                    put_patch(
+                        root,
+                        mixout=order.mixout_setting,
+                        rdrop=order.rdrop_setting,
+                        anchor=order.anchor_setting,
+                        include=include if acts_on_weights else None,
+                        exclude=exclude if acts_on_weights else None,
+                    )
+            except SurgeryError as error:
+                self._refuse("patch_model", root, error)
+            patch = find_patch(root)
+            if any(map(is_compiled, module.modules())):
+                torch.compiler.reset()  # graphs made before know nothing of the patch
+        self._overwritten.drop(parameters)
+        records = []
+        if self._noise is not None:
+            self._noise.original.drop(parameters)
+            records = self._noise.records(root)
+        if patch is not None or any(tensor.copied is None for tensor in records):
+            self._models.append(Model(root, records, patch))
+            self._say(self._models[-1].look(is_last=False))
+
+    def _refuse(self, what: str, root: nn.Module, error: SurgeryError) -> None:
+        self._refusals.append(f"{what}: {type(root).__name__}: {error}")
+        self._note(self._refusals[-1])
+
+    # -- optimizer steps ------------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
+        """Patch what has been trained unseen, and end a run that nothing is regularized in."""
+        self.record.has_trained = True
+        held = {id(parameter) for parameter in _parameters(optimizer) if parameter.grad is not None}
+        for model in self._models:
+            model.steps += model.holds(held)
+        if not is_closure and not self._waiting.isdisjoint(held):
+            self._patch_unseen(held)
+        if self._refusals and not self._is_any_whole and not self.order.allow_inactive:
+            self._stop()
+
+    def after_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002
+        """Write the record now and then, for a process that is killed."""
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_RECORDS:
+            self.write(is_last=False)
+
+    def _patch_unseen(self, held: set[int]) -> None:
+        for reference, ids in list(self._groups):
+            top = reference()
+            if top is not None and not ids.isdisjoint(held) and not self._waiting.isdisjoint(ids):
+                self._note(
+                    f"{type(top).__name__}: expected a call of the model in training mode before the optimizer's step, "
+                    "got none in sight: regularized from the second step on. Call model(...), not model.forward(...)."
+                )
+                self._patch(top)
+                torch.compiler.reset()
+
+    @property
+    def _is_any_whole(self) -> bool:
+        """There is a model that everything was done to that was asked for."""
+        has_patch = self.order.asked != ("noisytune",)
+        has_noise = self._noise is not None
+        return any(model.is_patched >= has_patch and ("noisytune" in model.acts) >= has_noise for model in self._models)
+
+    def _stop(self) -> NoReturn:
+        self.record.is_refused = True
+        self.write(is_last=True)
+        raise SystemExit(EXIT_INACTIVE)
+
+    # -- what is said ---------------------------------------------------------------------------------------------
+
+    def _note(self, text: str) -> None:
+        if text not in self.record.faults:
+            self.record.faults.append(text)
+            print(f"surgery: rank {_rank()}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def _say(self, entry: dict[str, Any]) -> None:
+        order = self.order
+        said = []
+        if order.noisytune is not None:
+            lam = f"lam {order.noisytune:g}, seed {order.seed or 0}"
+            said.append(f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})")
+        if order.mixout is not None:
+            said.append(f"{entry['mixed']} weights mixed (p {order.mixout:g})")
+        if order.rdrop is not None:
+            said.append(f"R-Drop (alpha {order.rdrop:g})")
+        if order.anchor is not None:
+            said.append(f"anchor ({order.anchor:g})")
+        new = f"; new: {some(entry['new'])}" if entry["new"] else ""
+        print(f"surgery: rank {_rank()}: {entry['class']}: {', '.join(said)}{new}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def fork(self) -> None:
+        """Go on in a child process."""
+        self.record = Record(os.getpid(), has_torch=True)
+        self._is_child = True
+
+    def end(self) -> None:
+        """Write the record for the last time; without a `surgery run`, say what came out."""
+        if self.record.pid != os.getpid() or (self._is_child and not self.record.has_trained):
+            return
+        self.write(is_last=True)
+
+    def write(self, *, is_last: bool) -> None:
+        """Bring the record up to date, and write it where `surgery run` looks for it."""
+        self._written = time.monotonic()
+        self.record.rank = _rank()
+        self.record.models = [model.look(is_last=is_last) for model in self._models]
+        self.record.acts = sorted({act for model in self._models for act in model.acts})
+        if folder := run_dir():
+            self.record.write(folder)
+
+
+def _noise(order: Order, overwritten: Past) -> "Noise | None":
+    if order.noisytune is None:
+        return None
+    from .noise import Noise  # imports numba, which takes half a second
+
+    return Noise(order.noisytune, order.seed or 0, overwritten)
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(next((os.environ[name] for name in _RANKS if os.environ.get(name, "").isdigit()), 0))
+
+
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK")
