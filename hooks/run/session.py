@@ -56,12 +56,12 @@ class Session:
         self._refusals: list[str] = []
         self._is_child = False
         self._written = 0.0
-        watch(self)
 
     # -- what is trained ------------------------------------------------------------------------------------------
 
     def meet(self, optimizer: Optimizer) -> None:
         """Look whose parameters a new optimizer owns, or one that got more of them."""
+        watch(self)  # imports torch's compiler, which takes a second, and which optimizers import anyway
         covered = self._covered | self._waiting
         owned = [
             one
