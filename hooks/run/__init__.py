@@ -11,7 +11,7 @@ RUN_DIR = "SURGERY_RUN_DIR"
 
 
 def start() -> None:
-    """Leave word that this Python can be reached, and wait for torch. Every Python below runs it: nothing heavy here."""
+    """Leave word that this Python can be reached, and wait for torch. Every Python below runs it: keep it light."""
     if folder := run_dir():
         (folder / f"{os.getpid()}.json").write_text(
             json.dumps({"pid": os.getpid()})
