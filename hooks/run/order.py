@@ -87,7 +87,7 @@ class Order:
 
     def _refuse_idle(self) -> None:
         """Refuse an option that would do nothing without a regularizer that is not asked for."""
-        weights = "mixout" if self.mixout is not None else "anchor"
+        weights = "anchor" if self.anchor is not None else "mixout"
         for option, needed in (
             ("rdrop_every", ("rdrop",)),
             ("mixout_granularity", ("mixout",)),

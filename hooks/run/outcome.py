@@ -99,9 +99,10 @@ def judge(records: Sequence[Record], order: Order, command: Sequence[str] = (), 
     faults = _distinct(fault for one in records for fault in one.faults)
     if any(one.is_refused for one in records):
         return Outcome(ranks, faults or _missing(trained, order) or (_UNTRAINED,), is_refused=True)
+    if any(name not in one.acts for one in trained for name in order.asked):
+        return Outcome(ranks, (*faults, *_missing(trained, order)))
     if trained:
-        missing = _missing(trained, order)
-        return Outcome(ranks, _distinct((*faults, *missing))) if missing else Outcome(ranks, notes=faults)
+        return Outcome(ranks, notes=faults)
     if has_failed:
         return Outcome(ranks, (_FAILED, *faults))
     if any(argument in _HELP for argument in command[1:]):
