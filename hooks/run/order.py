@@ -83,11 +83,11 @@ class Order:
     def variables(self) -> dict[str, str]:
         """The environment variables that say the same."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {PREFIX + name.upper(): _write(value) for name, value in named.items() if value not in (None, (), False)}
+        return {PREFIX + name.upper(): _write(value) for name, value in named.items() if not _is_empty(value)}
 
     def _refuse_idle(self) -> None:
         """Refuse an option that would do nothing without a regularizer that is not asked for."""
-        weights = "mixout" if self.mixout is not None else "anchor"
+        weights = "anchor" if self.anchor is not None else "mixout"
         for option, needed in (
             ("rdrop_every", ("rdrop",)),
             ("mixout_granularity", ("mixout",)),
@@ -101,9 +101,12 @@ class Order:
                 )
 
 
-def read_order(variables: Mapping[str, str]) -> Order | None:
+def read_order(variables: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Order | None:
     """Read an order from environment variables; None if they ask for nothing.
 
+    Args:
+        variables: the environment; an empty variable is none.
+        flags: values that win over the variables, by the names of Order's arguments; None, () and False are none.
     Raises:
         SettingError: a value is of the wrong kind or out of range, or a SURGERY_ variable is unknown.
     """
@@ -112,7 +115,12 @@ def read_order(variables: Mapping[str, str]) -> Order | None:
     for name in given.keys() - known.keys():
         raise SettingError(f"{name}: expected one of {', '.join(known)}, got an unknown variable. Correct its name.")
     values: dict[str, Any] = {known[name]: _READ[known[name]](name, value) for name, value in given.items() if value}
+    values |= {name: value for name, value in (flags or {}).items() if not _is_empty(value)}
     return Order(**values) if values else None
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or value == ()  # 0 is a value
 
 
 def _write(value: Any) -> str:

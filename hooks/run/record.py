@@ -46,6 +46,15 @@ class Record:
 
 def read_records(folder: Path) -> list[Record]:
     """Return the records of all processes, in the order of their ranks."""
+    found = (_read(path) for path in sorted(folder.glob("*.json")))
+    return sorted((one for one in found if one is not None), key=lambda one: one.rank)
+
+
+def _read(path: Path) -> Record | None:
+    """Read a record; None if its process was killed while it wrote the first, or the disk is full."""
+    try:
+        document = json.loads(path.read_text())
+    except ValueError:
+        return None
     names = {one.name for one in fields(Record)}
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return sorted((Record(**{k: v for k, v in one.items() if k in names}) for one in found), key=lambda r: r.rank)
+    return Record(**{name: value for name, value in document.items() if name in names})

@@ -21,6 +21,7 @@ from . import run_dir
 from .choice import Choice
 from .models import Model
 from .order import Order
+from .outcome import conclude
 from .past import Past
 from .record import Record
 from .roots import find_tops
@@ -270,10 +271,12 @@ class Session:
         self._is_child = True
 
     def end(self) -> None:
-        """Write the record for the last time; without a `surgery run`, say what came out."""
+        """Write the record for the last time; without a `surgery run` to read it, say what came out."""
         if self.record.pid != os.getpid() or (self._is_child and not self.record.has_trained):
             return
         self.write(is_last=True)
+        if self.record.has_trained and run_dir() is None:
+            conclude(self.record, self.order)
 
     def write(self, *, is_last: bool) -> None:
         """Bring the record up to date, and write it where `surgery run` looks for it."""

@@ -27,27 +27,34 @@ def main() -> None:
     """Published regularizers for any checkpoint and any training script."""
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command --json and --debug, one line per error, and exit codes 1 for errors and 130 for Ctrl-C."""
+def command(function: Callable[..., None], *, code: int = 1, has_json: bool = True) -> Callable[..., None]:
+    """Give a command --json and --debug, one line per error, and exit codes `code` for errors and 130 for Ctrl-C.
 
-    @click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON on stdout.")
+    One without --json leaves stdout to another program.
+    """
+
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
-    def wrapped(*args: Any, as_json: bool, debug: bool, **kwargs: Any) -> None:
+    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
         try:
-            function(*args, as_json=as_json, **kwargs)
+            function(*args, **kwargs)
         except BrokenPipeError:  # `| head`: click ends quietly
             raise
         except (SurgeryError, OSError, MemoryError) as error:
-            _fail(str(error), as_json=as_json, debug=debug)
+            _fail(str(error), code, as_json=kwargs.get("as_json", False), debug=debug)
         except KeyboardInterrupt:
             click.echo("interrupted: run the same command again.", err=True)
             sys.exit(130)
 
-    return wrapped
+    return _json_option(wrapped) if has_json else wrapped
 
 
-def _fail(message: str, *, as_json: bool, debug: bool) -> None:
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON on stdout."
+)
+
+
+def _fail(message: str, code: int, *, as_json: bool, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     if as_json:
@@ -55,4 +62,4 @@ def _fail(message: str, *, as_json: bool, debug: bool) -> None:
 
         click.echo(to_json({"error": message}))
     click.echo(f"error: {' '.join(message.split())}", err=True)
-    sys.exit(1)
+    sys.exit(code)

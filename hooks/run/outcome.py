@@ -1,0 +1,178 @@
+"""What has become of an order, from the records of the processes: active, or inactive and why."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .order import Order
+from .record import Record
+
+_HELP = ("-h", "--help", "--version")
+_MISSING = {
+    "noisytune": "noisytune: no pretrained weights were loaded, so that none were perturbed",
+    "mixout": "mixout: no layer with pretrained weights was trained, so that none was mixed",
+    "rdrop": "rdrop: its KL reached no loss",
+    "anchor": "anchor: no optimizer's step drew a weight toward w_pre",
+}
+_UNREACHED = (
+    "command: expected a Python that reads PYTHONPATH, in an environment with model-surgery, got none. Neither python "
+    "-I or -E within a script is reached, nor a container or another machine: there, use surgery env"
+)
+_NO_TORCH = "command: expected a Python that imports torch, got none"
+_UNTRAINED = "command: expected a training, got neither a backward pass nor an optimizer's step"
+_FAILED = "the command failed before it trained"
+_HELPED = "the command was asked for help or a version, and trained nothing"
+_EVALUATED = "the command loaded weights, but trained nothing"
+
+_SHOWN_FAULTS, _SHOWN_RANKS = 3, 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has become of an order. `judge` makes it.
+
+    Args:
+        ranks: the processes that trained or have a model, in the order of their ranks.
+        reasons: why it is inactive, in sentences; none if it is active.
+        notes: what else should be known.
+        is_idle: inactive, and no failure: nothing was to be trained.
+        is_refused: surgery itself ended a process, for nothing could take effect.
+    """
+
+    ranks: tuple[Record, ...]
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    is_idle: bool = False
+    is_refused: bool = False
+
+    @property
+    def is_active(self) -> bool:
+        return not self.reasons
+
+    @property
+    def reason(self) -> str | None:
+        return f"{_few(self.reasons)}." if self.reasons else None
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What --report writes."""
+        ranks = [{"rank": one.rank, "models": [_plain(model) for model in one.models]} for one in self.ranks]
+        return {"status": "active" if self.is_active else "inactive", "reason": self.reason, "ranks": ranks}
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What is said at the end of a run."""
+        if not self.is_active:
+            return (f"surgery: {'nothing to do' if self.is_idle else 'INACTIVE'}: {self.reason}",)
+        notes = (f"surgery: note: {note}" for note in self.notes[:_SHOWN_FAULTS])
+        if len(self.ranks) == 1:
+            return (f"surgery: active: {_models(self.ranks[0])}", *notes)
+        shown = (f"surgery: rank {one.rank}: {_models(one)}" for one in self.ranks[:_SHOWN_RANKS])
+        more = len(self.ranks) - _SHOWN_RANKS
+        rest = (f"surgery: and {more} more",) if more > 0 else ()
+        return (f"surgery: active: on {len(self.ranks)} ranks", *shown, *rest, *notes)
+
+    def write(self, path: Path) -> None:
+        """Write the report, whole or not at all."""
+        part = path.with_name(f".{path.name}.surgery-part")
+        try:
+            part.write_text(json.dumps(self.report, indent=1) + "\n")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def judge(records: Sequence[Record], order: Order, command: Sequence[str] = (), *, has_failed: bool = False) -> Outcome:
+    """Say whether every regularizer acted in every process that trained.
+
+    Args:
+        records: of all processes, or of the one that asks.
+        order: what was asked for.
+        command: its arguments, the first the program.
+        has_failed: it ended with another exit code than 0, for reasons of its own.
+    """
+    ranks = tuple(one for one in records if one.has_trained or one.models)
+    trained = [one for one in records if one.has_trained]
+    faults = _distinct(fault for one in records for fault in one.faults)
+    if any(one.is_refused for one in records):
+        return Outcome(ranks, faults or _missing(trained, order) or (_UNTRAINED,), is_refused=True)
+    if any(name not in one.acts for one in trained for name in order.asked):
+        return Outcome(ranks, (*faults, *_missing(trained, order)))
+    if trained:
+        return Outcome(ranks, notes=faults)
+    if has_failed:
+        return Outcome(ranks, (_FAILED, *faults))
+    if any(argument in _HELP for argument in command[1:]):
+        return Outcome(ranks, (_HELPED,), is_idle=True)
+    if any(one.has_loaded for one in records):
+        return Outcome(ranks, (_EVALUATED, *faults), is_idle=True)
+    if any(one.has_torch for one in records):
+        return Outcome(ranks, (*faults, _UNTRAINED))
+    return Outcome(ranks, (_NO_TORCH,) if records else (_UNREACHED,))
+
+
+def conclude(record: Record, order: Order) -> None:
+    """Say what became of an order in this one process, which no `surgery run` waits for."""
+    outcome = judge([record], order)
+    for line in outcome.lines:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+    if order.report:
+        path = Path(order.report)
+        outcome.write(path.with_stem(f"{path.stem}-rank{record.rank}") if record.rank else path)
+
+
+def _missing(trained: Sequence[Record], order: Order) -> tuple[str, ...]:
+    """Say which regularizers did not act, and on which ranks, but for those of which faults say why."""
+    found = []
+    for name in order.asked:
+        without = [one for one in trained if name not in one.acts]
+        if any(not _is_told(name, one) for one in without):
+            found.append(_MISSING[name] + _on(without, trained))
+    return tuple(found)
+
+
+def _is_told(name: str, record: Record) -> bool:
+    return any(fault.startswith(name) for fault in record.faults)
+
+
+def _on(some: Sequence[Record], all: Sequence[Record]) -> str:
+    if len(some) == len(all):
+        return ""
+    ranks = sorted({one.rank for one in some})
+    named = ", ".join(map(str, ranks[:_SHOWN_RANKS])) + (", ..." if len(ranks) > _SHOWN_RANKS else "")
+    return f" on rank{'s' if len(ranks) > 1 else ''} {named}"
+
+
+def _distinct(sentences: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(sentence.strip().removesuffix(".") for sentence in sentences))
+
+
+def _few(sentences: Sequence[str]) -> str:
+    more = len(sentences) - _SHOWN_FAULTS
+    return "; ".join(sentences[:_SHOWN_FAULTS]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _models(record: Record) -> str:
+    return "; ".join(_model(model) for model in record.models) or "no model"
+
+
+def _model(model: dict[str, Any]) -> str:
+    figures = [model["class"], *(f"{model[name]:,} {name}" for name in ("perturbed", "mixed", "steps") if model[name])]
+    if model["rdrop_fired"]:
+        figures.append(f"R-Drop fired {model['rdrop_fired']:,}, KL {_number(model['kl'])}, CE {_number(model['ce'])}")
+    if model["distance"]:
+        figures.append(f"distance {_number(model['distance'])}")
+    return ", ".join(figures)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
+
+
+def _plain(model: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry that is JSON: it knows no NaN and no infinity."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in model.items()}
