@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from surgery import RDrop, SourceError, describe, patch_model, stats
 
@@ -76,7 +77,6 @@ def test_eval_mode_left_on_is_noticed_whatever_step_is_due(steps: int) -> None:
         train(copy, sgd(copy))
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # our outputs are views, which nobody writes to
 def test_steps_of_a_wholly_split_model_are_counted() -> None:
     """While a forward runs, fully_shard has other parameters in the place of those that the optimizer holds."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -164,6 +164,83 @@ def test_loss_without_a_formula_is_warned_of_once(caplog: pytest.LogCaptureFixtu
         "rdrop: no formula for l1_loss: it is taken from the second pass, as it is."
     ]
     assert describe(model).unjoined == ("l1_loss",)
+
+
+class Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004
+        return grad
+
+
+def loss_of(logits: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, Y)
+
+
+def behind_a_function(logits: torch.Tensor) -> torch.Tensor:
+    return loss_of(Identity.apply(logits))
+
+
+def behind_a_function_once_written_to(logits: torch.Tensor) -> torch.Tensor:
+    return behind_a_function(logits.mul_(2))
+
+
+def behind_a_reentrant_checkpoint(logits: torch.Tensor) -> torch.Tensor:
+    return checkpoint(loss_of, logits, use_reentrant=True)
+
+
+class Inert(Identity):
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004
+        return None
+
+
+def behind_vmap(logits: torch.Tensor) -> torch.Tensor:
+    return torch.func.vmap(F.cross_entropy)(logits, Y).mean()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [behind_a_function, behind_a_function_once_written_to, behind_a_reentrant_checkpoint, behind_vmap],
+    ids=lambda loss: loss.__name__,
+)
+def test_loss_that_the_first_pass_does_not_reach_is_warned_of_once(loss: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    with caplog.at_level(logging.WARNING, "surgery"):
+        for _ in range(2):
+            logits = model(X)
+            (loss(logits) + loss_of(logits)).backward()
+    what = "an autograd function on the outputs, or the like"
+    assert [record.message for record in caplog.records] == [
+        f"rdrop: no formula for {what}: it is taken from the second pass, as it is."
+    ]
+    assert (describe(model).unjoined, stats(model)["rdrop_fired"]) == ((what,), 2)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits: checkpoint(loss_of, logits, use_reentrant=False),
+        lambda logits: loss_of(logits.mul_(2)),
+        lambda logits: loss_of(logits) + logits[:1, 0].mean(),
+        lambda logits: Identity.apply(loss_of(logits) + logits[:1, 0].mean()),
+        lambda logits: loss_of(logits) + Inert.apply(logits).mean(),
+        lambda logits: F.cross_entropy(logits[1:].contiguous().view(7, 3).float(), Y[1:]),
+    ],
+    ids=["checkpoint", "in place", "another term", "whole loss", "no gradient", "views"],
+)
+def test_loss_that_both_passes_reach_is_not_warned_of(loss: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    torch.autograd.backward(loss(model(X)))
+    assert (caplog.messages, describe(model).unjoined) == ([], ())
+
+
+def test_output_that_is_written_to_stays_the_same_object() -> None:
+    logits = net()(X)
+    assert logits.mul_(2) is logits is logits.contiguous()
 
 
 def test_description_of_rdrop_alone_names_no_weights() -> None:
