@@ -38,7 +38,7 @@ class Decay:
         if self._open_step in (None, id(optimizer)) and self._decay(optimizer, is_closure):
             self._open_step = id(optimizer)
 
-    def after_step(self, optimizer: Optimizer) -> None:
+    def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
         """Close the step."""
         if self._open_step == id(optimizer):
             self._open_step = None

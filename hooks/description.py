@@ -26,7 +26,7 @@ class Description:
         fired: forwards that R-Drop's KL was a part of.
         missed: optimizer steps without R-Drop, after some with it.
         unjoined: names of losses that R-Drop has no formula for, and has left as they are in the second pass.
-        unmixed: optimizer steps, if there was no forward in training mode until now.
+        unmixed: optimizer steps without Mixout.
         elsewhere: of a model that is not patched itself: what of it, or around it, is.
     """
 
@@ -63,7 +63,7 @@ def _lines(found: Description) -> list[str]:
     if found.rdrop is not None:
         lines.append(_rdrop_line(found.rdrop, found.fired))
         if found.missed:
-            lines.append(f"NOT IN       {found.missed} optimizer steps: no forward in training mode came before them")
+            lines.append(f"NOT IN       {found.missed} {_MISSED}")
         if found.unjoined:
             lines.append(f"not joined   {', '.join(found.unjoined)}: no formula; as the second pass has it")
     if found.mixout is None and found.anchor is None:
@@ -72,7 +72,7 @@ def _lines(found: Description) -> list[str]:
         m = found.mixout
         lines.append(f"mixout       p = {m.p:g}, one mask value per {_UNIT[m.granularity]}, {m.gradient} gradient")
     if found.unmixed:
-        lines.append(f"NOT MIXED    so far: no forward in training mode in {found.unmixed} optimizer steps")
+        lines.append(f"NOT MIXED    in {found.unmixed} {_MISSED}")
     if found.anchor is not None:
         lines.append(
             f"anchor       weight {found.anchor.weight:g}, in {found.anchored} optimizer steps so far; set the "
@@ -109,6 +109,7 @@ def _rdrop_line(rdrop: RDrop, fired: int) -> str:
 
 
 _LOST = "MISSING: a pickle does not carry it. Call patch_model with w_pre and all settings again"
+_MISSED = "optimizer steps: no forward in training mode came before them"
 _NOTHING = "NOTHING IS REGULARIZED, for all of them are frozen"
 _UNIT = {"neuron": "input feature", "element": "element"}
 

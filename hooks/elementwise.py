@@ -33,9 +33,7 @@ def binary_cross_entropy_with_logits(
     how: dict[str, Any] = {"weight": weight, "pos_weight": pos_weight, "reduction": reduction}
     ce = mean_of_both(lambda x: F.binary_cross_entropy_with_logits(x, target, **how), a, b)
     s = 0.5 * (a.sigmoid() - b.sigmoid()) * torch.where(a == b, 0, a - b)
-    return join(
-        ce, _reduce(s, weight, reduction, blend), blend, dtype, reduction=reduction, count=s.numel(), rows=s.numel()
-    )
+    return _join_elements(ce, s, blend, dtype, weight=weight, reduction=reduction)
 
 
 def binary_cross_entropy(
@@ -52,9 +50,7 @@ def binary_cross_entropy(
     p, q, target, weight = (widen(x) for x in (p, q, target, weight))
     ce = mean_of_both(lambda x: F.binary_cross_entropy(x, target, weight=weight, reduction=reduction), p, q)
     s = 0.5 * (p - q) * (_Logit.apply(p) - _Logit.apply(q))  # type: ignore[no-untyped-call]
-    return join(
-        ce, _reduce(s, weight, reduction, blend), blend, dtype, reduction=reduction, count=s.numel(), rows=s.numel()
-    )
+    return _join_elements(ce, s, blend, dtype, weight=weight, reduction=reduction)
 
 
 def mse_loss(
@@ -86,13 +82,20 @@ def mse_loss(
     return join(ce, kl, blend, dtype, reduction=reduction, count=count, rows=a.numel())
 
 
-def _reduce(s: torch.Tensor, weight: torch.Tensor | None, reduction: str, blend: Blend) -> torch.Tensor:
-    """Reduce the divergence of each element as torch reduces losses of elements."""
-    if weight is not None and not blend.sums:
-        s = s * weight
-    if reduction == "none":
-        return s
-    return s.sum() if reduction == "sum" or blend.sums else s.mean()
+def _join_elements(
+    ce: torch.Tensor,
+    s: torch.Tensor,
+    blend: Blend,
+    dtype: torch.dtype,
+    *,
+    weight: torch.Tensor | None,
+    reduction: str,
+) -> Joined:
+    """Reduce the divergence of each element as torch reduces losses of elements, and join both."""
+    kl = s * weight if weight is not None and not blend.sums else s
+    if reduction != "none":
+        kl = kl.sum() if reduction == "sum" or blend.sums else kl.mean()
+    return join(ce, kl, blend, dtype, reduction=reduction, count=s.numel(), rows=s.numel())
 
 
 class _Logit(torch.autograd.Function):

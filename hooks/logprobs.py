@@ -76,7 +76,7 @@ def as_log_probs(
 def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is F.nll_loss and args and isinstance(args[0], LogProbs) and torch.is_grad_enabled():
         return args[0].join_nll(*args[1:], **kwargs)
-    if not _is_affine(func, args):
+    if not _is_affine(func, args, kwargs):
         return func(*args, **kwargs)
     is_in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
     swapped_args, swapped_kwargs = tree_map_only(
@@ -88,7 +88,7 @@ def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @eagerly
 def _apply_to_joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*args, **kwargs)
-    if _is_affine(func, args) or getattr(func, "__name__", "") in _SELECTING:
+    if _is_affine(func, args, kwargs) or getattr(func, "__name__", "") in _SELECTING:
         return mark_joined(result)
     if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_iter(result)):
         raise SourceError(
@@ -98,12 +98,13 @@ def _apply_to_joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return result
 
 
-def _is_affine(func: Any, args: tuple[Any, ...]) -> bool:
+def _is_affine(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Tell whether a function of log-probabilities is affine in them, and a gradient is wanted."""
     name = getattr(func, "__name__", "")
     if not torch.is_grad_enabled() or name not in _AFFINE:
         return False
-    trained = [isinstance(arg, torch.Tensor) and arg.requires_grad for arg in tree_iter(args)]
+    named = [kwargs[key] for key in sorted(kwargs, key=lambda key: key not in ("input", "self"))]
+    trained = [isinstance(arg, torch.Tensor) and arg.requires_grad for arg in tree_iter([*args, *named])]
     if name in _OF_THE_FIRST and any(trained[1:]):
         return False
     return name not in _PRODUCTS or sum(trained) < 2

@@ -1,6 +1,6 @@
 """Mixout on a live model: hooks that put W_mix in the place of a layer's weight for the time of its forward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +22,21 @@ SITE = "_surgery_site"
 
 @dataclass
 class Pass:
-    """The forward pass of the patched model that is under way, if one is."""
+    """The forward passes of the patched model in training mode, and whether a pass is under way."""
 
     is_open: bool = False
+    eager: int = 0
+    """How many were not compiled."""
+    traced: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    """How many were."""
+    calls: int = 0
+    """How often a weight was mixed, but for compiled code."""
+    is_hidden: bool = False
+    """Compiled code mixes where nobody counts: outside of the model's forward."""
+
+    @property
+    def count(self) -> int:
+        return self.eager + int(self.traced)
 
 
 class Site(Mark):
@@ -113,8 +125,11 @@ class Site(Mark):
         mask = self._draw_traced(w) if is_traced else self._draw(w)
         if is_traced:
             self.is_traced = True
+            if not self._forward.is_open:
+                self._forward.is_hidden = True
         else:
             self.calls += 1
+            self._forward.calls += 1
         return mixed_weight(w, self.ready(w), mask, rule, is_traced=is_traced)
 
     def _draw(self, w: torch.Tensor) -> torch.Tensor | Draw:

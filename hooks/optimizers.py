@@ -1,6 +1,7 @@
 """Tell patches of the steps of any torch optimizer, whoever built it, before or after them."""
 
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ class Listener(Protocol):
 
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None: ...
 
-    def after_step(self, optimizer: Optimizer) -> None: ...
+    def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None: ...
 
 
 _listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
@@ -44,14 +45,25 @@ def forget(listener: Listener) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    is_closure = any(map(callable, [*args[1:], *kwargs.values()]))  # the first is the optimizer
     for listener in list(_listeners):
-        listener.before_step(optimizer, is_closure=is_closure)
+        listener.before_step(optimizer, is_closure=_is_closure(args, kwargs))
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for listener in list(_listeners):
-        listener.after_step(optimizer)
+        listener.after_step(optimizer, is_closure=_is_closure(args, kwargs))
+
+
+def _is_closure(args: Any, kwargs: Any) -> bool:
+    return any(map(callable, [*args[1:], *kwargs.values()]))  # the first is the optimizer
+
+
+def about_to_change(optimizer: Optimizer, weights: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor]:
+    """Yield those of the weights that an optimizer has a gradient for."""
+    changed = {
+        id(w) for group in optimizer.param_groups for w in group["params"] if w.requires_grad and w.grad is not None
+    }
+    return (w for w in weights if w is not None and id(w) in changed)
 
 
 class StepWatch:

@@ -1,8 +1,7 @@
 """R-Drop on a live model: two passes for each training forward, and one loss of both."""
 
 import copy
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -20,19 +19,17 @@ from .graphs import between_graphs, eagerly, run_uncompiled, trace_cross_entropy
 from .hearing import Hearing, LossMode, calls_of
 from .kvcache import is_cache, map_cache
 from .logprobs import JoinedRows, LogProbs, as_log_probs, mark_joined
+from .lookout import Lookout
 from .losses import WAY_OUT, LossCall, join, join_halves, read_call, refuse_unhalved
 from .measured import Measured
-from .optimizers import watch
 from .randomness import Randomness
 from .schedule import Schedule
 from .settings import RDrop
 from .state import PATCH, Patch
 from .twins import Ticket, Twin, pair, part, tickets_of
 
-_log = logging.getLogger(__name__)
 
-
-class Drop:
+class Drop(Lookout):
     """R-Drop on one model.
 
     The first pass is made before the forward that the script has called, which is the second. Losses that the model
@@ -43,19 +40,22 @@ class Drop:
         is_mixed: Mixout draws one mask for a whole batch, so that it takes two passes.
     """
 
+    idle = (
+        "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
+        "whose loss it could reach. Call model.train(), and patch what the script calls as model(...)."
+    )
+    is_strict = True
+
     def __init__(self, settings: RDrop, *, is_mixed: bool) -> None:
+        super().__init__()
         self.settings = settings
         self.measured = Measured()
         self.unjoined: set[str] = set()
-        self.missed = 0
-        """Optimizer steps without R-Drop, after some with it."""
-        self._fired_before = 0
-        self._served: set[int] = set()
-        self._is_closure = False
         self._blend = Blend(
             float(settings.alpha), 2.0 if settings.scale == "paper" else 1.0, settings.kl_reduction == "sum"
         )
         self.schedule = Schedule(settings.every)
+        self._spared = 0
         self._is_mixed = is_mixed
         self._mode = LossMode()
         self._randomness = Randomness()
@@ -91,6 +91,7 @@ class Drop:
         self.close()  # a KeyboardInterrupt has left it open
         self.schedule.count(root)
         if not self.schedule.is_due:
+            self._spared += 1
             return None, None
         self.measured.settle()
         self._randomness.mark()
@@ -197,45 +198,27 @@ class Drop:
     # -- training steps -------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
-        """Look whether R-Drop has a part in this step; what a closure does is seen after it."""
-        self._is_closure = is_closure
-        if not is_closure:
-            self._refuse_idle(optimizer)
+        """Note that a step begins."""
+        super().before_step(optimizer, is_closure=is_closure)
         self.schedule.begin_step()
 
-    def after_step(self, optimizer: Optimizer) -> None:
+    def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Note that there was one."""
-        if self._is_closure:
-            self._refuse_idle(optimizer)
+        super().after_step(optimizer, is_closure=is_closure)
         self.schedule.end_step(optimizer)
 
-    def _refuse_idle(self, optimizer: Optimizer) -> None:
-        """Raise if R-Drop should have had a part in a step and never had in any; later, warn once and count."""
-        if not self.schedule.is_due or not self.schedule.holds(optimizer):
-            return
-        if self.measured.fired > self._fired_before:
-            self._fired_before = self.measured.fired
-            self._served.clear()
-        if self.measured.fired and id(optimizer) not in self._served:  # one that steps beside another
-            self._served.add(id(optimizer))
-            return
-        what = (
-            "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
-            "whose loss it could reach. Call model.train(), and patch what the script calls as model(...)."
-        )
-        if not self.measured.fired and self.schedule.has_gradient(optimizer):
-            raise SourceError(what)
-        if self.measured.fired and not self.missed:
-            _log.warning("%s", what)
-        self.missed += bool(self.measured.fired)
+    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+        return self.schedule.held(optimizer)
+
+    def acts(self) -> tuple[int, ...]:
+        """Return what changes with each forward that R-Drop is in, or leaves out for `every`."""
+        fired = self.measured.fired
+        if not fired and (self.schedule.is_due or not self._spared):
+            return ()
+        return fired, self._spared
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "measured": Measured(), "_randomness": Randomness()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Complete a copy, in a copy of the model: it counts steps as well."""
-        self.__dict__.update(state)
-        watch(self)
+        return {**self.__dict__, "measured": Measured(), "_randomness": Randomness(), "_spared": 0}
 
 
 # torch.compile skips this frame and ours within it, and compiles the two passes

@@ -49,7 +49,7 @@ def describe(model: nn.Module) -> Description:
         fired=patch.drop.measured.fired if patch.drop is not None else 0,
         missed=patch.drop.missed if patch.drop is not None else 0,
         unjoined=tuple(sorted(patch.drop.unjoined)) if patch.drop is not None else (),
-        unmixed=patch.lookout.steps if patch.lookout is not None and not patch.has_mixed else 0,
+        unmixed=patch.lookout.missed if patch.lookout is not None else 0,
     )
 
 

@@ -1,11 +1,14 @@
 """Which training steps R-Drop takes part in, a step being an optimizer's."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SourceError
 
-from .optimizers import StepWatch
+from .optimizers import StepWatch, about_to_change
 
 
 class Schedule:
@@ -21,17 +24,16 @@ class Schedule:
         self._has_stepped = False
         self._is_stepping = False
         self._watch = StepWatch()
-        self._weights: set[int] = set()
+        self._homes: list[dict[str, nn.Parameter | None]] = []
 
     @property
     def is_due(self) -> bool:
         return (self.steps + 1) % self._every == 0
 
     def know(self, root: nn.Module) -> list[nn.Parameter]:
-        """Look up the trainable weights, which fully_shard replaces."""
-        weights = [parameter for parameter in root.parameters() if parameter.requires_grad]
-        self._weights = set(map(id, weights))
-        return weights
+        """Look up where the weights are, for fully_shard replaces them all the time; return the trainable ones."""
+        self._homes = [module._parameters for module in root.modules() if module._parameters]
+        return [w for home in self._homes for w in home.values() if w is not None and w.requires_grad]
 
     def count(self, root: nn.Module) -> None:
         """Begin another step if an optimizer has stepped since the last forward; several of them make one step.
@@ -60,16 +62,8 @@ class Schedule:
 
     def end_step(self, optimizer: Optimizer) -> None:
         self._is_stepping = False
-        self._has_stepped = self._has_stepped or self.holds(optimizer)
+        self._has_stepped = self._has_stepped or next(self.held(optimizer), None) is not None
 
-    def has_gradient(self, optimizer: Optimizer) -> bool:
-        """Tell whether one of its gradients is not 0, as all of them are where somebody only wants its state made."""
-        return any(
-            w.grad is not None and bool(w.grad.any()) for group in optimizer.param_groups for w in group["params"]
-        )
-
-    def holds(self, optimizer: Optimizer) -> bool:
-        """Tell whether an optimizer is about to change one of the weights."""
-        return any(
-            id(w) in self._weights and w.grad is not None for group in optimizer.param_groups for w in group["params"]
-        )
+    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+        """Yield the weights that an optimizer is about to change."""
+        return about_to_change(optimizer, (w for home in self._homes for w in home.values()))

@@ -12,7 +12,7 @@ from surgery.errors import SourceError, some
 from .anchor import Decay
 from .dropout import Rate, find_rates, replace_rate, restore_rates
 from .graphs import guard_hooks
-from .lookout import Lookout
+from .lookout import MixoutLookout
 from .marks import Mark
 from .mixout import SITE, Pass, Site, reveal_weight, shadow_weight
 from .optimizers import Listener, forget, watch
@@ -63,19 +63,19 @@ class Patch:
         self.replaced: list[Rate] = []
         self.kept: list[Rate] = []
         self.decay = Decay(anchor.weight, sites) if anchor is not None else None
-        self.lookout = Lookout(sites) if self.is_mixing else None
+        self.lookout = MixoutLookout(sites, forward) if self.is_mixing else None
         self._forward = forward
+        if sites:
+            forward.traced = forward.traced.to(sites[0].weight.device)
         self._handles: list[Any] = []
         self._marks: list[Mark] = []
-        self._steps = 0
-        self._traced_steps = torch.zeros((), dtype=torch.int64, device=sites[0].weight.device if sites else None)
         self._is_checked = False
         self._is_told = False
 
     @property
     def steps(self) -> int:
         """Forward passes in training mode."""
-        return self._steps + int(self._traced_steps)
+        return self._forward.count
 
     @property
     def is_mixing(self) -> bool:
@@ -143,19 +143,19 @@ class Patch:
         if torch.compiler.is_compiling():
             # beside the weights, which may have moved: CUDA graphs take nothing from the CPU
             if self.sites:
-                self._traced_steps = self._traced_steps.to(self.sites[0].weight.device)
-            self._traced_steps.add_(1)
+                self._forward.traced = self._forward.traced.to(self.sites[0].weight.device)
+            self._forward.traced.add_(1)
             return
-        if self._steps == 0:
+        if self._forward.eager == 0:
             refuse_unready(self.sites)
             if is_sharded(root):
                 self._go_first(root)
-        elif self._steps == 1:
+        elif self._forward.eager == 1:
             shard_pretrained(self.sites)
         if self.decay is not None:
             self.decay.refuse_missed()
         self._warn_frozen()
-        self._steps += 1
+        self._forward.eager += 1
 
     def renew(self) -> None:
         """Let tied weights draw a new mask: a pass begins."""
@@ -198,8 +198,6 @@ class Patch:
         if not root.training or not trained:
             return
         self._is_checked = True
-        if self.lookout is not None:
-            forget(self.lookout)
         if silent := [site.name for site in trained if not site.is_called]:
             what = f"{some(silent)}: expected a call of the layer in forward, got none"
             if len(silent) == len(trained):

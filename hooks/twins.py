@@ -81,13 +81,32 @@ class Ticket:
         )
 
 
+@dataclass(eq=False)
+class Edge:
+    """A Twin's own place in the graph: only what does not ask the Twin gets there, and it loses the first pass."""
+
+    tickets: frozenset[Ticket]
+    is_known: bool = False
+
+    def notice(self, grads: tuple[torch.Tensor | None, ...]) -> None:
+        """Note that a gradient has come this way, beside one of R-Drop's loss; a hook of the Twin's node."""
+        if self.is_known or all(grad is None for grad in grads):
+            return
+        for ticket in self.tickets:
+            if ticket.is_reached:
+                ticket.pass_by("an autograd function on the outputs, or the like")
+
+
 class Twin(Plain):
     """The result of the second pass, with that of the first as `other`: what is done to one is done to both.
 
     Only as long as there is a gradient to be had: what is detached, compared or printed is an ordinary tensor.
     """
 
+    second: torch.Tensor | None
+    """The result as an ordinary tensor, which is what is worked on; None: not in the graph yet."""
     other: torch.Tensor
+    edge: Edge
     tickets: frozenset[Ticket]
 
     @classmethod
@@ -117,21 +136,33 @@ def _pair_tensors(second: Any, first: Any, ticket: Ticket) -> Any:
     return _twin(second, first, frozenset([ticket])) if is_fit and type(second) is torch.Tensor else second
 
 
-def _twin(second: torch.Tensor, first: torch.Tensor, tickets: frozenset[Ticket]) -> torch.Tensor:
+def _twin(second: torch.Tensor, first: torch.Tensor, tickets: frozenset[Ticket]) -> Twin:
     twin = second.as_subclass(Twin)
+    twin.second = second if second.requires_grad else None
     twin.other, twin.tickets = first, tickets
+    _watch_edge(twin)
     return twin
+
+
+def _watch_edge(twin: Twin) -> None:
+    twin.edge = Edge(twin.tickets)
+    with torch._C.DisableTorchFunctionSubclass():
+        # not a hook of the tensor, which would stay where it was when the tensor is written to
+        if twin.grad_fn is not None and twin.numel() > 1:  # a scalar may be the whole loss
+            twin.grad_fn.register_prehook(twin.edge.notice)
 
 
 def part(tree: Any) -> tuple[Any, Any]:
     """Return the first and the second pass's share of arguments that may hold twins."""
     if not any(isinstance(leaf, Twin) for leaf in tree_iter(tree)):
         return tree, tree  # the script may look into what it has given
-    return tree_map_only(Twin, lambda twin: twin.other, tree), tree_map_only(Twin, _plain, tree)
+    return tree_map_only(Twin, lambda twin: twin.other, tree), tree_map_only(Twin, _second, tree)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.as_subclass(torch.Tensor)
+def _second(twin: Twin) -> torch.Tensor:
+    if twin.second is None:
+        twin.second = twin.as_subclass(torch.Tensor)
+    return twin.second
 
 
 def tickets_of(tree: Any) -> frozenset[Ticket]:
@@ -143,8 +174,9 @@ def tickets_of(tree: Any) -> frozenset[Ticket]:
 def _apply_to_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in JOINED and is_trained([*args, *kwargs.values()]):
         return _join(func, args, kwargs)
+    (others, other_kwargs), (seconds, second_kwargs) = part((args, kwargs))
     if func is _BASE:
-        return func(*args)
+        return func(*seconds)
     tickets = tickets_of((args, kwargs))
     if func in UNKNOWN and is_trained([*args, *kwargs.values()]):
         for ticket in tickets:
@@ -154,16 +186,21 @@ def _apply_to_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             ticket.check(args[0])
     tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     versions = [_version(tensor) for tensor in tensors]
-    result = func(*args, **kwargs)
+    twins = {id(tensor.second): tensor for tensor in tensors if isinstance(tensor, Twin)}
+    result = tree_map(lambda leaf: twins.get(id(leaf), leaf), func(*seconds, **second_kwargs))
     written = [tensor for tensor, version in zip(tensors, versions, strict=True) if _version(tensor) != version]
     if any(tensor.requires_grad and not isinstance(tensor, Twin) for tensor in written):
         return result  # a plain tensor has taken in a twin: to do it twice would count it twice
+    for twin in written:
+        if isinstance(twin, Twin):
+            _watch_edge(twin)
     is_sink = func is torch.Tensor.clone and not torch.is_grad_enabled() and _is_in_sink()
+    if is_sink:
+        args[0].edge.is_known = True
     is_paired = torch.is_grad_enabled() and any(_is_twinnable(leaf) for leaf in tree_iter(result))
     if not (written or is_sink or is_paired):
         return result
     with torch.set_grad_enabled(torch.is_grad_enabled() or is_sink):
-        others, other_kwargs = tree_map_only(Twin, lambda twin: twin.other, (args, kwargs))
         other = func(*others, **other_kwargs)
     if not (is_sink or is_paired):
         return result

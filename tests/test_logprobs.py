@@ -113,6 +113,10 @@ MADE: dict[str, tuple[Loss, Callable[[Any, Any], torch.Tensor]]] = {
         lambda logp: F.kl_div(logp.flatten(0, 1), TEACHER.softmax(-1).flatten(0, 1), reduction="batchmean"),
         mean,
     ),
+    "teacher by name": (
+        lambda logp: F.kl_div(target=TEACHER.softmax(-1), input=logp, reduction="sum"),
+        lambda a, b: kl(a, b).sum(),
+    ),
     "teacher's logarithms": (
         lambda logp: nn.KLDivLoss(reduction="sum", log_target=True)(logp, TEACHER.log_softmax(-1)),
         lambda a, b: kl(a, b).sum(),
@@ -180,6 +184,12 @@ NOT_AFFINE: dict[str, tuple[Loss, str]] = {
     "logsumexp": (lambda logp: (logp + 1).logsumexp(-1).mean(), "logsumexp"),
     "preferences": (lambda logp: -F.logsigmoid(logp[..., 0] - logp[..., 1]).mean(), "log_sigmoid"),
     "divisor": (lambda logp: (SCALE[..., None] / logp).mean(), None),
+    "divisor by name": (lambda logp: torch.div(SCALE[..., None], other=logp).mean(), None),
+    "product by name": (lambda logp: torch.mul(logp, other=logp).mean(), None),
+    "reverse by name": (
+        lambda logp: F.kl_div(target=logp, input=TEACHER.log_softmax(-1), log_target=True, reduction="sum"),
+        None,
+    ),
     "reverse": (
         lambda logp: F.kl_div(TEACHER.log_softmax(-1), logp, log_target=True, reduction="sum"),
         None,

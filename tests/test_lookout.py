@@ -15,7 +15,7 @@ from surgery import describe, patch_model, unpatch_model
 
 WARNING = (
     "mixout: expected a forward in training mode before an optimizer's step, got none: nothing is mixed. "
-    "Call model.train(): from_pretrained leaves a model in eval mode."
+    "Call model.train(): from_pretrained leaves a model in eval mode, and so does an evaluation."
 )
 
 
@@ -41,10 +41,26 @@ def test_training_in_eval_mode_warns_once_and_is_described(
     model = copied(patch_model(network()).eval())
     train(model, sgd(model))
     assert caplog.messages == [WARNING]
-    line = "NOT MIXED    so far: no forward in training mode in 3 optimizer steps"
+    line = "NOT MIXED    in 3 optimizer steps: no forward in training mode came before them"
     assert (describe(model).unmixed, line in str(describe(model)).splitlines()) == (3, True)
     train(model.train(), sgd(model))
-    assert (describe(model).unmixed, caplog.messages) == (0, [WARNING])
+    assert (describe(model).unmixed, caplog.messages) == (3, [WARNING])
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, deepcopy], ids=["itself", "copy"])
+def test_eval_mode_left_on_is_warned_of_once_and_described(
+    copied: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = patch_model(network())
+    train(model, sgd(model))
+    model = copied(model)
+    optimizer = sgd(model)
+    train(model, optimizer)
+    assert caplog.messages == []
+    train(model.eval(), optimizer)
+    assert (caplog.messages, describe(model).unmixed) == ([WARNING], 3)
+    train(model.train(), optimizer)
+    assert (caplog.messages, describe(model).unmixed) == ([WARNING], 3)
 
 
 def test_model_whose_weight_is_taken_away_does_not_disturb_others() -> None:
@@ -87,20 +103,11 @@ def test_without_masks_there_is_nothing_to_say(settings: Any, caplog: pytest.Log
         assert (caplog.messages, describe(model).unmixed) == ([], 0)
 
 
-def unpatched(model: nn.Module) -> None:
-    unpatch_model(model)
-
-
-def mixed(model: nn.Module) -> None:
-    model(torch.ones(2, 4))
-
-
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("end", [unpatched, mixed], ids=lambda end: end.__name__)
-def test_optimizers_are_left_alone_afterwards(end: Callable[[nn.Module], None]) -> None:
+def test_optimizers_are_left_alone_afterwards() -> None:
     model = patch_model(network())
     assert torch_optimizer._global_optimizer_post_hooks
-    end(model)
+    unpatch_model(model)
     assert not torch_optimizer._global_optimizer_pre_hooks
     assert not torch_optimizer._global_optimizer_post_hooks
 
@@ -119,3 +126,47 @@ def test_compiled_optimizer_step_works_meanwhile() -> None:
     before = model[0].weight.detach().clone()
     torch.compile(optimizer.step, backend="eager")()
     assert not torch.equal(model[0].weight, before)
+
+
+class Stepping(nn.Module):
+    """As Lightning has it: forward is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def compiled_whole(model: Any) -> Any:
+    return torch.compile(model, backend="aot_eager")
+
+
+def compiled_layers(model: Any) -> Any:
+    for layer in model.net:
+        layer.compile(backend="aot_eager")
+    return model
+
+
+def compiled_outside(model: Any) -> Any:
+    return torch.compile(model.net, backend="aot_eager")
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script_method:DeprecationWarning")  # torch's own, of its compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(
+    ("how", "missed"),
+    [(compiled_whole, 3), (compiled_layers, 3), (compiled_outside, 0)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_steps_of_compiled_models_are_told_apart(
+    how: Callable[[Any], Any], missed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = patch_model(Stepping())
+    compiled, optimizer = how(model), sgd(model)
+    train(compiled, optimizer)
+    assert describe(model).unmixed == 0
+    model.eval()
+    train(compiled, optimizer)
+    assert (describe(model).unmixed, caplog.messages.count(WARNING)) == (missed, int(missed > 0))

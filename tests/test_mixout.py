@@ -1,6 +1,6 @@
 """W_mix to the bit: values, gradients and means against float64 references; randomness, memory, training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,8 @@ from surgery import Mixout, patch_model, unpatch_model
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BOTH = pytest.mark.parametrize("granularity", ["neuron", "element"])
+pytestmark = pytest.mark.usefixtures("one_thread")
 REENTRANT = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Have pytest-xdist's workers not wait for each other's threads: these tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

