@@ -1,7 +1,12 @@
 """From the import of torch to the end of a process."""
 
+import logging
 import os
+import sys
 from multiprocessing import util
+from typing import Any
+
+from surgery.errors import SurgeryError
 
 from .order import read_order
 from .seams import listen
@@ -17,10 +22,33 @@ def begin() -> None:
     order = read_order(os.environ)
     if order is None:
         return
+    _show_warnings()
     session = Session(order)
     listen(session)
+    _listen_to_errors(session)
     _await_end(session)
     util.register_after_fork(session, _fork)
+
+
+def _show_warnings() -> None:
+    """Print what surgery logs in the form of its other lines, whatever the script makes of its own log."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("surgery: %(message)s"))
+    logger = logging.getLogger("surgery")
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def _listen_to_errors(session: Session) -> None:
+    """Have an error of ours that ends the script end the run as what it is: a regularizer without effect."""
+    show = sys.excepthook
+
+    def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
+        if isinstance(error, SurgeryError):
+            session.fail(error)
+        show(kind, error, trace)
+
+    sys.excepthook = excepthook
 
 
 def _await_end(session: Session) -> None:

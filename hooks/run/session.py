@@ -215,7 +215,7 @@ class Session:
         if self._refusals and not self._is_any_whole and not self.order.allow_inactive:
             self._stop()
 
-    def after_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002
+    def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
         """Write the record now and then, for a process that is killed."""
         if time.monotonic() - self._written > _SECONDS_BETWEEN_RECORDS:
             self.write(is_last=False)
@@ -265,6 +265,11 @@ class Session:
         new = f"; new: {some(entry['new'])}" if entry["new"] else ""
         print(f"surgery: rank {_rank()}: {entry['class']}: {', '.join(said)}{new}", file=sys.stderr, flush=True)  # noqa: T201
 
+    def fail(self, error: SurgeryError) -> None:
+        """Take in why a regularizer has ended the script."""
+        self.record.faults.append(str(error))
+        self.record.is_refused = True
+
     def fork(self) -> None:
         """Go on in a child process."""
         self.record = Record(os.getpid(), has_torch=True)
@@ -274,6 +279,11 @@ class Session:
         """Write the record for the last time; without a `surgery run` to read it, say what came out."""
         if self.record.pid != os.getpid() or (self._is_child and not self.record.has_trained):
             return
+        if self.record.has_trained and not self._groups:
+            self._note(
+                "optimizer: expected one of torch.optim with the parameters of a model, got none: no model is known to "
+                "be trained. Call patch_model in the script."
+            )
         self.write(is_last=True)
         if self.record.has_trained and run_dir() is None:
             conclude(self.record, self.order)
