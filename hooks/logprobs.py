@@ -6,7 +6,7 @@ label smoothing, cross-entropy with a teacher. So c brings the KL in with just t
 that the loss has.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,23 +44,17 @@ class LogProbs(Plain):
     join_nll: Callable[..., torch.Tensor]
     join: Callable[[], torch.Tensor]
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return _apply(func, args, dict(kwargs or {}))
+    @staticmethod
+    def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _apply(func, args, kwargs)
 
 
 class JoinedRows(Plain):
     """A loss before its reduction, or a part of one, that has R-Drop in it already."""
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return _apply_to_joined(func, args, dict(kwargs or {}))
+    @staticmethod
+    def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _apply_to_joined(func, args, kwargs)
 
 
 def as_log_probs(

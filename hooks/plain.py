@@ -1,12 +1,25 @@
 """Tensors that are more than they seem."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 
 class Plain(torch.Tensor):
-    """An ordinary tensor to whoever prints, pickles or copies it."""
+    """An ordinary tensor to whoever prints, pickles or copies it; a subclass says what a function does with it."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return cls.answer(func, args, dict(kwargs or {}))
+
+    @staticmethod
+    def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a function of such tensors gives; in here, they are ordinary ones."""
+        raise NotImplementedError
 
     def _as_tensor(self) -> torch.Tensor:
         return self.as_subclass(torch.Tensor)

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,13 +109,9 @@ class Twin(Plain):
     edge: Edge
     tickets: frozenset[Ticket]
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass():
-            return _apply_to_both(func, args, kwargs)
+    @staticmethod
+    def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _apply_to_both(func, args, kwargs)
 
 
 def pair(second: Any, first: Any, ticket: Ticket) -> Any:
