@@ -1,5 +1,6 @@
 """Hears the loss functions that a model calls in its forward, and answers in their place."""
 
+import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -140,4 +141,4 @@ def calls_of(root: nn.Module) -> int:
     return count
 
 
-_CALL = nn.Module._call_impl.__code__
+_CALL = inspect.unwrap(nn.Module._call_impl).__code__  # `surgery run` stands before it for a while
