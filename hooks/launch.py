@@ -5,7 +5,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from surgery.errors import SettingError
@@ -15,6 +14,7 @@ from .run.command import CommandError, check_python, find_program
 from .run.order import PREFIX, Order
 from .run.outcome import Outcome, judge
 from .run.record import Record, read_records
+from .run.speech import say
 
 SITE = Path(__file__).resolve().parent / "site"
 """The folder whose sitecustomize every Python of the command runs."""
@@ -45,7 +45,7 @@ def launch(command: Sequence[str], order: Order) -> int:
         check_python(program, command, environment)
         code, records = _run(program, command, environment)
     except CommandError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return error.code
     return _conclude(judge(records, order, command, has_failed=code != 0), order, code)
 
@@ -82,12 +82,12 @@ def _run(program: str, command: Sequence[str], environment: dict[str, str]) -> t
 
 def _conclude(outcome: Outcome, order: Order, code: int) -> int:
     for line in outcome.lines:
-        _say(line)
+        say(line)
     if order.report:
         try:
             outcome.write(Path(order.report))
         except OSError as error:
-            _say(f"error: {order.report}: expected a file that can be written, got {error.strerror}. Choose another.")
+            say(f"error: {order.report}: expected a file that can be written, got {error.strerror}. Choose another.")
             code = code or 1
     if code < 0:
         from .run.supervise import die
@@ -95,10 +95,3 @@ def _conclude(outcome: Outcome, order: Order, code: int) -> int:
         return die(-code)
     is_inactive = not (outcome.is_active or outcome.is_idle or order.allow_inactive)
     return INACTIVE if outcome.is_refused or (code == 0 and is_inactive) else code
-
-
-def _say(line: str) -> None:
-    """Print a line on stderr, if there is still one that is read."""
-    if sys.stderr is not None:
-        with suppress(OSError):
-            print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -1,7 +1,6 @@
 """One process of a run: from an optimizer to the model whose parameters it owns, and from there to its patch."""
 
 import os
-import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from .outcome import conclude
 from .past import Past
 from .record import Record
 from .roots import find_tops
+from .speech import say
 
 if TYPE_CHECKING:
     from .noise import Noise
@@ -248,7 +248,7 @@ class Session:
     def _note(self, text: str) -> None:
         if text not in self.record.faults:
             self.record.faults.append(text)
-            print(f"surgery: rank {_rank()}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+            say(f"surgery: rank {_rank()}: {text}")
 
     def _say(self, entry: dict[str, Any]) -> None:
         order = self.order
@@ -263,7 +263,7 @@ class Session:
         if order.anchor is not None:
             said.append(f"anchor ({order.anchor:g})")
         new = f"; new: {some(entry['new'])}" if entry["new"] else ""
-        print(f"surgery: rank {_rank()}: {entry['class']}: {', '.join(said)}{new}", file=sys.stderr, flush=True)  # noqa: T201
+        say(f"surgery: rank {_rank()}: {entry['class']}: {', '.join(said)}{new}")
 
     def fail(self, error: SurgeryError) -> None:
         """Take in why a regularizer has ended the script."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from surgery.hooks.run.order import Order
 
 _OPTIONS = (
-    click.option("--noisytune", type=float, metavar="LAM", help="Perturb pretrained weights when they are loaded."),
+    click.option("--noisytune", type=float, metavar="LAM", help="Perturb pretrained weights before they are trained."),
     click.option("--mixout", type=float, metavar="P", help="Mix pretrained weights back in at every forward pass."),
     click.option("--rdrop", type=float, metavar="ALPHA", help="Two passes; the loss holds their outputs together."),
     click.option("--anchor", type=float, metavar="WEIGHT", help="Decay weights toward the pretrained ones."),
