@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 import venv
 from pathlib import Path
 
@@ -133,20 +132,22 @@ def test_the_hooks_import_nothing_heavy():
     assert not new & {"torch", "numpy", "numba", "transformers", "click", "huggingface_hub", "ctypes", "subprocess"}
 
 
-def fastest(*command, **env) -> float:
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
+def cheapest(*command, **env) -> float:
+    """Return what a command and its processes cost in seconds of CPU time, which others on the machine do not raise."""
+    costs = []
+    for _ in range(5):
+        before = os.times()
         subprocess.run(command, env=clean_env(**env), check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        after = os.times()
+        costs.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return min(costs)
 
 
 def test_start_up_costs_at_most_a_fifth_of_a_second():
-    plain = fastest(*python("1"))
+    plain = cheapest(*python("1"))
     path = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", str(ROOT))])
-    assert fastest(*python("1"), PYTHONPATH=path, SURGERY_MIXOUT="0.7") - plain < 0.1
-    assert fastest(sys.executable, "-m", "surgery", *RUN, *python("1")) - plain < 0.2
+    assert cheapest(*python("1"), PYTHONPATH=path, SURGERY_MIXOUT="0.7") - plain < 0.1
+    assert cheapest(sys.executable, "-m", "surgery", *RUN, *python("1")) - plain < 0.2
 
 
 # -- waiting for a module -------------------------------------------------------------------------------------------
