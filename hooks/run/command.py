@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +106,9 @@ def _first_words(program: str) -> list[str]:
         return first.removeprefix("#!").split()
     if beside := re.search(r"dirname.*/'?([\w.]+)'? \"\$0\"", second):
         return [str(Path(program).resolve().with_name(beside[1]))]
-    return shlex.split(second.removeprefix("'''exec' "))
+    with suppress(ValueError):  # not of pip's making
+        return shlex.split(second.removeprefix("'''exec' "))
+    return []
 
 
 def _after_env(words: list[str]) -> list[str]:

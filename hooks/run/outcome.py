@@ -136,7 +136,8 @@ def _missing(trained: Sequence[Record], order: Order) -> tuple[str, ...]:
 
 
 def _is_told(name: str, record: Record) -> bool:
-    return any(fault.startswith(name) for fault in record.faults)
+    is_patch = name != "noisytune"
+    return any(f"{name}:" in fault or (is_patch and fault.startswith("patch_model:")) for fault in record.faults)
 
 
 def _on(some: Sequence[Record], all: Sequence[Record]) -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -94,7 +95,8 @@ def _wait(child: int, watched: frozenset[int]) -> int:
             if pid:  # else it has only stopped or continued
                 return os.waitstatus_to_exitcode(status)
         elif not is_known:
-            os.kill(child, number)
+            with suppress(PermissionError):  # sudo
+                os.kill(child, number)
 
 
 def _next_signal(watched: frozenset[int]) -> tuple[int, bool]:

@@ -1,0 +1,176 @@
+"""The sitecustomize of `surgery run`, in every Python of a command: what it hides still runs, and it costs little."""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import clean_env
+from runs import ROOT, python
+
+from surgery.hooks.launch import SITE
+
+RUN = ("run", "--mixout", "0.7", "--allow-inactive", "--")
+CHECK = """
+import os, sys
+from pathlib import Path
+from surgery.hooks.run.imports import _waiting
+def check():
+    record = Path(os.environ["SURGERY_RUN_DIR"], f"{os.getpid()}.json")
+    print(record.is_file(), list(_waiting), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """A Python without any package."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False)
+    return folder / "bin" / "python"
+
+
+def ran_with(folders, *command, **env):
+    """Run a command with these folders as PYTHONPATH; return its exit code, stdout and stderr."""
+    env = clean_env(**env) | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("home", ["user", "system"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "print('here', __name__, __file__)",
+        "import sys; sys.seen = 1; sys.path.append('/more')",
+        "raise RuntimeError('no')",
+        "import nothing_of_this_name",
+        "def broken(:",
+    ],
+    ids=["prints", "sets", "raises", "misses", "broken"],
+)
+def test_the_hidden_sitecustomize_runs_as_without_ours(text, home, bare, tmp_path):
+    folder = tmp_path if home == "user" else next(bare.parent.parent.glob("lib/python*/site-packages"))
+    (folder / "sitecustomize.py").write_text(text + "\n")
+    show = (
+        "import sys; m = sys.modules.get('sitecustomize'); print(m and m.__file__, getattr(sys, 'seen', 0)); "
+        f"print([one for one in sys.path if one not in {[str(SITE), str(ROOT)]!r}])"
+    )
+    users = [tmp_path] if home == "user" else []
+    try:
+        plain = ran_with([*users, ROOT], bare, "-c", show)
+        assert ran_with([SITE, *users, ROOT], bare, "-c", show) == plain
+        record = tmp_path / "records"
+        record.mkdir()
+        ran_with([SITE, *users, ROOT], bare, "-c", "1", SURGERY_RUN_DIR=str(record))
+        assert len(list(record.iterdir())) == 1, "ours did not start"
+    finally:
+        (folder / "sitecustomize.py").unlink()
+
+
+def test_without_a_hidden_one_there_is_none_but_ours(bare):
+    code = "import sitecustomize; print(sitecustomize.__file__)"
+    assert ran_with([SITE, ROOT], bare, "-c", code) == (0, f"{SITE / 'sitecustomize.py'}\n", "")
+
+
+def test_usercustomize_still_runs(tmp_path):
+    venv.create(tmp_path / "venv", with_pip=False, system_site_packages=True)  # others have no user's packages
+    (tmp_path / "usercustomize.py").write_text("print('user')\n")
+    (tmp_path / "sitecustomize.py").write_text("print('site')\n")
+    ran = ran_with([SITE, tmp_path, ROOT], tmp_path / "venv" / "bin" / "python", "-c", "1")
+    assert ran == (0, "site\nuser\n", "")
+
+
+def test_another_python_without_surgery_says_so_and_goes_on(bare, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("print('user')\n")
+    assert ran_with([SITE, tmp_path], bare, "-c", "print('trained')") == (
+        0,
+        "user\ntrained\n",
+        f"surgery: {bare}: expected a Python with model-surgery, got none (No module named 'surgery'). Install it "
+        "there: nothing that this Python trains is regularized.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "check()",
+        "import subprocess; subprocess.run([sys.executable, '-c', sys.argv[1] + 'check()', sys.argv[1]])",
+        "import subprocess; subprocess.run(['sh', '-c', f\"'{sys.executable}' -c '{sys.argv[1]}check()'\"])",
+        "import multiprocessing as m; p = m.get_context('fork').Process(target=check_fork); p.start(); p.join()",
+    ],
+    ids=["itself", "subprocess", "shell", "fork"],
+)
+def test_processes_of_the_command_are_reached(start, run_cli):
+    fork = "def check_fork():\n    print(True, list(_waiting), flush=True)\n"
+    ran = run_cli(*RUN, sys.executable, "-c", CHECK + fork + start, CHECK)
+    assert ran.out == "True ['torch']\n", ran.err
+
+
+def test_spawned_processes_are_reached(run_cli, tmp_path):
+    spawn = "import multiprocessing as m\nif __name__ == '__main__':\n    m.get_context('spawn').Pool(1).apply(check)\n"
+    (tmp_path / "train.py").write_text(CHECK + spawn)
+    ran = run_cli(*RUN, sys.executable, "train.py")
+    assert ran.out == "True ['torch']\n", ran.err
+
+
+def test_a_deaf_python_within_a_script_is_told_at_the_end(run_cli):
+    ran = run_cli("run", "--mixout", "0.7", "--", "sh", "-c", f"'{sys.executable}' -I -c 1")
+    assert ran.code == 3
+    assert ran.err.startswith("surgery: INACTIVE: command: expected a Python that reads PYTHONPATH")
+
+
+def test_the_hooks_import_nothing_heavy():
+    code = "import sys; print(*sorted(sys.modules))"
+    modules = {
+        name: set(ran_with([*folders, ROOT], sys.executable, "-c", code, SURGERY_MIXOUT="0.7")[1].split())
+        for name, folders in {"plain": [], "hooked": [SITE]}.items()
+    }
+    new = {name.partition(".")[0] for name in modules["hooked"] - modules["plain"]}
+    assert "surgery" in new
+    assert not new & {"torch", "numpy", "numba", "transformers", "click", "huggingface_hub", "ctypes", "subprocess"}
+
+
+def cheapest(*command, **env) -> float:
+    """Return what a command and its processes cost in seconds of CPU time, which others on the machine do not raise."""
+    costs = []
+    for _ in range(5):
+        before = os.times()
+        subprocess.run(command, env=clean_env(**env), check=True, capture_output=True)
+        after = os.times()
+        costs.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return min(costs)
+
+
+def test_start_up_costs_at_most_a_fifth_of_a_second():
+    plain = cheapest(*python("1"))
+    path = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", str(ROOT))])
+    assert cheapest(*python("1"), PYTHONPATH=path, SURGERY_MIXOUT="0.7") - plain < 0.1
+    assert cheapest(sys.executable, "-m", "surgery", *RUN, *python("1")) - plain < 0.2
+
+
+# -- waiting for a module -------------------------------------------------------------------------------------------
+
+
+def test_after_calls_when_the_module_has_run_and_leaves_its_loader_as_it_is(tmp_path):
+    (tmp_path / "late.py").write_text("done = 1\n")
+    code = (
+        "import importlib.util, sys\nfrom surgery.hooks.run.imports import after\n"
+        "after('late', lambda: print('called', sys.modules['late'].done))\n"
+        "assert importlib.util.find_spec('late') and 'late' not in sys.modules\n"
+        "print('now')\nimport late\nprint(type(late.__loader__).__name__, vars(late.__loader__).keys())\n"
+        "import late\nimport importlib; importlib.reload(late)\nafter('late', lambda: print('at once'))\n"
+    )
+    code, out, err = ran_with([tmp_path, ROOT], sys.executable, "-c", code)
+    assert out == "now\ncalled 1\nSourceFileLoader dict_keys(['name', 'path'])\nat once\n", err
+
+
+def test_after_waits_on_when_an_import_fails(tmp_path):
+    (tmp_path / "late.py").write_text("import sys\nif not hasattr(sys, 'ready'): raise ImportError('not yet')\n")
+    code = (
+        "import sys\nfrom surgery.hooks.run.imports import after\nafter('late', lambda: print('called'))\n"
+        "try: import late\nexcept ImportError as error: print(error)\nsys.ready = 1\nimport late\n"
+    )
+    code, out, err = ran_with([tmp_path, ROOT], sys.executable, "-c", code)
+    assert out == "not yet\ncalled\n", err
