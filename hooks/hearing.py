@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -140,4 +141,4 @@ def calls_of(root: nn.Module) -> int:
     return count
 
 
-_CALL = nn.Module._call_impl.__code__
+_CALL = unwrap(nn.Module._call_impl).__code__  # `surgery run` may be listening to calls

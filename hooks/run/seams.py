@@ -33,6 +33,7 @@ def _look_out(session: Session) -> None:
     if not session.is_waiting:
         return
 
+    @wraps(_CALL)
     def _call_impl(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             session.see(self)
