@@ -1,9 +1,9 @@
 """Hears the loss functions that a model calls in its forward, and answers in their place."""
 
-import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -141,4 +141,4 @@ def calls_of(root: nn.Module) -> int:
     return count
 
 
-_CALL = inspect.unwrap(nn.Module._call_impl).__code__  # `surgery run` stands before it for a while
+_CALL = unwrap(nn.Module._call_impl).__code__  # `surgery run` may be listening to calls
