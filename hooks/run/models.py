@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError
+from surgery.names import NEW
 from surgery.recipe import TensorRecord
 
 from ..report import distance, w_pre_bytes
-from ..sources import open_origin
 from ..state import Patch
 
 
@@ -34,13 +34,16 @@ class Model:
         self._root = weakref.ref(root)
         self._patch = weakref.ref(patch) if patch is not None else None
         parameters = dict(root.named_parameters())
+        new = {tensor.name for tensor in noise if tensor.copied == NEW}
+        if patch is not None and patch.sites:
+            new = patch.fresh
         self.ids = set(map(id, parameters.values()))
         self._entry: dict[str, Any] = {
             "class": type(root).__name__,
             "parameters": len(parameters),
             "perturbed": sum(tensor.copied is None for tensor in noise),
             "mixed": 0,
-            "new": sorted(open_origin(root, None).fresh & parameters.keys()),
+            "new": sorted(new & parameters.keys()),
             "w_pre_bytes": 0,
             "steps": 0,
             "rdrop_fired": 0,

@@ -69,13 +69,18 @@ class Noise:
 
 def _parts(top: nn.Module, loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Yield what is pretrained and to be trained of a model, with its path."""
-    pretrained = list(pretrained_parts(top))
-    if not pretrained:
-        filled = {id(unwrap(module)) for module in loaded}
-        pretrained = [(path, module) for path, module in top.named_modules() if id(module) in filled][:1]
-    for path, part in pretrained or [("", top)]:
+    for path, part in list(pretrained_parts(top)) or _filled_parts(top, loaded) or [("", top)]:
         if any(parameter.requires_grad for parameter in part.parameters()):
             yield path, part
+
+
+def _filled_parts(top: nn.Module, loaded: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
+    filled = {id(unwrap(module)) for module in loaded}
+    parts: list[tuple[str, nn.Module]] = []
+    for path, module in top.named_modules():
+        if id(module) in filled and not any(f"{path}.".startswith(f"{outer}.".lstrip(".")) for outer, _ in parts):
+            parts.append((path, module))
+    return parts
 
 
 def _left(part: nn.Module, path: str, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
