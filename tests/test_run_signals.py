@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ for number in signal.valid_signals() - left:
     if signal.getsignal(number) is not signal.SIG_IGN:
         signal.signal(number, lambda number, _: got.append(number))
 print("pid", os.getpid(), flush=True)
-while not got:
+end = time.monotonic() + 30
+while not got and time.monotonic() < end:
     time.sleep(0.01)
 time.sleep(0.2)
 print("got", got, flush=True)
@@ -190,25 +192,30 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.file, text.encode())
 
-    def read_until(self, text: str) -> str:
+    def read(self) -> str:
+        assert select.select([self.file], [], [], 20)[0], f"nothing more came: {self.text}"
+        with suppress(OSError):  # closed at the other side
+            return os.read(self.file, 4096).decode()
+        return ""
+
+    def read_until(self, text: str) -> None:
         while text not in self.text:
-            try:
-                self.text += os.read(self.file, 4096).decode()
-            except OSError as error:  # the other side is closed
-                raise AssertionError(f"{text!r} never came: {self.text}") from error
-        before, _, self.text = self.text.partition(text)
-        return before
+            new = self.read()
+            assert new, f"{text!r} never came: {self.text}"
+            self.text += new
+        self.text = self.text.partition(text)[2]
 
     def end(self) -> int:
         """Wait for the end. Return the exit code."""
-        with suppress(OSError):  # closed at the other side
-            while os.read(self.file, 4096):
-                pass
+        while self.read():
+            pass
         return self.hang_up()
 
     def hang_up(self) -> int:
         os.close(self.file)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        ended = []
+        wait_until(lambda: ended.append(os.waitpid(self.pid, os.WNOHANG)) or ended[-1][0])
+        return os.waitstatus_to_exitcode(ended[-1][1])
 
 
 @pytest.mark.parametrize("is_job", [False, True], ids=["leader", "job"])
