@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from runs import MODEL, ROOT, python, training, write_program
 
+from surgery.cli import main
 from surgery.errors import SettingError
 from surgery.hooks.launch import SITE, environment_of, launch
 from surgery.hooks.run.order import Order
@@ -224,7 +226,13 @@ def test_report_that_became_impossible_is_told(run_cli, tmp_path):
     assert (ran.code, ran.err) == (1, f"{ACTIVE}error: {tmp_path / 'out' / 'report.json'}: {message}\n")
 
 
-# -- surgery env ----------------------------------------------------------------------------------------------------
+# -- flags and surgery env ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["run", "env"])
+def test_each_flag_mirrors_a_variable(name):
+    flags = {one.name for one in main.commands[name].params} - {"arguments", "debug", "as_json"}
+    assert flags == {field.name for field in fields(Order)}
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
