@@ -106,14 +106,15 @@ def test_a_run_in_a_run_adds_to_its_order_and_tells_both(run_cli):
         (training(), [], 3, "surgery: INACTIVE: mixout: "),
         (training(), ["--allow-inactive"], 0, "surgery: INACTIVE: mixout: "),
         (training(then="raise SystemExit(1)", is_refused=True, faults=["mixout: no."]), [], 3, "surgery: INACTIVE: "),
-        (training(is_refused=True, has_trained=False, models=[]), ["--allow-inactive"], 3, "surgery: INACTIVE: "),
+        (training(is_refused=True, has_trained=False, models=[]), [], 3, "surgery: INACTIVE: "),
+        (training(then="raise SystemExit(1)", is_refused=True), ["--allow-inactive"], 1, "surgery: INACTIVE: "),
         (python("1"), [], 3, "surgery: INACTIVE: command: expected a Python that imports torch"),
         (["true"], [], 3, "surgery: INACTIVE: command: expected a Python that reads PYTHONPATH"),
         (["false"], [], 1, "surgery: INACTIVE: the command failed before it trained."),
         ([*python("1"), "--help"], [], 0, "surgery: nothing to do: the command was asked for help"),
         (training(has_loaded=True, has_trained=False), [], 0, "surgery: nothing to do: the command loaded weights"),
     ],
-    ids="active failed failed-inactive inactive allowed refused early no-torch no-python false help eval".split(),
+    ids="active failed failed-inactive inactive allowed refused early allowed-1 no-torch no-python false help eval".split(),
 )
 def test_exit_code(command, options, code, said, run_cli, folders, tmp_path):
     ran = run_cli(*MIXOUT, *options, "--", *command, env=folders)
