@@ -114,7 +114,7 @@ def test_a_run_in_a_run_adds_to_its_order_and_tells_both(run_cli):
         ([*python("1"), "--help"], [], 0, "surgery: nothing to do: the command was asked for help"),
         (training(has_loaded=True, has_trained=False), [], 0, "surgery: nothing to do: the command loaded weights"),
     ],
-    ids="active failed failed-inactive inactive allowed refused early allowed-1 no-torch no-python false help eval".split(),
+    ids="active failed both inactive allowed refused early allowed-1 no-torch no-python false help eval".split(),
 )
 def test_exit_code(command, options, code, said, run_cli, folders, tmp_path):
     ran = run_cli(*MIXOUT, *options, "--", *command, env=folders)
