@@ -93,5 +93,6 @@ def _conclude(outcome: Outcome, order: Order, code: int) -> int:
         from .run.supervise import die
 
         return die(-code)
-    is_inactive = not (outcome.is_active or outcome.is_idle or order.allow_inactive)
-    return INACTIVE if outcome.is_refused or (code == 0 and is_inactive) else code
+    if outcome.is_active or outcome.is_idle or order.allow_inactive:
+        return code
+    return INACTIVE if code == 0 or outcome.is_refused else code

@@ -75,7 +75,7 @@ def test_a_console_script_runs(first_lines, run_cli, tmp_path):
 
 
 def test_a_script_that_only_looks_like_a_trampoline_runs(run_cli, tmp_path):
-    write_program(tmp_path / "tool", "#!/bin/sh\n''''exec' \"unbalanced\necho ran\n")
+    write_program(tmp_path / "tool", "#!/bin/sh\n'''exec' \"unbalanced\necho ran\n")
     ran = run_cli(*MIXOUT, "--", "./tool")
     assert ran.code == 2, "of sh"
     assert "surgery: INACTIVE: the command failed" in ran.err
@@ -85,7 +85,7 @@ def test_a_script_that_only_looks_like_a_trampoline_runs(run_cli, tmp_path):
 def other(tmp_path_factory) -> Path:
     """A Python of another environment, without surgery."""
     folder = tmp_path_factory.mktemp("other")
-    venv.create(folder, with_pip=False)
+    venv.create(folder, symlinks=True)
     return folder / "bin" / "python"
 
 

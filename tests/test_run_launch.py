@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from runs import MODEL, ROOT, python, training, write_program
 
+from surgery.cli import main
 from surgery.errors import SettingError
 from surgery.hooks.launch import SITE, environment_of, launch
 from surgery.hooks.run.order import Order
@@ -104,14 +106,15 @@ def test_a_run_in_a_run_adds_to_its_order_and_tells_both(run_cli):
         (training(), [], 3, "surgery: INACTIVE: mixout: "),
         (training(), ["--allow-inactive"], 0, "surgery: INACTIVE: mixout: "),
         (training(then="raise SystemExit(1)", is_refused=True, faults=["mixout: no."]), [], 3, "surgery: INACTIVE: "),
-        (training(is_refused=True, has_trained=False, models=[]), ["--allow-inactive"], 3, "surgery: INACTIVE: "),
+        (training(is_refused=True, has_trained=False, models=[]), [], 3, "surgery: INACTIVE: "),
+        (training(then="raise SystemExit(1)", is_refused=True), ["--allow-inactive"], 1, "surgery: INACTIVE: "),
         (python("1"), [], 3, "surgery: INACTIVE: command: expected a Python that imports torch"),
         (["true"], [], 3, "surgery: INACTIVE: command: expected a Python that reads PYTHONPATH"),
         (["false"], [], 1, "surgery: INACTIVE: the command failed before it trained."),
         ([*python("1"), "--help"], [], 0, "surgery: nothing to do: the command was asked for help"),
         (training(has_loaded=True, has_trained=False), [], 0, "surgery: nothing to do: the command loaded weights"),
     ],
-    ids="active failed failed-inactive inactive allowed refused early no-torch no-python false help eval".split(),
+    ids="active failed both inactive allowed refused early allowed-1 no-torch no-python false help eval".split(),
 )
 def test_exit_code(command, options, code, said, run_cli, folders, tmp_path):
     ran = run_cli(*MIXOUT, *options, "--", *command, env=folders)
@@ -224,7 +227,13 @@ def test_report_that_became_impossible_is_told(run_cli, tmp_path):
     assert (ran.code, ran.err) == (1, f"{ACTIVE}error: {tmp_path / 'out' / 'report.json'}: {message}\n")
 
 
-# -- surgery env ----------------------------------------------------------------------------------------------------
+# -- flags and surgery env ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["run", "env"])
+def test_each_flag_mirrors_a_variable(name):
+    flags = {one.name for one in main.commands[name].params} - {"arguments", "debug", "as_json"}
+    assert flags == {field.name for field in fields(Order)}
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ for number in signal.valid_signals() - left:
     if signal.getsignal(number) is not signal.SIG_IGN:
         signal.signal(number, lambda number, _: got.append(number))
 print("pid", os.getpid(), flush=True)
-while not got:
+end = time.monotonic() + 30
+while not got and time.monotonic() < end:
     time.sleep(0.01)
 time.sleep(0.2)
 print("got", got, flush=True)
@@ -49,11 +51,15 @@ def launcher(request):
     return surgery() if request.param == "sigwaitinfo" else python(WITHOUT_SIGWAITINFO)
 
 
-def start(command, tmp_path, **popen):
+def after(code, command):
+    """A command that runs in a process which `code` has made ready."""
+    return python(f"import os, signal\n{code}\nos.execvp({command[0]!r}, {list(command)!r})")
+
+
+def start(command, tmp_path):
     """Start a command; return its process when it has said its number, which comes too."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env(TMPDIR=str(tmp_path)), **popen
-    )
+    env = clean_env(TMPDIR=str(tmp_path))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     return process, int(process.stdout.readline().split()[1])
 
 
@@ -98,11 +104,10 @@ def test_the_launcher_ends_by_the_signal_that_ended_the_command(name, run_cli, t
     assert not list(tmp_path.glob("surgery-run-*"))
 
 
-def test_an_ignored_signal_stays_ignored(tmp_path):
-    def nohup() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    process, _ = start([*surgery(), *RUN, *python(LISTEN)], tmp_path, preexec_fn=nohup)
+def test_an_ignored_signal_is_not_passed_on(tmp_path):
+    nohup = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    hear_all = LISTEN.replace("signal.getsignal(number) is not signal.SIG_IGN", "True")
+    process, _ = start(after(nohup, [*surgery(), *RUN, *python(hear_all)]), tmp_path)
     process.send_signal(signal.SIGHUP)
     time.sleep(0.1)
     process.send_signal(signal.SIGUSR1)
@@ -110,18 +115,19 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 
 
 @on_linux
-@pytest.mark.parametrize("ignored", [[], [signal.SIGCHLD, signal.SIGHUP]], ids=["none", "ignored"])
+@pytest.mark.parametrize("ignored", ["", "SIGCHLD SIGHUP"], ids=["none", "ignored"])
 def test_the_command_starts_with_the_signals_of_a_plain_one(ignored, tmp_path):
-    def prepare() -> None:
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    ready = [
+        "signal.signal(signal.SIGPIPE, signal.SIG_DFL); signal.signal(signal.SIGXFSZ, signal.SIG_DFL)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})",
+        *(f"signal.signal(signal.{name}, signal.SIG_IGN)" for name in ignored.split()),
+    ]
 
     def signals(*command: str) -> list[str]:
         done = subprocess.run(
-            command, preexec_fn=prepare, env=clean_env(), cwd=tmp_path, capture_output=True, text=True, check=True
+            after("\n".join(ready), command), env=clean_env(), cwd=tmp_path, capture_output=True, text=True, check=True
         )
-        return [line for line in done.stdout.splitlines() if line.startswith("Sig") and "SigQ" not in line]
+        return [line for line in done.stdout.splitlines() if line.startswith(("SigBlk", "SigIgn", "SigCgt"))]
 
     plain = signals("cat", "/proc/self/status")
     assert plain
@@ -129,11 +135,8 @@ def test_the_command_starts_with_the_signals_of_a_plain_one(ignored, tmp_path):
 
 
 def test_the_code_comes_where_dead_children_are_ignored():
-    def ignore() -> None:
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-
-    done = subprocess.run([*surgery(), *RUN, *python("raise SystemExit(9)")], preexec_fn=ignore, env=clean_env())
-    assert done.returncode == 9
+    command = after("signal.signal(signal.SIGCHLD, signal.SIG_IGN)", [*surgery(), *RUN, *python("raise SystemExit(9)")])
+    assert subprocess.run(command, env=clean_env()).returncode == 9
 
 
 @on_linux
@@ -159,56 +162,65 @@ def test_the_command_ends_with_a_launcher_that_is_killed(tmp_path):
 # -- with a terminal ------------------------------------------------------------------------------------------------
 
 
+TAKE = "os.close(os.open(os.ttyname(0), os.O_RDWR))"
+"""The leader of a new session takes the first terminal that it opens."""
+
+SHELL = """
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+job = os.fork()
+if job == 0:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpgrp())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv({program!r}, {command!r})
+while os.WIFSTOPPED(status := os.waitpid(job, os.WUNTRACED)[1]):
+    os.tcsetpgrp(0, os.getpgrp())
+    print("stopped", flush=True)
+    input()
+    os.tcsetpgrp(0, job)
+    os.killpg(job, signal.SIGCONT)
+    print("continued", flush=True)
+print("ended", os.waitstatus_to_exitcode(status), flush=True)
+os._exit(0)
+"""
+
+
 class Terminal:
     """A command at a terminal, as the leader of its session or, as under a shell with job control, as a job."""
 
     def __init__(self, command, *, is_job: bool) -> None:
-        code = f"import os; os.execv({command[0]!r}, {command!r})"
-        if is_job:
-            code = (
-                "import os, signal, sys\n"
-                "signal.signal(signal.SIGTTOU, signal.SIG_IGN)\n"
-                "job = os.fork()\n"
-                "if job == 0:\n"
-                "    os.setpgid(0, 0); os.tcsetpgrp(0, os.getpgrp()); signal.signal(signal.SIGTTOU, signal.SIG_DFL)\n"
-                f"    os.execv({command[0]!r}, {command!r})\n"
-                "while True:\n"
-                "    _, status = os.waitpid(job, os.WUNTRACED)\n"
-                "    if not os.WIFSTOPPED(status): break\n"
-                "    os.tcsetpgrp(0, os.getpgrp())\n"
-                "    print('stopped', flush=True); input()\n"
-                "    os.tcsetpgrp(0, job); os.killpg(job, signal.SIGCONT); print('continued', flush=True)\n"
-                "print('ended', os.waitstatus_to_exitcode(status), flush=True)\n"
-            )
-        self.pid, self.file = pty.fork()
-        if self.pid == 0:
-            os.environ.clear()
-            os.environ.update(clean_env())
-            os.execv(sys.executable, [sys.executable, "-c", code])
+        ready = TAKE + (SHELL.format(program=command[0], command=command) if is_job else "")
+        self.file, other = pty.openpty()
+        files = {"stdin": other, "stdout": other, "stderr": other}
+        self.process = subprocess.Popen(after(ready, command), **files, env=clean_env(), start_new_session=True)
+        os.close(other)
         self.text = ""
 
     def type(self, text: str) -> None:
         os.write(self.file, text.encode())
 
-    def read_until(self, text: str) -> str:
+    def read(self) -> str:
+        assert select.select([self.file], [], [], 20)[0], f"nothing more came: {self.text}"
+        with suppress(OSError):  # closed at the other side
+            return os.read(self.file, 4096).decode()
+        return ""
+
+    def read_until(self, text: str) -> None:
         while text not in self.text:
-            try:
-                self.text += os.read(self.file, 4096).decode()
-            except OSError as error:  # the other side is closed
-                raise AssertionError(f"{text!r} never came: {self.text}") from error
-        before, _, self.text = self.text.partition(text)
-        return before
+            new = self.read()
+            assert new, f"{text!r} never came: {self.text}"
+            self.text += new
+        self.text = self.text.partition(text)[2]
 
     def end(self) -> int:
         """Wait for the end. Return the exit code."""
-        with suppress(OSError):  # closed at the other side
-            while os.read(self.file, 4096):
-                pass
+        while self.read():
+            pass
         return self.hang_up()
 
     def hang_up(self) -> int:
         os.close(self.file)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait(timeout=20)
 
 
 @pytest.mark.parametrize("is_job", [False, True], ids=["leader", "job"])

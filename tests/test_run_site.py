@@ -27,7 +27,7 @@ def check():
 def bare(tmp_path_factory) -> Path:
     """A Python without any package."""
     folder = tmp_path_factory.mktemp("bare")
-    venv.create(folder, with_pip=False)
+    venv.create(folder, symlinks=True)
     return folder / "bin" / "python"
 
 
@@ -75,7 +75,7 @@ def test_without_a_hidden_one_there_is_none_but_ours(bare):
 
 
 def test_usercustomize_still_runs(tmp_path):
-    venv.create(tmp_path / "venv", with_pip=False, system_site_packages=True)  # others have no user's packages
+    venv.create(tmp_path / "venv", symlinks=True, system_site_packages=True)  # others have no user's packages
     (tmp_path / "usercustomize.py").write_text("print('user')\n")
     (tmp_path / "sitecustomize.py").write_text("print('site')\n")
     ran = ran_with([SITE, tmp_path, ROOT], tmp_path / "venv" / "bin" / "python", "-c", "1")
