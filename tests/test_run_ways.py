@@ -158,7 +158,7 @@ def test_peft(way: str, source: Path, tmp_path: Path) -> None:
     model = peft_model(source, 0.2 if way == "lora" else 0.0)
     steps = byhand.seeded_steps(rows())
     if way == "lora":
-        wanted = train_classifier(model, steps, objective=byhand.doubled_batch)
+        wanted = train_classifier(model, steps, objective=byhand.two_passes)
     else:
         model.requires_grad_(True)
         paths = [path for path, _ in model.named_modules()]
@@ -186,25 +186,19 @@ def sentence_folder(source: Path) -> Path:
     return source
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_sentence_transformers_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sentence_folder(seeded.bert_folder(tmp_path / "source"))
     ran = run(tmp_path, "with_sentences.py", *byhand.ALL, args=(folder, tmp_path / "final.pt"))
     assert ran.code == 0, ran.err
     monkeypatch.syspath_prepend(SCRIPTS)
     import with_sentences
-    from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device="cpu").double()
+    model, loss = with_sentences.build(str(folder))
     perturb_model(model, lam=byhand.LAM, seed=0)
-    texts = [example.texts for example in with_sentences.pairs()]
-    batches = [(texts[start : start + 4], torch.arange(4)) for start in range(0, 20, 4)]
-
-    def scores(pairs: list[list[str]]) -> torch.Tensor:
-        sides = [model(model.tokenize(list(side)))["sentence_embedding"] for side in zip(*pairs, strict=True)]
-        first, second = (nn.functional.normalize(side) for side in sides)
-        return first @ second.T * 20
-
-    wanted = byhand.train(
-        model, byhand.seeded_steps(batches), scores, mixed=byhand.Mixed(model), optimizer=byhand.adamw, lr=1e-3
-    )
+    examples = with_sentences.pairs()
+    batches = [model.smart_batching_collate(examples[start : start + 4]) for start in range(0, 20, 4)]
+    mixed = byhand.Mixed(loss, fresh=["classifier"])
+    steps = byhand.seeded_steps(batches)
+    wanted = byhand.train(loss, steps, lambda x: loss(x, None)[1], mixed=mixed, optimizer=byhand.adamw, lr=1e-3)
     byhand.assert_equal(torch.load(tmp_path / "final.pt"), wanted)

@@ -1,4 +1,4 @@
-"""Train sentence embeddings with sentence-transformers' fit."""
+"""Train sentence embeddings with sentence-transformers' fit, as its example for natural language inference."""
 
 import sys
 
@@ -18,14 +18,20 @@ class SeededLoader(DataLoader):
 
 def pairs():
     texts = [" ".join(WORDS[(start + step) % 10] for step in range(4)) for start in range(40)]
-    return [InputExample(texts=[first, second]) for first, second in zip(texts[::2], texts[1::2], strict=True)]
+    couples = zip(texts[::2], texts[1::2], strict=True)
+    return [InputExample(texts=list(couple), label=number % 3) for number, couple in enumerate(couples)]
+
+
+def build(source):
+    torch.manual_seed(0)
+    model = SentenceTransformer(source, device="cpu")
+    return model.double(), losses.SoftmaxLoss(model, model.get_sentence_embedding_dimension(), 3).double()
 
 
 def main(source, out):
-    model = SentenceTransformer(source, device="cpu").double()
-    loader = SeededLoader(pairs(), batch_size=4, shuffle=False)
+    model, loss = build(source)
     model.old_fit(
-        [(loader, losses.MultipleNegativesRankingLoss(model))],
+        [(SeededLoader(pairs(), batch_size=4, shuffle=False), loss)],
         epochs=1,
         scheduler="constantlr",
         optimizer_params={"lr": 1e-3},
@@ -33,7 +39,7 @@ def main(source, out):
         max_grad_norm=1e9,
         show_progress_bar=False,
     )
-    torch.save(model.state_dict(), out)
+    torch.save(loss.state_dict(), out)
 
 
 if __name__ == "__main__":
