@@ -127,7 +127,7 @@ def test_lightning(nets: Any, tmp_path: Path) -> None:
     ran = run(tmp_path, "with_lightning.py", *byhand.ALL[:-2], args=(tmp_path / "final.pt",))
     assert ran.code == 0, ran.err
     model = nets.build()
-    perturb_model(model, lam=byhand.LAM, seed=0)
+    perturb_model(nn.ModuleDict({"model": model}), lam=byhand.LAM, seed=0)  # nothing is pretrained: live names
     steps = byhand.seeded_steps(nets.batches())
     wanted = byhand.train(model, steps, model, mixed=byhand.Mixed(model), is_anchored=False)
     byhand.assert_equal(torch.load(tmp_path / "final.pt"), wanted)

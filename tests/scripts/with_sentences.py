@@ -25,7 +25,7 @@ def pairs():
 def build(source):
     torch.manual_seed(0)
     model = SentenceTransformer(source, device="cpu")
-    return model.double(), losses.SoftmaxLoss(model, model.get_sentence_embedding_dimension(), 3).double()
+    return model.double(), losses.SoftmaxLoss(model, 32, 3).double()
 
 
 def main(source, out):
