@@ -87,9 +87,13 @@ LOADED = "_is_surgery_loaded"
 """The mark of a parameter that `surgery run` has seen load_state_dict fill."""
 
 
+MARKS = "_is_hf_initialized", LOADED
+"""The marks, transformers' and ours, of a parameter that was loaded from a checkpoint."""
+
+
 def is_loaded(parameter: torch.Tensor) -> bool:
-    """Tell whether a parameter bears the mark, transformers' or ours, of what was loaded from a checkpoint."""
-    return hasattr(parameter, "_is_hf_initialized") or hasattr(parameter, LOADED)
+    """Tell whether a parameter bears one of the marks."""
+    return any(hasattr(parameter, mark) for mark in MARKS)
 
 
 def _in_checkpoint(part: nn.Module) -> set[str]:

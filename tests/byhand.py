@@ -3,7 +3,7 @@
 NoisyTune's bits are surgery's own, which other tests prove.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 P, ALPHA, LAM, ANCHOR = 0.5, 1.0, 0.15, 0.01
-ALL = ("--mixout", str(P), "--rdrop", str(ALPHA), "--noisytune", str(LAM), "--anchor", str(ANCHOR))
+NOISE, MIXOUT, RDROP = ("--noisytune", str(LAM)), ("--mixout", str(P)), ("--rdrop", str(ALPHA))
+ALL = (*NOISE, *MIXOUT, *RDROP, "--anchor", str(ANCHOR))
+
 Batch = tuple[Any, torch.Tensor]
+Step = Sequence[tuple[int | None, Any, torch.Tensor]]
+"""What one optimizer step averages over: a seed, an input and its labels each; no seed: go on drawing."""
 
 
 class Mixed:
@@ -23,77 +27,102 @@ class Mixed:
     Args:
         model: its dropout goes, but that of modules whose path is in `kept`.
         fresh: paths of layers that have no pretrained value.
-        p: None: the layers are decayed alone.
+        w_pre: by the layers' paths; default: the weights as they are.
     """
 
     def __init__(
-        self, model: nn.Module, *, fresh: Sequence[str] = (), kept: Sequence[str] = (), p: float | None = P
+        self,
+        model: nn.Module,
+        *,
+        fresh: Sequence[str] = (),
+        kept: Sequence[str] = (),
+        w_pre: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.w_pre: dict[nn.Parameter, torch.Tensor] = {}
         for path, module in model.named_modules():
-            if isinstance(module, nn.Linear) and path not in fresh and module.weight.requires_grad:
-                self.w_pre[module.weight] = module.weight.detach().clone()
-                if p is not None:
-                    module.forward = partial(_mixed_linear, module, self.w_pre[module.weight], p)
-            if isinstance(module, nn.Dropout) and path not in kept and p is not None:
+            if isinstance(module, nn.Linear) and path not in fresh:
+                values = module.weight.detach().clone() if w_pre is None else w_pre[path]
+                self.w_pre[module.weight] = values
+                module.forward = partial(_mixed_linear, module, values)  # type: ignore[method-assign]
+            if isinstance(module, nn.Dropout) and path not in kept:
                 module.p = 0.0
 
     def anchor(self, lr: float) -> None:
         """w <- w - lr * weight * (w - w_pre)."""
         with torch.no_grad():
             for w, w_pre in self.w_pre.items():
-                if w.grad is not None:
-                    w -= lr * ANCHOR * (w - w_pre)
+                w -= lr * ANCHOR * (w - w_pre)
 
 
-def _mixed_linear(layer: nn.Linear, w_pre: torch.Tensor, p: float, x: torch.Tensor) -> torch.Tensor:
-    w = layer.weight
+def _mixed_linear(layer: nn.Linear, w_pre: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if not layer.training:
-        return F.linear(x, w, layer.bias)
-    m = torch.empty(1, layer.in_features, dtype=w.dtype).bernoulli_(1 - p)
-    return F.linear(x, w_pre + (w - w_pre) * m / (1 - p), layer.bias)
+        return F.linear(x, layer.weight, layer.bias)
+    m = torch.empty(1, layer.in_features, dtype=w_pre.dtype).bernoulli_(1 - P)
+    return F.linear(x, w_pre + (layer.weight - w_pre) * m / (1 - P), layer.bias)
 
 
-def objective(logits: Callable[[], torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    """R-Drop, arXiv 2106.14448, halved: mean(CE1, CE2) + alpha/2 * 1/2 [KL(P1||P2) + KL(P2||P1)]."""
-    a, b = logits(), logits()
+def two_passes(logits: Callable[[Any], torch.Tensor], x: Any, labels: torch.Tensor) -> torch.Tensor:
+    """R-Drop, arXiv 2106.14448, with two forward passes."""
+    return rdrop(logits(x), logits(x), labels)
+
+
+def doubled_batch(logits: Callable[[Any], torch.Tensor], x: Any, labels: torch.Tensor) -> torch.Tensor:
+    """R-Drop as its authors wrote it: one forward pass of the batch twice over."""
+    return rdrop(*logits(torch.cat([x, x])).chunk(2), labels)
+
+
+def plain(logits: Callable[[Any], torch.Tensor], x: Any, labels: torch.Tensor) -> torch.Tensor:
+    """No R-Drop."""
+    return F.cross_entropy(logits(x), labels)
+
+
+def rdrop(a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Half of the paper's loss: mean(CE1, CE2) + alpha/2 * 1/2 [KL(P1||P2) + KL(P2||P1)]."""
     ce = (F.cross_entropy(a, labels) + F.cross_entropy(b, labels)) / 2
     return ce + ALPHA / 2 * symmetric_kl(a, b).mean()
 
 
 def train(
     model: nn.Module,
-    batches: Iterable[Batch],
+    steps: Sequence[Step],
     logits: Callable[[Any], torch.Tensor],
     *,
-    mixed: Mixed | None,
-    lr: float,
+    objective: Callable[..., torch.Tensor] = two_passes,
+    mixed: Mixed | None = None,
+    lr: float = 0.1,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
-    accumulate: int = 1,
-    first: int = 0,
+    is_anchored: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Train by hand, seeding each optimizer step as the scripts do; return the parameters.
+    """Train by hand, seeding as the scripts do; return the parameters.
 
     Args:
         logits: of an input, by the model.
-        first: the number of the first step.
     """
     model.train()
-    steps = optimizer([w for w in model.parameters() if w.requires_grad], lr=lr)
-    for number, (x, labels) in enumerate(batches):
-        if number % accumulate == 0:
-            torch.manual_seed(100 + first + number // accumulate)
-        (objective(lambda x=x: logits(x), labels) / accumulate).backward()
-        if number % accumulate == accumulate - 1:
-            if mixed is not None:
-                mixed.anchor(lr)
-            steps.step()
-            steps.zero_grad()
+    optimizing = optimizer([w for w in model.parameters() if w.requires_grad], lr=lr)
+    for parts in steps:
+        for seed, x, labels in parts:
+            if seed is not None:
+                torch.manual_seed(seed)
+            (objective(logits, x, labels) / len(parts)).backward()
+        if mixed is not None and is_anchored:
+            mixed.anchor(lr)
+        optimizing.step()
+        optimizing.zero_grad()
     return {name: w.detach() for name, w in model.named_parameters()}
 
 
-def assert_equal(got: dict[str, Any], wanted: dict[str, torch.Tensor], *, tolerance: float = 1e-10) -> None:
-    """Assert that a run's state_dict has the parameters of the loop by hand."""
+def adamw(weights: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+
+
+def seeded_steps(batches: Sequence[Batch]) -> list[Step]:
+    """One step for each batch."""
+    return [[(100 + number, *batch)] for number, batch in enumerate(batches)]
+
+
+def assert_equal(got: Mapping[str, Any], wanted: Mapping[str, torch.Tensor], *, tolerance: float = 1e-10) -> None:
+    """Assert that a run has the parameters of the loop by hand."""
     assert {name for name in wanted if name not in got} == set()
     far = {name: (got[name] - w).abs().max().item() for name, w in wanted.items()}
     assert {name: distance for name, distance in far.items() if not distance <= tolerance} == {}

@@ -1,4 +1,4 @@
-"""`surgery run` reaches the gradient: after 5 steps, each way of training has the parameters of a loop by hand."""
+"""A run reaches the gradient: after 5 steps, each way of training has the parameters of a loop by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -7,90 +7,198 @@ import byhand
 import pytest
 import seeded
 import torch
-from running import run
-from scripts import plain
+from running import SCRIPTS, TORCHRUN, run
 from torch import nn
-from transformers import AutoModelForSequenceClassification
 
 from surgery import perturb_model
 
-HEAD = ["dropout", "classifier"]
+HEAD = ("dropout", "classifier")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained BERT without a head."""
+    return seeded.bert_folder(tmp_path_factory.mktemp("source"))
 
 
 def classifier(source: Path) -> Any:
-    """A pretrained BERT with noise, and a new head without."""
+    """That BERT with noise, and a new head without."""
+    from transformers import AutoModelForSequenceClassification
+
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float64)
     perturb_model(model, lam=byhand.LAM, seed=0)
     return model
 
 
-def rows(count: int = 20, size: int = 4) -> list[byhand.Batch]:
-    batch = seeded.batch(count)
+def rows(size: int = 4) -> list[byhand.Batch]:
+    batch = seeded.batch(20)
     return list(zip(batch["input_ids"].split(size), batch["labels"].split(size), strict=True))
 
 
-def train_classifier(model: nn.Module, batches: list[byhand.Batch], **settings: Any) -> dict[str, torch.Tensor]:
-    mixed = byhand.Mixed(model, fresh=HEAD, kept=HEAD)
-    settings = {"lr": 1e-3, "optimizer": lambda w, lr: torch.optim.AdamW(w, lr=lr, weight_decay=0.0)} | settings
-    return byhand.train(model, batches, lambda ids: model(input_ids=ids).logits, mixed=mixed, **settings)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return seeded.bert_folder(tmp_path_factory.mktemp("source"))
+def train_classifier(model: nn.Module, steps: list[byhand.Step], **settings: Any) -> dict[str, torch.Tensor]:
+    return byhand.train(
+        model, steps, lambda ids: model(input_ids=ids).logits, optimizer=byhand.adamw, lr=1e-3, **settings
+    )
 
 
 def test_trainer(source: Path, tmp_path: Path) -> None:
     ran = run(tmp_path, "with_trainer.py", *byhand.ALL, args=(source, tmp_path / "out"))
     assert ran.code == 0, ran.err
     got = torch.load(tmp_path / "out" / "final.pt")
-    byhand.assert_equal(got, train_classifier(classifier(source), rows()))
+    model = classifier(source)
+    mixed = byhand.Mixed(model, fresh=HEAD, kept=HEAD)
+    byhand.assert_equal(got, train_classifier(model, byhand.seeded_steps(rows()), mixed=mixed))
     (entry,) = ran.models
     assert (entry["class"], entry["new"]) == ("BertForSequenceClassification", ["classifier.bias", "classifier.weight"])
     assert (entry["mixed"], entry["steps"], entry["rdrop_fired"]) == (13, 5, 5)
 
-    resumed = run(
-        tmp_path,
-        "with_trainer.py",
-        *byhand.ALL,
-        args=(source, tmp_path / "again", "--resume", tmp_path / "out" / "checkpoint-3"),
-    )
-    assert resumed.code == 0, resumed.err
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    again = run(tmp_path, "with_trainer.py", *byhand.ALL, args=(source, tmp_path / "again", "--resume", checkpoint))
+    assert again.code == 0, again.err
     byhand.assert_equal(torch.load(tmp_path / "again" / "final.pt"), got, tolerance=0)
-    assert resumed.models[0]["distance"] == entry["distance"]
+    assert again.models[0]["distance"] == entry["distance"]
 
 
-def net(*, has_loss: bool = False) -> plain.Net:
-    torch.manual_seed(0)
-    model = plain.Net(has_loss).double()
+def test_accelerate_with_accumulation(source: Path, tmp_path: Path) -> None:
+    ran = run(tmp_path, "with_accelerate.py", *byhand.ALL, args=(source, tmp_path))
+    assert ran.code == 0, ran.err
+    got = torch.load(tmp_path / "final.pt")
+    model = classifier(source)
+    mixed = byhand.Mixed(model, fresh=HEAD, kept=HEAD)
+    parts = rows(2)
+    steps = [[(100 + n, *parts[2 * n]), (None, *parts[2 * n + 1])] for n in range(5)]
+    byhand.assert_equal(got, train_classifier(model, steps, mixed=mixed))
+
+    args = (source, tmp_path, "--resume", tmp_path / "checkpoint")
+    again = run(tmp_path, "with_accelerate.py", *byhand.ALL, args=args)
+    assert again.code == 0, again.err
+    byhand.assert_equal(torch.load(tmp_path / "final.pt"), got, tolerance=0)
+    assert again.models[0]["distance"] == ran.models[0]["distance"]
+
+
+@pytest.fixture
+def nets(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the scripts' own network."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import nets
+
+    return nets
+
+
+def train_net(nets: Any, steps: list[byhand.Step]) -> dict[str, torch.Tensor]:
+    model = nets.build()
     perturb_model(model, lam=byhand.LAM, seed=0)
-    return model
+    return byhand.train(model, steps, model, mixed=byhand.Mixed(model))
 
 
-def numbers(count: int = 5) -> list[byhand.Batch]:
-    generator = torch.Generator().manual_seed(0)
-
-    def one() -> byhand.Batch:
-        x = torch.randn(4, 6, generator=generator, dtype=torch.float64)
-        return x, torch.randint(3, (4,), generator=generator)
-
-    return [one() for _ in range(count)]
-
-
-WAYS = "outside", "inside", "accumulated", "parts"
+WAYS = "outside", "inside", "accumulated"
 COMPILED = "compiled first", "compiled after", "compiled in place", "compiled step"
 
 
-@pytest.mark.parametrize("ways", [WAYS, COMPILED], ids=["plain", "compiled"])
-def test_plain_loop(ways: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ways", [WAYS, COMPILED], ids=["eager", "compiled"])
+def test_plain_loop(ways: tuple[str, ...], nets: Any, tmp_path: Path) -> None:
     ran = run(tmp_path, "plain.py", *byhand.ALL, args=(tmp_path / "final.pt", *ways))
     assert ran.code == 0, ran.err
     found = torch.load(tmp_path / "final.pt")
-    for way in ways:
-        model = net()
-        batches, accumulate = (numbers(6), 2) if way == "accumulated" else (numbers(), 1)
-        mixed = byhand.Mixed(model)
-        wanted = byhand.train(model, batches, model, mixed=mixed, lr=0.1, accumulate=accumulate)
-        print(way)
-        byhand.assert_equal(found[way], wanted)
+    wanted = train_net(nets, byhand.seeded_steps(nets.batches()))
+    parts = nets.batches(6)
+    accumulated = train_net(nets, [[(100 + n, *parts[2 * n]), (None, *parts[2 * n + 1])] for n in range(3)])
+    assert list(found) == list(ways)
+    for way, got in found.items():
+        byhand.assert_equal(got, accumulated if way == "accumulated" else wanted)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_ranks(way: str, nets: Any, tmp_path: Path) -> None:
+    ran = run(tmp_path, "on_ranks.py", *byhand.ALL, args=(way, tmp_path), launcher=TORCHRUN)
+    assert ran.code == 0, ran.err
+    parts = nets.batches(10)
+    wanted = train_net(nets, [[(100 + n, *parts[2 * n]), (1100 + n, *parts[2 * n + 1])] for n in range(5)])
+    for rank in range(2):
+        byhand.assert_equal(torch.load(tmp_path / f"{rank}.pt"), wanted)
+        assert [(entry["class"].removeprefix("FSDP"), entry["steps"]) for entry in ran.ranks[rank]["models"]] == [
+            ("Net", 5)
+        ]
+
+
+def test_lightning(nets: Any, tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="Lightning is not installed")
+    ran = run(tmp_path, "with_lightning.py", *byhand.ALL[:-2], args=(tmp_path / "final.pt",))
+    assert ran.code == 0, ran.err
+    model = nets.build()
+    perturb_model(nn.ModuleDict({"model": model}), lam=byhand.LAM, seed=0)  # nothing is pretrained: live names
+    steps = byhand.seeded_steps(nets.batches())
+    wanted = byhand.train(model, steps, model, mixed=byhand.Mixed(model), is_anchored=False)
+    byhand.assert_equal(torch.load(tmp_path / "final.pt"), wanted)
+
+
+def peft_model(source: Path, dropout: float) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    base = classifier(source)
+    return get_peft_model(
+        base,
+        LoraConfig(
+            r=2,
+            target_modules=["query", "value"],
+            lora_dropout=dropout,
+            modules_to_save=["classifier"],
+            task_type="SEQ_CLS",
+        ),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_peft(way: str, source: Path, tmp_path: Path) -> None:
+    flags = (*byhand.NOISE, *byhand.RDROP) if way == "lora" else byhand.ALL
+    ran = run(tmp_path, "with_peft.py", *flags, args=(way, source, tmp_path / "final.pt"))
+    assert ran.code == 0, ran.err
+    model = peft_model(source, 0.2 if way == "lora" else 0.0)
+    steps = byhand.seeded_steps(rows())
+    if way == "lora":
+        wanted = train_classifier(model, steps, objective=byhand.two_passes)
+    else:
+        model.requires_grad_(True)
+        paths = [path for path, _ in model.named_modules()]
+        adapters = [path for path in paths if "lora_" in path or "classifier" in path]
+        kept = [path for path in paths if path.endswith("model.dropout")]
+        wanted = train_classifier(model, steps, mixed=byhand.Mixed(model, fresh=adapters, kept=kept))
+    byhand.assert_equal(torch.load(tmp_path / "final.pt"), wanted)
+
+
+def test_mixout_is_refused_for_lora(source: Path, tmp_path: Path) -> None:
+    ran = run(tmp_path, "with_peft.py", *byhand.MIXOUT, args=("lora", source, tmp_path / "final.pt"))
+    assert ran.code == 3
+    assert "expected a trainable weight to mix, got none" in ran.err
+
+
+def sentence_folder(source: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", *"one two three four five six seven eight nine ten".split()]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(source)
+    return source
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_sentence_transformers_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sentence_folder(seeded.bert_folder(tmp_path / "source"))
+    ran = run(tmp_path, "with_sentences.py", *byhand.ALL, args=(folder, tmp_path / "final.pt"))
+    assert ran.code == 0, ran.err
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import with_sentences
+
+    model, loss = with_sentences.build(str(folder))
+    perturb_model(model, lam=byhand.LAM, seed=0)
+    examples = with_sentences.pairs()
+    batches = [model.smart_batching_collate(examples[start : start + 4]) for start in range(0, 20, 4)]
+    mixed = byhand.Mixed(loss, fresh=["classifier"])
+    steps = byhand.seeded_steps(batches)
+    wanted = byhand.train(loss, steps, lambda x: loss(x, None)[1], mixed=mixed, optimizer=byhand.adamw, lr=1e-3)
+    byhand.assert_equal(torch.load(tmp_path / "final.pt"), wanted)

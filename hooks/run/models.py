@@ -1,8 +1,7 @@
 """What a run has made of one model, and the figures of it, which outlive the model."""
 
 import weakref
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +13,7 @@ from surgery.recipe import TensorRecord
 
 from ..report import distance, w_pre_bytes
 from ..state import Patch
+from .weak import WeakSet
 
 
 class Model:
@@ -37,7 +37,7 @@ class Model:
         new = {tensor.name for tensor in noise if tensor.copied == NEW}
         if patch is not None and patch.sites:
             new = patch.fresh
-        self.ids = set(map(id, parameters.values()))
+        self.parameters = WeakSet(parameters.values())
         self._entry: dict[str, Any] = {
             "class": type(root).__name__,
             "parameters": len(parameters),
@@ -59,9 +59,9 @@ class Model:
     def is_alive(self) -> bool:
         return self._root() is not None
 
-    def holds(self, ids: AbstractSet[int]) -> bool:
-        """Tell whether one of these parameters is the model's own."""
-        return self.is_alive and not self.ids.isdisjoint(ids)
+    def holds(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Tell whether one of these is the model's own."""
+        return self.is_alive and self.parameters.has_any(parameters)
 
     def look(self, *, is_last: bool) -> dict[str, Any]:
         """Return the model's entry of the report.

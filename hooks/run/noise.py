@@ -1,9 +1,8 @@
 """NoisyTune on the models that a process trains: once on each, and undone where a run turns out to be resumed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.live import perturb_model
 from surgery.names import NEW, find_names, pretrained_parts, unwrap
@@ -12,6 +11,7 @@ from surgery.recipe import Recipe, TensorRecord
 from ..sources import LOADED
 from ..targets import is_match
 from .past import Past
+from .weak import WeakSet
 
 
 class Noise:
@@ -26,7 +26,7 @@ class Noise:
         self._lam = lam
         self._seed = seed
         self._pretrained = pretrained
-        self._done: list[tuple[WeakIdKeyDictionary, Recipe]] = []  # parameters, weakly
+        self._done: list[tuple[WeakSet, Recipe]] = []
         self.original = Past()
         """What the weights were before."""
 
@@ -41,7 +41,7 @@ class Noise:
         """
         for path, part in _parts(top, loaded):
             parameters = list(part.parameters())
-            if any(parameter in known for known, _ in self._done for parameter in parameters):
+            if any(known.has_any(parameters) for known, _ in self._done):
                 continue
             self.original.keep(parameters)
             with self._pretrained.brought_back(parameters, is_past_written=True):
@@ -51,10 +51,17 @@ class Noise:
                 recipe = perturb_model(
                     part, lam=self._lam, seed=self._seed, exclude=_left(part, path, include, exclude)
                 )
-            known = WeakIdKeyDictionary()
-            for parameter in parameters:
-                known[parameter] = True
-            self._done.append((known, recipe))
+            self._done.append((WeakSet(parameters), recipe))
+
+    def knows(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Tell whether all of these have been seen to."""
+        return all(any(parameter in known for known, _ in self._done) for parameter in parameters)
+
+    def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Follow parameters that were replaced by others of their names."""
+        self.original.move(before, after)
+        for known, _ in self._done:
+            known.move(before, after)
 
     def undo(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take the noise off again."""
@@ -63,7 +70,7 @@ class Noise:
     def records(self, root: nn.Module) -> list[TensorRecord]:
         """Return what was done to the tensors of a model."""
         parameters = list(root.parameters())
-        recipes = [recipe for known, recipe in self._done if any(parameter in known for parameter in parameters)]
+        recipes = [recipe for known, recipe in self._done if known.has_any(parameters)]
         return [tensor for recipe in recipes for file in recipe.files for tensor in file.tensors]
 
 

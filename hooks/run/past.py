@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..pretrained import distributed_like, is_distributed, local
+
 
 class Past:
     """Values of parameters, in the CPU's memory; whole DTensors where they are. They go with the parameters."""
@@ -25,7 +27,7 @@ class Past:
         """Follow parameters that were replaced by others of their names."""
         for name, parameter in before.items():
             if parameter in self._values and name in after and after[name] is not parameter:
-                self._values[after[name]] = self._values.pop(parameter)
+                self._values[after[name]] = _split(self._values.pop(parameter), after[name])
 
     def drop(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep these no longer."""
@@ -34,6 +36,14 @@ class Past:
 
     def has(self, parameters: Iterable[nn.Parameter]) -> bool:
         return any(parameter in self._values for parameter in parameters)
+
+    def drop_equal(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep nothing of these if all of them are what they were."""
+        kept = [parameter for parameter in parameters if parameter in self._values]
+        if all(
+            torch.equal(local(self._values[parameter]).cpu(), local(parameter.detach()).cpu()) for parameter in kept
+        ):
+            self.drop(kept)
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -62,5 +72,12 @@ class Past:
                     parameter.copy_(values)
 
 
+def _split(values: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """Split whole values as fully_shard has split a parameter since."""
+    if is_distributed(parameter) and not is_distributed(values):
+        return distributed_like(parameter, values.to(parameter.device))
+    return values
+
+
 def _copy(values: torch.Tensor) -> torch.Tensor:
-    return values.clone() if hasattr(values, "placements") else values.to("cpu", copy=True)
+    return values.clone() if is_distributed(values) else values.to("cpu", copy=True)

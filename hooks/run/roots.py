@@ -1,7 +1,9 @@
 """Which modules of the process hold which parameters, asked of the garbage collector: nobody registers modules."""
 
 import gc
+import inspect
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +23,18 @@ def find_tops(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Module, list[
             top = unwrap(min(found, key=lambda module: sum(1 for _ in module.modules())))
             tops.setdefault(id(top), (top, []))[1].append(parameter)
     return list(tops.values())
+
+
+def find_modules(function: Any, values: Iterable[Any]) -> list[nn.Module]:
+    """Return the modules that a function is handed, closes over, or names in its globals or its own object."""
+    function = inspect.unwrap(function)
+    known = [*values, getattr(function, "__self__", None)]
+    known += vars(known[-1]).values() if hasattr(known[-1], "__dict__") else ()
+    plain = getattr(function, "__func__", function)
+    if inspect.isfunction(plain):
+        seen = inspect.getclosurevars(plain)
+        known += [*seen.nonlocals.values(), *seen.globals.values()]
+    return [one for one in known if isinstance(one, nn.Module)]
 
 
 def _holders() -> dict[int, list[nn.Module]]:

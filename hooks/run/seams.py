@@ -127,6 +127,28 @@ def _listen_to_compile(session: Session) -> None:
         self._compiled_call_impl = show  # a module that has one is called without _call_impl
 
     nn.Module.compile = compile  # type: ignore[method-assign]
+    _listen_to_functions(session)
+
+
+def _listen_to_functions(session: Session) -> None:
+    compile_ = torch.compile
+
+    @wraps(compile_)
+    def compile(model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        compiled = compile_(model, *args, **kwargs)
+        if model is None or isinstance(model, nn.Module):  # a decorator calls this again
+            return compiled
+
+        @wraps(compiled)
+        def show(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling() and session.is_waiting:
+                session.see_function(model, args, kwargs)
+                _look_out(session)
+            return compiled(*args, **kwargs)
+
+        return show
+
+    torch.compile = compile
 
 
 def _listen_to_sharding(session: Session) -> None:
@@ -136,9 +158,15 @@ def _listen_to_sharding(session: Session) -> None:
 
     @wraps(shard)
     def fully_shard(module: Any, *args: Any, **kwargs: Any) -> Any:
-        for one in [module] if isinstance(module, nn.Module) else module:
+        modules = [module] if isinstance(module, nn.Module) else list(module)
+        before = []
+        for one in modules:
             session.before_shard(one)
-        return shard(module, *args, **kwargs)
+            before.append(dict(one.named_parameters(remove_duplicate=False)))
+        result = shard(module, *args, **kwargs)
+        for one, were in zip(modules, before, strict=True):
+            session.move(were, dict(one.named_parameters(remove_duplicate=False)))
+        return result
 
     fsdp.fully_shard = fully_shard
 

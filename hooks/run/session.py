@@ -3,19 +3,19 @@
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SurgeryError, some
+from surgery.errors import SurgeryError
 from surgery.names import unwrap
 
 from ..optimizers import watch
 from ..patch import find_patch, is_compiled, put_patch, take_root
-from ..sources import LOADED, is_loaded
+from ..sources import LOADED, MARKS, is_loaded
 from . import run_dir
 from .choice import Choice
 from .models import Model
@@ -23,8 +23,10 @@ from .order import Order
 from .outcome import conclude
 from .past import Past
 from .record import Record
-from .roots import find_tops
+from .roots import find_modules, find_tops
 from .speech import say
+from .weak import WeakSet
+from .words import find_rank, told
 
 if TYPE_CHECKING:
     from .noise import Noise
@@ -48,9 +50,9 @@ class Session:
         self.record = Record(os.getpid(), has_torch=True)
         self._choice = Choice(order.include, order.exclude)
         self._models: list[Model] = []
-        self._groups: list[tuple[Any, set[int]]] = []  # a top, weakly, and the ids of an optimizer's parameters in it
-        self._waiting: set[int] = set()
-        self._barren: set[int] = set()
+        self._groups: list[tuple[Any, WeakSet]] = []  # a top, weakly, and an optimizer's parameters in it
+        self._waiting = WeakSet()
+        self._barren = WeakSet()
         self._loaded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._overwritten = Past()
         self._noise = _noise(order, self._overwritten)
@@ -63,23 +65,23 @@ class Session:
     def meet(self, optimizer: Optimizer) -> None:
         """Look whose parameters a new optimizer owns, or one that got more of them."""
         watch(self)  # imports torch's compiler, which takes a second, and which optimizers import anyway
-        covered = self._covered | self._waiting
         owned = [
             one
             for one in _parameters(optimizer)
-            if isinstance(one, nn.Parameter) and one.requires_grad and id(one) not in covered
+            if isinstance(one, nn.Parameter) and one.requires_grad and one not in self._waiting
         ]
+        owned = [one for one in owned if not self._covers(one)]
         for top, parameters in find_tops(owned) if owned else []:
             if find_patch(top) is None and self._choice.takes(top):
                 self._perturb(top)
-                self._groups.append((weakref.ref(top), set(map(id, parameters))))
-                self._waiting |= set(map(id, parameters))
+                self._groups = [group for group in self._groups if group[1]]
+                self._groups.append((weakref.ref(top), WeakSet(parameters)))
+                self._waiting.add(parameters)
         self._barren.clear()
 
-    @property
-    def _covered(self) -> set[int]:
-        """The ids of the parameters of all models that are regularized."""
-        return set().union(*(model.ids for model in self._models if model.is_alive))
+    def _covers(self, parameter: nn.Parameter) -> bool:
+        """Tell whether a parameter is one of a model that is regularized."""
+        return any(model.holds([parameter]) for model in self._models)
 
     @property
     def is_waiting(self) -> bool:
@@ -91,9 +93,9 @@ class Session:
     def before_shard(self, module: nn.Module) -> None:
         """Perturb what fully_shard is about to split, which is too late for it then."""
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for top, parameters in find_tops(trainable) if trainable else []:
-            if self._overwritten.has(parameters):
-                self._note("fully_shard: the run was resumed before it: w_pre is what the weights were then.")
+        if self._noise is None or self._noise.knows(trainable):
+            return
+        for top, _ in find_tops(trainable):
             if not any(parameter.is_meta for parameter in top.parameters()) and self._choice.takes(top):
                 self._perturb(top)
 
@@ -111,28 +113,40 @@ class Session:
         """Keep what a load is about to overwrite, where that is pretrained: the load resumes a run."""
         self.record.has_loaded = True
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        if any(is_loaded(parameter) or id(parameter) in self._waiting for parameter in parameters.values()):
-            covered = self._covered
+        if any(is_loaded(parameter) or parameter in self._waiting for parameter in parameters.values()):
             touched = [parameters[name] for name in names if name in parameters]
-            self._overwritten.keep(parameter for parameter in touched if id(parameter) not in covered)
+            self._overwritten.keep(parameter for parameter in touched if not self._covers(parameter))
         return parameters
 
     def after_load(self, module: nn.Module, names: Sequence[str], before: dict[str, nn.Parameter]) -> None:
         """Mark what the first load has filled: it is pretrained."""
         after = dict(module.named_parameters(remove_duplicate=False))
-        self._overwritten.move(before, after)
+        self.move(before, after)
+        self._overwritten.drop_equal(after[name] for name in names if name in after)
         if not any(map(is_loaded, before.values())):
             self._loaded.add(module)
             for name in names:
                 if name in after:
                     setattr(after[name], LOADED, True)
 
+    def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Follow parameters that were replaced by others of their names, by fully_shard or an assigning load."""
+        replaced = {name: w for name, w in before.items() if name in after and after[name] is not w}
+        for name, w in replaced.items():
+            for mark in MARKS:
+                if hasattr(w, mark) and not hasattr(after[name], mark):
+                    setattr(after[name], mark, getattr(w, mark))
+        owned = [self._waiting, *(group[1] for group in self._groups), *(model.parameters for model in self._models)]
+        for follower in (self._overwritten, self._noise, *owned):
+            if follower is not None and replaced:
+                follower.move(replaced, after)
+
     def resume(self, optimizer: Optimizer) -> None:
         """Take the noise off again: an optimizer that gets its state back goes on with weights that had it."""
-        owned = self._waiting.intersection(map(id, _parameters(optimizer)))
-        for reference, ids in self._groups:
+        resumed = [one for one in _parameters(optimizer) if one in self._waiting]
+        for reference, owned in self._groups:
             top = reference()
-            if top is None or ids.isdisjoint(owned) or self._overwritten.has(top.parameters()):
+            if top is None or not owned.has_any(resumed) or self._overwritten.has(top.parameters()):
                 continue
             self._note(
                 f"{type(top).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
@@ -145,29 +159,34 @@ class Session:
 
     def see(self, module: nn.Module) -> None:
         """Patch the model that `module` is or holds, if it is about to be trained and was waited for."""
-        if id(module) in self._barren or not torch.is_grad_enabled():
+        if module in self._barren or not torch.is_grad_enabled():
             return
         inner = unwrap(module)
         if not inner.training:
             return
-        ids = {id(parameter) for parameter in inner.parameters()}
-        if self._waiting.isdisjoint(ids) or any(find_patch(child) for child in inner.modules()):
-            self._barren.add(id(module))
+        parameters = list(inner.parameters())
+        if not self._waiting.has_any(parameters) or any(find_patch(child) for child in inner.modules()):
+            self._barren.add([module])
             return
-        self._patch(self._root(module, ids))
+        self._patch(self._root(module, parameters))
 
-    def _root(self, module: nn.Module, ids: set[int]) -> nn.Module:
+    def see_function(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """See the models that a compiled function may call, which torch.compile shows to nobody."""
+        for module in find_modules(function, [*args, *kwargs.values()]):
+            self.see(module)
+
+    def _root(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> nn.Module:
         """Return the module, or what it is a fragment of: a script may call the parts of a model on their own."""
         for reference, owned in self._groups:
             top: nn.Module | None = reference()
-            if top is not None and not owned.isdisjoint(ids) and not owned <= ids:
+            if top is not None and 0 < sum(one in owned for one in parameters) < len(owned):
                 return top
         return module
 
     def _patch(self, module: nn.Module) -> None:
         order, root = self.order, unwrap(module)
         parameters = list(root.parameters())
-        self._waiting -= set(map(id, parameters))
+        self._waiting.remove(parameters)
         patch = None
         if order.mixout is not None or order.rdrop is not None or order.anchor is not None:
             include, exclude = self._choice.of_model(root)
@@ -195,8 +214,9 @@ class Session:
             self._noise.original.drop(parameters)
             records = self._noise.records(root)
         if patch is not None or any(tensor.copied is None for tensor in records):
-            self._models.append(Model(root, records, patch))
-            self._say(self._models[-1].look(is_last=False))
+            model = Model(root, records, patch)
+            self._models.append(model)
+            _say(told(order, model.look(is_last=False), is_patched=model.is_patched))
 
     def _refuse(self, what: str, root: nn.Module, error: SurgeryError) -> None:
         self._refusals.append(f"{what}: {type(root).__name__}: {error}")
@@ -207,10 +227,10 @@ class Session:
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Patch what has been trained unseen, and end a run that nothing is regularized in."""
         self.record.has_trained = True
-        held = {id(parameter) for parameter in _parameters(optimizer) if parameter.grad is not None}
+        held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
         for model in self._models:
             model.steps += model.holds(held)
-        if not is_closure and not self._waiting.isdisjoint(held):
+        if not is_closure and self._waiting.has_any(held):
             self._patch_unseen(held)
         if self._refusals and not self._is_any_whole and not self.order.allow_inactive:
             self._stop()
@@ -220,10 +240,10 @@ class Session:
         if time.monotonic() - self._written > _SECONDS_BETWEEN_RECORDS:
             self.write(is_last=False)
 
-    def _patch_unseen(self, held: set[int]) -> None:
-        for reference, ids in list(self._groups):
+    def _patch_unseen(self, held: Sequence[nn.Parameter]) -> None:
+        for reference, owned in list(self._groups):
             top = reference()
-            if top is not None and not ids.isdisjoint(held) and not self._waiting.isdisjoint(ids):
+            if top is not None and any(one in owned and one in self._waiting for one in held):
                 self._note(
                     f"{type(top).__name__}: expected a call of the model in training mode before the optimizer's step, "
                     "got none in sight: regularized from the second step on. Call model(...), not model.forward(...)."
@@ -248,22 +268,7 @@ class Session:
     def _note(self, text: str) -> None:
         if text not in self.record.faults:
             self.record.faults.append(text)
-            say(f"surgery: rank {_rank()}: {text}")
-
-    def _say(self, entry: dict[str, Any]) -> None:
-        order = self.order
-        said = []
-        if order.noisytune is not None:
-            lam = f"lam {order.noisytune:g}, seed {order.seed or 0}"
-            said.append(f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})")
-        if order.mixout is not None:
-            said.append(f"{entry['mixed']} weights mixed (p {order.mixout:g})")
-        if order.rdrop is not None:
-            said.append(f"R-Drop (alpha {order.rdrop:g})")
-        if order.anchor is not None:
-            said.append(f"anchor ({order.anchor:g})")
-        new = f"; new: {some(entry['new'])}" if entry["new"] else ""
-        say(f"surgery: rank {_rank()}: {entry['class']}: {', '.join(said)}{new}")
+            _say(text)
 
     def fail(self, error: SurgeryError) -> None:
         """Take in why a regularizer has ended the script."""
@@ -291,11 +296,15 @@ class Session:
     def write(self, *, is_last: bool) -> None:
         """Bring the record up to date, and write it where `surgery run` looks for it."""
         self._written = time.monotonic()
-        self.record.rank = _rank()
+        self.record.rank = find_rank()
         self.record.models = [model.look(is_last=is_last) for model in self._models]
         self.record.acts = sorted({act for model in self._models for act in model.acts})
         if folder := run_dir():
             self.record.write(folder)
+
+
+def _say(text: str) -> None:
+    say(f"surgery: rank {find_rank()}: {text}")
 
 
 def _noise(order: Order, overwritten: Past) -> "Noise | None":
@@ -306,14 +315,5 @@ def _noise(order: Order, overwritten: Past) -> "Noise | None":
     return Noise(order.noisytune, order.seed or 0, overwritten)
 
 
-def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(next((os.environ[name] for name in _RANKS if os.environ.get(name, "").isdigit()), 0))
-
-
-_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK")

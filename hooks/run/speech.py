@@ -1,14 +1,22 @@
 """What a run says: lines on stderr, for stdout is the command's."""
 
+import logging
 import sys
 from contextlib import suppress
 
 
 def say(line: str) -> None:
-    """Print a line in one piece, where other ranks print theirs, and over a progress bar that stands there."""
-    if sys.stderr is None:
-        return
+    """Print a line in one piece, where other ranks print theirs, and above the progress bars that stand there."""
     with suppress(OSError):  # nobody reads it any more
-        start = "\r\033[K" if sys.stderr.isatty() else ""
-        sys.stderr.write(f"{start}{line}\n")
-        sys.stderr.flush()
+        if (bars := sys.modules.get("tqdm.std")) is not None:
+            bars.tqdm.write(f"{line}\n", file=sys.stderr, end="")
+        elif sys.stderr is not None:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+
+class Voice(logging.Handler):
+    """Says what is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
