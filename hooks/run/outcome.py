@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from .order import Order
 from .record import Record
+from .voice import say
 
 _HELP = ("-h", "--help", "--version")
 _MISSING = {
@@ -119,7 +119,7 @@ def conclude(record: Record, order: Order) -> None:
     """Say what became of an order in this one process, which no `surgery run` waits for."""
     outcome = judge([record], order)
     for line in outcome.lines:
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
+        say(line)
     if order.report:
         path = Path(order.report)
         outcome.write(path.with_stem(f"{path.stem}-rank{record.rank}") if record.rank else path)

@@ -1,7 +1,6 @@
 """One process of a run: from an optimizer to the model whose parameters it owns, and from there to its patch."""
 
 import os
-import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from .outcome import conclude
 from .past import Past
 from .record import Record
 from .roots import find_tops
+from .voice import say
 
 if TYPE_CHECKING:
     from .noise import Noise
@@ -196,7 +196,7 @@ class Session:
             records = self._noise.records(root)
         if patch is not None or any(tensor.copied is None for tensor in records):
             self._models.append(Model(root, records, patch))
-            self._say(self._models[-1].look(is_last=False))
+            self._say(self._models[-1])
 
     def _refuse(self, what: str, root: nn.Module, error: SurgeryError) -> None:
         self._refusals.append(f"{what}: {type(root).__name__}: {error}")
@@ -248,22 +248,22 @@ class Session:
     def _note(self, text: str) -> None:
         if text not in self.record.faults:
             self.record.faults.append(text)
-            print(f"surgery: rank {_rank()}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+            say(f"surgery: rank {_rank()}: {text}")
 
-    def _say(self, entry: dict[str, Any]) -> None:
-        order = self.order
+    def _say(self, model: Model) -> None:
+        order, entry = self.order, model.look(is_last=False)
         said = []
         if order.noisytune is not None:
             lam = f"lam {order.noisytune:g}, seed {order.seed or 0}"
             said.append(f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})")
-        if order.mixout is not None:
+        if order.mixout is not None and model.is_patched:
             said.append(f"{entry['mixed']} weights mixed (p {order.mixout:g})")
-        if order.rdrop is not None:
+        if order.rdrop is not None and model.is_patched:
             said.append(f"R-Drop (alpha {order.rdrop:g})")
-        if order.anchor is not None:
+        if order.anchor is not None and model.is_patched:
             said.append(f"anchor ({order.anchor:g})")
         new = f"; new: {some(entry['new'])}" if entry["new"] else ""
-        print(f"surgery: rank {_rank()}: {entry['class']}: {', '.join(said)}{new}", file=sys.stderr, flush=True)  # noqa: T201
+        say(f"surgery: rank {_rank()}: {entry['class']}: {', '.join(said)}{new}")
 
     def fail(self, error: SurgeryError) -> None:
         """Take in why a regularizer has ended the script."""
