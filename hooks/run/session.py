@@ -190,13 +190,14 @@ class Session:
             if any(map(is_compiled, module.modules())):
                 torch.compiler.reset()  # graphs made before know nothing of the patch
         self._overwritten.drop(parameters)
-        records = []
+        records, is_resumed = [], False
         if self._noise is not None:
             self._noise.original.drop(parameters)
-            records = self._noise.records(root)
-        if patch is not None or any(tensor.copied is None for tensor in records):
-            self._models.append(Model(root, records, patch))
-            self._say(self._models[-1])
+            records, is_resumed = self._noise.records(root), self._noise.is_undone(root)
+        model = Model(root, records, patch, is_resumed=is_resumed)
+        if model.is_patched or model.acts:
+            self._models.append(model)
+            self._say(model)
 
     def _refuse(self, what: str, root: nn.Module, error: SurgeryError) -> None:
         self._refusals.append(f"{what}: {type(root).__name__}: {error}")
@@ -255,7 +256,8 @@ class Session:
         said = []
         if order.noisytune is not None:
             lam = f"lam {order.noisytune:g}, seed {order.seed or 0}"
-            said.append(f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})")
+            noise = f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})"
+            said.append("no noise again" if model.is_resumed else noise)
         if order.mixout is not None and model.is_patched:
             said.append(f"{entry['mixed']} weights mixed (p {order.mixout:g})")
         if order.rdrop is not None and model.is_patched:
