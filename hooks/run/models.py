@@ -23,13 +23,18 @@ class Model:
         root: what the script calls, as far as is known.
         noise: what NoisyTune did to its tensors.
         patch: what else was done to it.
+        is_resumed: it goes on from weights that NoisyTune was applied to when the run began.
     """
 
-    def __init__(self, root: nn.Module, noise: Sequence[TensorRecord], patch: Patch | None) -> None:
+    def __init__(
+        self, root: nn.Module, noise: Sequence[TensorRecord], patch: Patch | None, *, is_resumed: bool
+    ) -> None:
         self.steps = 0
         """Optimizer steps with a gradient of one of its weights."""
         self.is_patched = patch is not None
-        self.acts: set[str] = {"noisytune"} if any(tensor.copied is None for tensor in noise) else set()
+        self.is_resumed = is_resumed
+        has_noise = is_resumed or any(tensor.copied is None for tensor in noise)
+        self.acts: set[str] = {"noisytune"} if has_noise else set()
         """The regularizers that have had an effect on it."""
         self._root = weakref.ref(root)
         self._patch = weakref.ref(patch) if patch is not None else None

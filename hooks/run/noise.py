@@ -1,9 +1,11 @@
 """NoisyTune on the models that a process trains: once on each, and undone where a run turns out to be resumed."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from multiprocessing import parent_process
 
 from torch import nn
 
+from surgery.errors import SourceError
 from surgery.live import perturb_model
 from surgery.names import NEW, find_names, pretrained_parts, unwrap
 from surgery.recipe import Recipe, TensorRecord
@@ -26,7 +28,7 @@ class Noise:
         self._lam = lam
         self._seed = seed
         self._pretrained = pretrained
-        self._done: list[tuple[WeakSet, Recipe]] = []
+        self._done: list[tuple[WeakSet, Recipe | None]] = []  # None: taken off again
         self.original = Past()
         """What the weights were before."""
 
@@ -37,12 +39,13 @@ class Noise:
             loaded: modules that load_state_dict has filled.
             include, exclude: globs of the model's parameters.
         Raises:
-            SurgeryError: as perturb_model. No part is half perturbed.
+            SurgeryError: as perturb_model, or other processes have the same weights. No part is half perturbed.
         """
         for path, part in _parts(top, loaded):
             parameters = list(part.parameters())
             if any(known.has_any(parameters) for known, _ in self._done):
                 continue
+            _refuse_shared(parameters)
             self.original.keep(parameters)
             with self._pretrained.brought_back(parameters, is_past_written=True):
                 if self._pretrained.has(parameters):
@@ -66,12 +69,26 @@ class Noise:
     def undo(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take the noise off again."""
         self.original.restore(parameters)
+        self._done = [(known, None if known.has_any(parameters) else recipe) for known, recipe in self._done]
+
+    def is_undone(self, root: nn.Module) -> bool:
+        """Tell whether it was taken off a part of a model again."""
+        return any(recipe is None and known.has_any(root.parameters()) for known, recipe in self._done)
 
     def records(self, root: nn.Module) -> list[TensorRecord]:
         """Return what was done to the tensors of a model."""
         parameters = list(root.parameters())
-        recipes = [recipe for known, recipe in self._done if known.has_any(parameters)]
+        recipes = [recipe for known, recipe in self._done if recipe and known.has_any(parameters)]
         return [tensor for recipe in recipes for file in recipe.files for tensor in file.tensors]
+
+
+def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse weights in memory that the process which started this one has as well: each of its children adds noise."""
+    if parent_process() is not None and any(one.device.type == "cpu" and one.is_shared() for one in parameters):  # type: ignore[no-untyped-call]
+        raise SourceError(
+            "weights: expected some of this process alone, got some shared with others, each of which would add noise. "
+            "Call surgery perturb on the checkpoint, and leave noisytune out."
+        )
 
 
 def _parts(top: nn.Module, loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

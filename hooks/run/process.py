@@ -11,6 +11,7 @@ from surgery.errors import SurgeryError
 from .order import read_order
 from .seams import listen
 from .session import Session
+from .speech import Voice
 
 
 def begin() -> None:
@@ -32,7 +33,7 @@ def begin() -> None:
 
 def _show_warnings() -> None:
     """Print what surgery logs in the form of its other lines, whatever the script makes of its own log."""
-    handler = logging.StreamHandler()
+    handler = Voice()
     handler.setFormatter(logging.Formatter("surgery: %(message)s"))
     logger = logging.getLogger("surgery")
     logger.addHandler(handler)

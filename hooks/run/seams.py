@@ -1,5 +1,6 @@
 """Where torch tells a Session what a script does: the only file that changes torch."""
 
+import pickle
 import sys
 import weakref
 from functools import partial, wraps
@@ -10,6 +11,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from .imports import after
+from .saves import plainly
 from .session import Session
 
 _CALL = nn.Module._call_impl
@@ -22,6 +24,7 @@ def listen(session: Session) -> None:
     _listen_to_loads(session)
     _listen_to_backward(session)
     _listen_to_compile(session)
+    _listen_to_saves()
     after("torch.distributed.fsdp", lambda: _listen_to_sharding(session))
     for module, name in _PRETRAINED.items():
         after(module, partial(_listen_to_pretrained, session, module, name))
@@ -87,6 +90,16 @@ def _listen_to_loads(session: Session) -> None:
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
+def _listen_to_saves() -> None:
+    save = torch.save
+
+    @wraps(save)
+    def save_plainly(obj: Any, f: Any, pickle_module: Any = pickle, *args: Any, **kwargs: Any) -> None:
+        save(obj, f, plainly if pickle_module is pickle else pickle_module, *args, **kwargs)
+
+    torch.save = torch.serialization.save = save_plainly
+
+
 def _listen_to_backward(session: Session) -> None:
     backward, grad = torch.autograd.backward, torch.autograd.grad
 
@@ -144,7 +157,7 @@ def _listen_to_functions(session: Session) -> None:
             if not torch.compiler.is_compiling() and session.is_waiting:
                 session.see_function(model, args, kwargs)
                 _look_out(session)
-            return compiled(*args, **kwargs)
+            return compiled(*args, **kwargs)  # type: ignore[no-untyped-call]
 
         return show
 

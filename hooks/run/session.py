@@ -209,14 +209,14 @@ class Session:
             if any(map(is_compiled, module.modules())):
                 torch.compiler.reset()  # graphs made before know nothing of the patch
         self._overwritten.drop(parameters)
-        records = []
+        records, is_resumed = [], False
         if self._noise is not None:
             self._noise.original.drop(parameters)
-            records = self._noise.records(root)
-        if patch is not None or any(tensor.copied is None for tensor in records):
-            model = Model(root, records, patch)
+            records, is_resumed = self._noise.records(root), self._noise.is_undone(root)
+        model = Model(root, records, patch, is_resumed=is_resumed)
+        if model.is_patched or model.acts:
             self._models.append(model)
-            _say(told(order, model.look(is_last=False), is_patched=model.is_patched))
+            _say(told(order, model))
 
     def _refuse(self, what: str, root: nn.Module, error: SurgeryError) -> None:
         self._refusals.append(f"{what}: {type(root).__name__}: {error}")

@@ -7,10 +7,12 @@ from contextlib import suppress
 
 def say(line: str) -> None:
     """Print a line in one piece, where other ranks print theirs, and above the progress bars that stand there."""
+    if sys.stderr is None:
+        return
     with suppress(OSError):  # nobody reads it any more
         if (bars := sys.modules.get("tqdm.std")) is not None:
             bars.tqdm.write(f"{line}\n", file=sys.stderr, end="")
-        elif sys.stderr is not None:
+        else:
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
 

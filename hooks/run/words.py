@@ -1,29 +1,29 @@
 """What a process says of a model, and as whom."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from surgery.errors import some
 
+from .models import Model
 from .order import Order
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK")
 
 
-def told(order: Order, entry: Mapping[str, Any], *, is_patched: bool) -> str:
-    """Tell what was done to a model, from its entry of the report."""
-    said = []
+def told(order: Order, model: Model) -> str:
+    """Tell what was done to a model."""
+    entry, said = model.look(is_last=False), []
     if order.noisytune is not None:
         lam = f"lam {order.noisytune:g}, seed {order.seed or 0}"
-        said.append(f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})")
-    if is_patched and order.mixout is not None:
+        noise = f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})"
+        said.append("no noise again" if model.is_resumed else noise)
+    if order.mixout is not None and model.is_patched:
         said.append(f"{entry['mixed']} weights mixed (p {order.mixout:g})")
-    if is_patched and order.rdrop is not None:
+    if order.rdrop is not None and model.is_patched:
         said.append(f"R-Drop (alpha {order.rdrop:g})")
-    if is_patched and order.anchor is not None:
+    if order.anchor is not None and model.is_patched:
         said.append(f"anchor ({order.anchor:g})")
     new = f"; new: {some(entry['new'])}" if entry["new"] else ""
     return f"{entry['class']}: {', '.join(said)}{new}"

@@ -1,0 +1,42 @@
+"""Models without their patches, for torch.save: whoever reads the file may have no surgery."""
+
+import pickle
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..dropout import RATES
+from ..mixout import SITE
+from ..state import PATCH
+
+_MARKS = {PATCH, SITE, RATES}
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, thing: Any) -> Any:
+        if not issubclass(type(thing), nn.Module) or _MARKS.isdisjoint(thing.__dict__):
+            return NotImplemented
+        function, args, state, *rest = thing.__reduce_ex__(2)
+        return function, args, _plain(state), *rest
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what a module's state was before it was patched."""
+    plain = {name: value for name, value in state.items() if name not in _MARKS}
+    hooks = state["_forward_pre_hooks"] | state["_forward_hooks"]
+    ours = {key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith(f"{_HOOKS}.")}
+    for name, value in plain.items():
+        if name.startswith("_forward_") and not ours.isdisjoint(value):
+            plain[name] = type(value)((key, one) for key, one in value.items() if key not in ours)
+    for attribute, rate in state[RATES].rates.items() if RATES in state else ():
+        if plain.get(attribute) == 0:
+            plain[attribute] = rate
+    return plain
+
+
+_HOOKS = __name__.removesuffix(".run.saves")
+
+plainly = ModuleType("pickle")
+"""The module pickle, but for patches, which it leaves out."""
+plainly.__dict__.update(pickle.__dict__, Pickler=_Pickler)
