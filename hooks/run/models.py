@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.errors import SurgeryError
@@ -64,7 +65,7 @@ class Model:
     def is_alive(self) -> bool:
         return self._root() is not None
 
-    def holds(self, parameters: Iterable[nn.Parameter]) -> bool:
+    def holds(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Tell whether one of these is the model's own."""
         return self.is_alive and self.parameters.has_any(parameters)
 

@@ -59,6 +59,7 @@ class Session:
         self._refusals: list[str] = []
         self._is_child = False
         self._written = 0.0
+        self._running: Optimizer | None = None  # amid a step, that calls a closure
 
     # -- what is trained ------------------------------------------------------------------------------------------
 
@@ -206,6 +207,9 @@ class Session:
             except SurgeryError as error:
                 self._refuse("patch_model", root, error)
             patch = find_patch(root)
+            if patch is not None and self._running is not None:
+                for listener in patch.listeners():
+                    listener.before_step(self._running, is_closure=True)
             if any(map(is_compiled, module.modules())):
                 torch.compiler.reset()  # graphs made before know nothing of the patch
         self._overwritten.drop(parameters)
@@ -227,20 +231,29 @@ class Session:
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Patch what has been trained unseen, and end a run that nothing is regularized in."""
         self.record.has_trained = True
-        held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
-        for model in self._models:
-            model.steps += model.holds(held)
-        if not is_closure and self._waiting.has_any(held):
-            self._patch_unseen(held)
+        self._running = optimizer if is_closure else None
+        if not is_closure:
+            held = _trained(optimizer)
+            self._count(held)
+            if self._waiting.has_any(held):
+                self._patch_unseen(held)
         if self._refusals and not self._is_any_whole and not self.order.allow_inactive:
             self._stop()
 
-    def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
+    def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Write the record now and then, for a process that is killed."""
+        self._running = None
+        if is_closure:
+            self._count(_trained(optimizer))
         if time.monotonic() - self._written > _SECONDS_BETWEEN_RECORDS:
             self.write(is_last=False)
 
-    def _patch_unseen(self, held: Sequence[nn.Parameter]) -> None:
+    def _count(self, held: Sequence[torch.Tensor]) -> None:
+        """Count a step for the models of these parameters."""
+        for model in self._models:
+            model.steps += model.holds(held)
+
+    def _patch_unseen(self, held: Sequence[torch.Tensor]) -> None:
         for reference, owned in list(self._groups):
             top = reference()
             if top is not None and any(one in owned and one in self._waiting for one in held):
@@ -313,6 +326,11 @@ def _noise(order: Order, overwritten: Past) -> "Noise | None":
     from .noise import Noise  # imports numba, which takes half a second
 
     return Noise(order.noisytune, order.seed or 0, overwritten)
+
+
+def _trained(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Return what a step changes."""
+    return [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
