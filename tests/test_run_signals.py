@@ -266,5 +266,6 @@ def test_a_terminal_that_goes_away_ends_the_command(tmp_path):
     code = LISTEN.replace('print("got"', f'print("got", got, file=open({str(tmp_path / "got")!r}, "w"))\nprint("got"')
     terminal = Terminal([*surgery(), *RUN, *python(code)], is_job=False)
     terminal.read_until("pid")
+    terminal.read_until("\n")  # else the command may still be at writing it
     terminal.hang_up()
     assert (tmp_path / "got").read_text() == f"got [{int(signal.SIGHUP)}]\n"

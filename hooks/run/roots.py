@@ -20,9 +20,13 @@ def find_tops(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Module, list[
     tops: dict[int, tuple[nn.Module, list[nn.Parameter]]] = {}
     for parameter in parameters:
         if found := _climb(parameter, holders):
-            top = unwrap(min(found, key=lambda module: sum(1 for _ in module.modules())))
+            top = unwrap(min(found, key=_size) if len(found) > 1 else found[0])
             tops.setdefault(id(top), (top, []))[1].append(parameter)
     return list(tops.values())
+
+
+def _size(module: nn.Module) -> int:
+    return sum(1 for _ in module.modules())
 
 
 def find_modules(function: Any, values: Iterable[Any]) -> list[nn.Module]:
