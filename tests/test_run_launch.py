@@ -253,3 +253,9 @@ def test_env_as_json(run_cli):
     document = json.loads(ran.out)
     assert document.pop("PYTHONPATH").startswith(str(SITE))
     assert document == {"SURGERY_MIXOUT": "0.7", "SURGERY_RDROP": "1.0", "SURGERY_ANCHOR": "0.01"}
+
+
+def test_a_process_that_becomes_another_keeps_its_word(run_cli):
+    become = "import sys; os.execv(sys.executable, [sys.executable, '-c', 'print(1)'])"
+    ran = run_cli(*MIXOUT, "--", *training("mixout", then=become))
+    assert (ran.code, ran.out, ran.err) == (0, "1\n", ACTIVE)

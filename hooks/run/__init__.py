@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from .imports import after
@@ -12,9 +14,16 @@ RUN_DIR = "SURGERY_RUN_DIR"
 
 def start() -> None:
     """Leave word that this Python can be reached, and wait for torch. Every Python runs it: nothing heavy here."""
-    if folder := run_dir():
-        (folder / f"{os.getpid()}.json").write_text(json.dumps({"pid": os.getpid()}))
     after("torch", _begin)
+    if folder := run_dir():
+        with suppress(OSError):  # of a full disk, `surgery run` says what it knows
+            _leave_word(folder / f"{os.getpid()}.json")
+
+
+def _leave_word(path: Path) -> None:
+    if path.exists():  # of this process before an exec, or of another one that is dead
+        path.rename(path.with_stem(f"{path.stem}-{time.time_ns()}"))
+    path.write_text(json.dumps({"pid": os.getpid()}))
 
 
 def run_dir() -> Path | None:
