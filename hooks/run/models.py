@@ -81,8 +81,10 @@ class Model:
         return self._entry | {"steps": self.steps}
 
     def _look(self, patch: Patch, *, is_last: bool) -> None:
-        active = [site for site in patch.sites if site.weight.requires_grad]
-        self._entry |= {"mixed": len(active), "w_pre_bytes": w_pre_bytes(patch)}
+        mixed = [site for site in patch.sites if site.weight.requires_grad and patch.mixout is not None]
+        if patch.has_mixed:  # one of TRL's heads is never called, for instance
+            mixed = [site for site in mixed if site.is_called]
+        self._entry |= {"mixed": len(mixed), "w_pre_bytes": w_pre_bytes(patch)}
         if patch.drop is not None:
             self._entry |= patch.drop.measured.last()
         if is_last and patch.sites:

@@ -107,6 +107,13 @@ class Session:
             self._noise.add(top, list(self._loaded), *self._choice.of_model(top))
         except SurgeryError as error:
             self._refuse("noisytune", top, error)
+            return
+        if any(hasattr(module, "adapter_layer_names") for module in top.modules()):  # PEFT's
+            options = f"--lam {self.order.noisytune:g} --seed {self.order.seed or 0}"
+            self._note(
+                f"{type(top).__name__}: noise is on frozen weights, which an adapter is saved without: merge them, or "
+                f"load it onto what surgery perturb makes with {options}."
+            )
 
     # -- loads ----------------------------------------------------------------------------------------------------
 
