@@ -54,9 +54,7 @@ def test_trainer(source: Path, tmp_path: Path) -> None:
     assert (entry["mixed"], entry["steps"], entry["rdrop_fired"]) == (13, 5, 5)
 
     checkpoint = tmp_path / "out" / "checkpoint-3"
-    again = run(
-        tmp_path, "with_trainer.py", *byhand.ALL, args=(source, tmp_path / "again", "--resume", checkpoint)
-    )
+    again = run(tmp_path, "with_trainer.py", *byhand.ALL, args=(source, tmp_path / "again", "--resume", checkpoint))
     assert again.code == 0, again.err
     byhand.assert_equal(torch.load(tmp_path / "again" / "final.pt"), got, tolerance=0)
     assert again.models[0]["distance"] == entry["distance"]
@@ -94,7 +92,7 @@ def train_net(nets: Any, steps: list[byhand.Step]) -> dict[str, torch.Tensor]:
     return byhand.train(model, steps, model, mixed=byhand.Mixed(model))
 
 
-WAYS = "outside", "inside", "accumulated"
+WAYS = "outside", "inside", "accumulated", "many optimizers"
 COMPILED = "compiled first", "compiled after", "compiled in place", "compiled step"
 
 
@@ -119,7 +117,8 @@ def test_two_ranks(way: str, nets: Any, tmp_path: Path) -> None:
     wanted = train_net(nets, [[(100 + n, *parts[2 * n]), (1100 + n, *parts[2 * n + 1])] for n in range(5)])
     for rank in range(2):
         byhand.assert_equal(torch.load(tmp_path / f"{rank}.pt"), wanted)
-        assert [(entry["class"].removeprefix("FSDP"), entry["steps"]) for entry in ran.ranks[rank]["models"]] == [("Net", 5)]
+        (entry,) = ran.ranks[rank]["models"]
+        assert (entry["class"].removeprefix("FSDP"), entry["steps"], entry["perturbed"]) == ("Net", 5, 6)
 
 
 def test_lightning(nets: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """From the import of torch to the end of a process."""
 
 import os
+from functools import partial
 from multiprocessing import util
 
 from .order import read_order
@@ -20,7 +21,8 @@ def begin() -> None:
     session = Session(order)
     listen(session)
     _await_end(session)
-    util.register_after_fork(session, _fork)
+    os.register_at_fork(after_in_child=partial(_fork, session))
+    util.register_after_fork(session, _await_end)
 
 
 def _await_end(session: Session) -> None:
@@ -29,7 +31,7 @@ def _await_end(session: Session) -> None:
 
 
 def _fork(session: Session) -> None:
-    """Begin anew in a child of multiprocessing, which has forgotten the parent's finalizers."""
+    """Begin anew in a child. Those of multiprocessing forget all finalizers after this."""
     session.fork()
     _await_end(session)
 

@@ -15,14 +15,14 @@ from surgery.names import unwrap
 
 from ..optimizers import watch
 from ..patch import find_patch, is_compiled, put_patch, take_root
-from ..sources import LOADED, MARKS, is_loaded
+from ..sources import LOADED, is_loaded, move_marks
 from . import run_dir
 from .choice import Choice
 from .models import Model
 from .order import Order
 from .past import Past
 from .record import Record
-from .roots import find_modules, find_tops
+from .roots import find_tops
 from .weak import WeakSet
 from .words import find_rank, say, told
 
@@ -50,6 +50,7 @@ class Session:
         self._models: list[Model] = []
         self._groups: list[tuple[Any, WeakSet]] = []  # a top, weakly, and an optimizer's parameters in it
         self._waiting = WeakSet()
+        self._resumed = WeakSet()
         self._barren = WeakSet()
         self._loaded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._overwritten = Past()
@@ -130,28 +131,27 @@ class Session:
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names, by fully_shard or an assigning load."""
         replaced = {name: w for name, w in before.items() if name in after and after[name] is not w}
-        for name, w in replaced.items():
-            for mark in MARKS:
-                if hasattr(w, mark) and not hasattr(after[name], mark):
-                    setattr(after[name], mark, getattr(w, mark))
-        owned = [self._waiting, *(group[1] for group in self._groups), *(model.parameters for model in self._models)]
-        for follower in (self._overwritten, self._noise, *owned):
+        move_marks(replaced, after)
+        of_models = [*(owned for _, owned in self._groups), *(model.parameters for model in self._models)]
+        for follower in (self._overwritten, self._noise, self._waiting, self._resumed, *of_models):
             if follower is not None and replaced:
                 follower.move(replaced, after)
 
     def resume(self, optimizer: Optimizer) -> None:
-        """Take the noise off again: an optimizer that gets its state back goes on with weights that had it."""
-        resumed = [one for one in _parameters(optimizer) if one in self._waiting]
-        for reference, owned in self._groups:
-            top = reference()
-            if top is None or not owned.has_any(resumed) or self._overwritten.has(top.parameters()):
-                continue
-            self._note(
-                f"{type(top).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
-                "were then, and noise is what the run began with."
-            )
-            if self._noise is not None:
-                self._noise.undo(list(top.parameters()))
+        """Note that an optimizer has got its state back: it goes on with weights that had the noise."""
+        self._resumed.add(one for one in _parameters(optimizer) if one in self._waiting)
+
+    def _refuse_second_noise(self, root: nn.Module) -> None:
+        """Take the noise off again if it was added to the weights of a checkpoint."""
+        parameters = list(root.parameters())
+        if not self._resumed.has_any(parameters) or self._overwritten.has(parameters):
+            return
+        self._note(
+            f"{type(root).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
+            "were then, and noise is what the run began with."
+        )
+        if self._noise is not None:
+            self._noise.undo(parameters)
 
     # -- patching -------------------------------------------------------------------------------------------------
 
@@ -168,11 +168,6 @@ class Session:
             return
         self._patch(self._root(module, parameters))
 
-    def see_function(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """See the models that a compiled function may call, which torch.compile shows to nobody."""
-        for module in find_modules(function, [*args, *kwargs.values()]):
-            self.see(module)
-
     def _root(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> nn.Module:
         """Return the module, or what it is a fragment of: a script may call the parts of a model on their own."""
         for reference, owned in self._groups:
@@ -185,6 +180,7 @@ class Session:
         order, root = self.order, unwrap(module)
         parameters = list(root.parameters())
         self._waiting.remove(parameters)
+        self._refuse_second_noise(root)
         patch = None
         if order.mixout is not None or order.rdrop is not None or order.anchor is not None:
             include, exclude = self._choice.of_model(root)

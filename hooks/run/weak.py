@@ -1,4 +1,4 @@
-"""Remember parameters and modules without keeping them alive, nor taking others for them that come to lie where they lay."""
+"""Remember parameters and modules without keeping them alive, nor taking others for them that get their ids."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

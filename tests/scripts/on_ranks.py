@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from nets import batches, build
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 
 

@@ -4,7 +4,7 @@ import sys
 
 import torch
 from nets import batches, build
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 
 def outside(model, x, labels):
@@ -34,11 +34,24 @@ def accumulate(model, optimizer):
             optimizer.zero_grad()
 
 
+def start_over(model):
+    """A new optimizer for every step."""
+    for number, (x, labels) in enumerate(batches()):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(100 + number)
+        outside(model, x, labels).backward()
+        optimizer.step()
+        model.zero_grad()
+
+
 def run(way):
     model = build(has_loss=way == "inside")
     if way == "compiled first":
         compiled = torch.compile(model, backend="aot_eager")
         train(compiled, torch.optim.SGD(compiled.parameters(), lr=0.1))
+        return model.state_dict()
+    if way == "many optimizers":
+        start_over(model)
         return model.state_dict()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     if way == "outside":

@@ -5,7 +5,7 @@ import sys
 import lightning
 import torch
 from nets import batches, build
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 
 class Task(lightning.LightningModule):
@@ -13,10 +13,10 @@ class Task(lightning.LightningModule):
         super().__init__()
         self.model = build()
 
-    def on_train_batch_start(self, batch, number):
+    def on_train_batch_start(self, batch, number):  # noqa: ARG002
         torch.manual_seed(100 + number)
 
-    def training_step(self, batch, number):
+    def training_step(self, batch, number):  # noqa: ARG002
         x, labels = batch
         return F.cross_entropy(self.model(x), labels)
 

@@ -12,7 +12,11 @@ def main(way, source, out):
     base = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float64)
     dropout = 0.2 if way == "lora" else 0.0
     config = LoraConfig(
-        r=2, target_modules=["query", "value"], lora_dropout=dropout, modules_to_save=["classifier"], task_type="SEQ_CLS"
+        r=2,
+        target_modules=["query", "value"],
+        lora_dropout=dropout,
+        modules_to_save=["classifier"],
+        task_type="SEQ_CLS",
     )
     model = get_peft_model(base, config)
     if way == "full":

@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 
 
 class SeedEachStep(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, **kwargs):  # noqa: ARG002
         torch.manual_seed(100 + state.global_step)
 
 
