@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SourceError, some
 
@@ -216,6 +217,11 @@ class Patch:
 
     def _listeners(self) -> list[Listener]:
         return [listener for listener in (self.decay, self.lookout, self.drop) if listener is not None]
+
+    def join_step(self, optimizer: Optimizer) -> None:
+        """Take part in a step that is under way already: its closure has just called the model."""
+        for listener in self._listeners():
+            listener.before_step(optimizer, is_closure=True)
 
     def _adopt(self) -> None:
         for mark in self._marks:

@@ -5,6 +5,7 @@ from typing import Any
 
 import byhand
 import pytest
+import seeded
 import torch
 from running import SCRIPTS, Run, run
 
@@ -68,6 +69,21 @@ def test_each_trained_model_has_an_entry(ran: Run) -> None:
     found = [(entry["class"], entry["perturbed"], entry["mixed"], entry["steps"]) for entry in ran.models]
     assert found == [("Net", 6, 3, 5), ("Critic", 4, 2, 5), ("Net", 6, 3, 5), ("Net", 6, 3, 5)]
     assert all(entry["distance"] > 0 for entry in ran.models)
+
+
+def test_teacher_from_pretrained_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = seeded.bert_folder(tmp_path / "source")
+    ran = run(tmp_path, "with_teacher.py", *byhand.NOISE, *byhand.MIXOUT, args=(source, tmp_path / "final.pt"))
+    assert ran.code == 0, ran.err
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import with_teacher
+
+    head = ("dropout", "classifier")
+    left = torch.load(tmp_path / "final.pt")
+    student = noisy(with_teacher.load(source), fresh=head, kept=head)
+    assert_all_equal(left, with_teacher.distil(student, with_teacher.load(source)))
+    byhand.assert_equal(left["teacher"], with_teacher.load(source).state_dict(), tolerance=0)
+    assert [(entry["class"], entry["steps"]) for entry in ran.models] == [("BertForSequenceClassification", 5)]
 
 
 def test_dead_models_leave_their_figures_and_no_memory(several: Any, tmp_path: Path) -> None:

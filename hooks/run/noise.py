@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from surgery.live import perturb_model
 from surgery.names import NEW, find_names, pretrained_parts, unwrap
 from surgery.recipe import Recipe, TensorRecord
 
@@ -39,6 +38,8 @@ class Noise:
         Raises:
             SurgeryError: as perturb_model. No part is half perturbed.
         """
+        from surgery.live import perturb_model  # imports numba, which takes half a second
+
         for path, part in _parts(top, loaded):
             parameters = list(part.parameters())
             if any(known.has_any(parameters) for known, _ in self._done):

@@ -4,7 +4,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,19 +15,17 @@ from surgery.names import unwrap
 
 from ..optimizers import watch
 from ..patch import find_patch, is_compiled, put_patch, take_root
-from ..sources import LOADED, is_loaded, move_marks
+from ..sources import move_marks
 from . import run_dir
 from .choice import Choice
+from .loads import Loads
 from .models import Model
+from .noise import Noise
 from .order import Order
-from .past import Past
 from .record import Record
 from .roots import find_tops
 from .weak import WeakSet
 from .words import find_rank, say, told
-
-if TYPE_CHECKING:
-    from .noise import Noise
 
 EXIT_INACTIVE = 3
 _SECONDS_BETWEEN_RECORDS = 5
@@ -50,12 +48,14 @@ class Session:
         self._models: list[Model] = []
         self._groups: list[tuple[Any, WeakSet]] = []  # a top, weakly, and an optimizer's parameters in it
         self._waiting = WeakSet()
-        self._resumed = WeakSet()
         self._barren = WeakSet()
-        self._loaded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._overwritten = Past()
-        self._noise = _noise(order, self._overwritten)
+        self._loads = Loads()
+        self._noise: Noise | None = None
+        if order.noisytune is not None:
+            self._noise = Noise(order.noisytune, order.seed or 0, self._loads.overwritten)
         self._refusals: list[str] = []
+        self._open_step: Optimizer | None = None
+        """One whose closure is at work."""
         self._is_child = False
         self._written = 0.0
         watch(self)
@@ -102,49 +102,43 @@ class Session:
         if self._noise is None:
             return
         try:
-            self._noise.add(top, list(self._loaded), *self._choice.of_model(top))
+            self._noise.add(top, list(self._loads.filled), *self._choice.of_model(top))
         except SurgeryError as error:
             self._refuse("noisytune", top, error)
 
     # -- loads ----------------------------------------------------------------------------------------------------
 
     def before_load(self, module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
-        """Keep what a load is about to overwrite, where that is pretrained: the load resumes a run."""
+        """Keep what a load is about to overwrite; return the parameters that there are."""
         self.record.has_loaded = True
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        if any(is_loaded(parameter) or parameter in self._waiting for parameter in parameters.values()):
-            touched = [parameters[name] for name in names if name in parameters]
-            self._overwritten.keep(parameter for parameter in touched if not self._covers(parameter))
+        touched = (parameters[name] for name in names if name in parameters)
+        self._loads.keep(parameters, (one for one in touched if not self._covers(one)), self._waiting)
         return parameters
 
     def after_load(self, module: nn.Module, names: Sequence[str], before: dict[str, nn.Parameter]) -> None:
-        """Mark what the first load has filled: it is pretrained."""
+        """Note what a load has done."""
         after = dict(module.named_parameters(remove_duplicate=False))
         self.move(before, after)
-        self._overwritten.drop_equal(after[name] for name in names if name in after)
-        if not any(map(is_loaded, before.values())):
-            self._loaded.add(module)
-            for name in names:
-                if name in after:
-                    setattr(after[name], LOADED, True)
+        self._loads.mark(module, after, names)
 
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names, by fully_shard or an assigning load."""
         replaced = {name: w for name, w in before.items() if name in after and after[name] is not w}
         move_marks(replaced, after)
         of_models = [*(owned for _, owned in self._groups), *(model.parameters for model in self._models)]
-        for follower in (self._overwritten, self._noise, self._waiting, self._resumed, *of_models):
+        for follower in (self._loads, self._noise, self._waiting, *of_models):
             if follower is not None and replaced:
                 follower.move(replaced, after)
 
     def resume(self, optimizer: Optimizer) -> None:
-        """Note that an optimizer has got its state back: it goes on with weights that had the noise."""
-        self._resumed.add(one for one in _parameters(optimizer) if one in self._waiting)
+        """Note that an optimizer has got its state back."""
+        self._loads.resume(one for one in _parameters(optimizer) if one in self._waiting)
 
     def _refuse_second_noise(self, root: nn.Module) -> None:
         """Take the noise off again if it was added to the weights of a checkpoint."""
         parameters = list(root.parameters())
-        if not self._resumed.has_any(parameters) or self._overwritten.has(parameters):
+        if not self._loads.is_blind(parameters):
             return
         self._note(
             f"{type(root).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
@@ -185,7 +179,7 @@ class Session:
         if order.mixout is not None or order.rdrop is not None or order.anchor is not None:
             include, exclude = self._choice.of_model(root)
             acts_on_weights = order.mixout is not None or order.anchor is not None
-            past = self._noise.original if order.w_pre == "original" and self._noise else self._overwritten
+            past = self._noise.original if order.w_pre == "original" and self._noise else self._loads.overwritten
             try:
                 take_root(module, may_be_compiled=True)
                 with past.brought_back(parameters):
@@ -200,9 +194,11 @@ class Session:
             except SurgeryError as error:
                 self._refuse("patch_model", root, error)
             patch = find_patch(root)
+            if patch is not None and self._open_step is not None:
+                patch.join_step(self._open_step)
             if any(map(is_compiled, module.modules())):
                 torch.compiler.reset()  # graphs made before know nothing of the patch
-        self._overwritten.drop(parameters)
+        self._loads.overwritten.drop(parameters)
         records = []
         if self._noise is not None:
             self._noise.original.drop(parameters)
@@ -218,20 +214,30 @@ class Session:
     # -- optimizer steps ------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
-        """Patch what has been trained unseen, and end a run that nothing is regularized in."""
+        """Look at a step, once it has its gradients."""
         self.record.has_trained = True
+        if is_closure:
+            self._open_step = optimizer
+        else:
+            self._judge(optimizer)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Look at a step whose closure has brought the gradients; write the record now and then, lest we be killed."""
+        if self._open_step is not None:
+            self._open_step = None
+            self._judge(optimizer)
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_RECORDS:
+            self.write(is_last=False)
+
+    def _judge(self, optimizer: Optimizer) -> None:
+        """Count a step, patch what has been trained unseen, and end a run that nothing is regularized in."""
         held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
         for model in self._models:
             model.steps += model.holds(held)
-        if not is_closure and self._waiting.has_any(held):
+        if self._waiting.has_any(held):
             self._patch_unseen(held)
         if self._refusals and not self._is_any_whole and not self.order.allow_inactive:
             self._stop()
-
-    def after_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002
-        """Write the record now and then, for a process that is killed."""
-        if time.monotonic() - self._written > _SECONDS_BETWEEN_RECORDS:
-            self.write(is_last=False)
 
     def _patch_unseen(self, held: Sequence[nn.Parameter]) -> None:
         for reference, owned in list(self._groups):
@@ -282,14 +288,6 @@ class Session:
         self.record.acts = sorted({act for model in self._models for act in model.acts})
         if folder := run_dir():
             self.record.write(folder)
-
-
-def _noise(order: Order, overwritten: Past) -> "Noise | None":
-    if order.noisytune is None:
-        return None
-    from .noise import Noise  # imports numba, which takes half a second
-
-    return Noise(order.noisytune, order.seed or 0, overwritten)
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:

@@ -16,7 +16,8 @@ _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RAN
 
 def say(text: str) -> None:
     """Print a line of this rank's."""
-    print(f"surgery: rank {find_rank()}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    sys.stderr.write(f"surgery: rank {find_rank()}: {text}\n")  # at once, for other ranks write as well
+    sys.stderr.flush()
 
 
 def told(order: Order, entry: Mapping[str, Any]) -> str:

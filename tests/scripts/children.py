@@ -6,6 +6,7 @@ import os
 import sys
 
 import torch
+import torch._dynamo  # once for all that are forked: an optimizer imports it
 from nets import batches, build
 from torch import nn
 from torch.nn import functional as F  # noqa: N812

@@ -16,7 +16,6 @@ def main():
     parser.add_argument("source")
     parser.add_argument("out")
     parser.add_argument("--resume")
-    parser.add_argument("--eval-only", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(options.source, dtype=torch.float64)
@@ -38,10 +37,8 @@ def main():
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[SeedEachStep()])
-    if not options.eval_only:
-        trainer.train(resume_from_checkpoint=options.resume)
-    print(trainer.evaluate()["eval_loss"])
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[SeedEachStep()])
+    trainer.train(resume_from_checkpoint=options.resume)
     torch.save(model.state_dict(), f"{options.out}/final.pt")
 
 
