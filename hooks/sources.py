@@ -87,13 +87,20 @@ LOADED = "_is_surgery_loaded"
 """The mark of a parameter that `surgery run` has seen load_state_dict fill."""
 
 
-MARKS = "_is_hf_initialized", LOADED
-"""The marks, transformers' and ours, of a parameter that was loaded from a checkpoint."""
+_MARKS = "_is_hf_initialized", LOADED
 
 
 def is_loaded(parameter: torch.Tensor) -> bool:
-    """Tell whether a parameter bears one of the marks."""
-    return any(hasattr(parameter, mark) for mark in MARKS)
+    """Tell whether a parameter bears the mark, transformers' or ours, of what was loaded from a checkpoint."""
+    return any(hasattr(parameter, mark) for mark in _MARKS)
+
+
+def move_marks(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
+    """Mark parameters as those of their names that they have replaced."""
+    for name, w in before.items():
+        for mark in _MARKS:
+            if hasattr(w, mark) and not hasattr(after[name], mark):
+                setattr(after[name], mark, getattr(w, mark))
 
 
 def _in_checkpoint(part: nn.Module) -> set[str]:

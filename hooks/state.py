@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SourceError, some
 
@@ -104,14 +105,14 @@ class Patch:
             self.replaced, self.kept = find_rates(root, mixed, self.left)
             self._marks += map(replace_rate, self.replaced)
         self._adopt()
-        for listener in self.listeners():
+        for listener in self._listeners():
             watch(listener)
         if self.drop is not None:
             self._handles += self.drop.attach(root)
 
     def detach(self, root: nn.Module) -> None:
         """Take the patch off again, whatever has become of the model meanwhile."""
-        for listener in self.listeners():
+        for listener in self._listeners():
             forget(listener)
         if self.drop is not None:
             self.drop.close()  # a KeyboardInterrupt has left it open
@@ -212,9 +213,14 @@ class Patch:
         """Return the names of trainable weights whose layers no forward has called, so that they were never mixed."""
         return [site.name for site in self.sites if site.weight.requires_grad and not site.is_called]
 
-    def listeners(self) -> list[Listener]:
+    def _listeners(self) -> list[Listener]:
         """Return what is to be told of optimizer steps."""
         return [listener for listener in (self.decay, self.lookout, self.drop) if listener is not None]
+
+    def join_step(self, optimizer: Optimizer) -> None:
+        """Take part in a step that is under way already: its closure has just called the model."""
+        for listener in self._listeners():
+            listener.before_step(optimizer, is_closure=True)
 
     def _adopt(self) -> None:
         for mark in self._marks:

@@ -22,10 +22,12 @@ class Run:
     """What a command did, and what its processes have left word of.
 
     Args:
+        folder: it ran there.
         ranks: of the processes that trained something, each with its `models`.
         records: of all.
     """
 
+    folder: Path
     code: int
     out: str
     err: str
@@ -72,7 +74,7 @@ def run(
     left = [json.loads(file.read_text()) for file in records.glob("*.json")]
     left.sort(key=lambda record: record.get("rank", 0))
     ranks = [{"rank": record["rank"], "models": record["models"]} for record in left if record.get("models")]
-    return Run(done.returncode, done.stdout, done.stderr, ranks, left)
+    return Run(folder, done.returncode, done.stdout, done.stderr, ranks, left)
 
 
 def _variables(flags: Sequence[str]) -> dict[str, str]:

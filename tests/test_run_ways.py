@@ -69,6 +69,7 @@ def test_accelerate_with_accumulation(source: Path, tmp_path: Path) -> None:
     parts = rows(2)
     steps = [[(100 + n, *parts[2 * n]), (None, *parts[2 * n + 1])] for n in range(5)]
     byhand.assert_equal(got, train_classifier(model, steps, mixed=mixed))
+    assert (ran.models[0]["steps"], ran.models[0]["rdrop_fired"]) == (5, 10)
 
     args = (source, tmp_path, "--resume", tmp_path / "checkpoint")
     again = run(tmp_path, "with_accelerate.py", *byhand.ALL, args=args)
@@ -92,7 +93,26 @@ def train_net(nets: Any, steps: list[byhand.Step]) -> dict[str, torch.Tensor]:
     return byhand.train(model, steps, model, mixed=byhand.Mixed(model))
 
 
-WAYS = "outside", "inside", "accumulated"
+def train_net_with_lbfgs(nets: Any) -> dict[str, torch.Tensor]:
+    model = nets.build()
+    perturb_model(model, lam=byhand.LAM, seed=0)
+    mixed = byhand.Mixed(model)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    for number, (x, labels) in enumerate(nets.batches()):
+
+        def gradients(x: torch.Tensor = x, labels: torch.Tensor = labels) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = byhand.two_passes(model, x, labels)
+            loss.backward()
+            return loss
+
+        torch.manual_seed(100 + number)
+        mixed.anchor(0.1)
+        optimizer.step(gradients)
+    return model.state_dict()
+
+
+WAYS = "outside", "inside", "accumulated", "many optimizers", "closure"
 COMPILED = "compiled first", "compiled after", "compiled in place", "compiled step"
 
 
@@ -104,22 +124,24 @@ def test_plain_loop(ways: tuple[str, ...], nets: Any, tmp_path: Path) -> None:
     wanted = train_net(nets, byhand.seeded_steps(nets.batches()))
     parts = nets.batches(6)
     accumulated = train_net(nets, [[(100 + n, *parts[2 * n]), (None, *parts[2 * n + 1])] for n in range(3)])
+    others = {"accumulated": accumulated, "closure": train_net_with_lbfgs(nets)}
     assert list(found) == list(ways)
     for way, got in found.items():
-        byhand.assert_equal(got, accumulated if way == "accumulated" else wanted)
+        byhand.assert_equal(got, others.get(way, wanted))
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_ranks(way: str, nets: Any, tmp_path: Path) -> None:
-    ran = run(tmp_path, "on_ranks.py", *byhand.ALL, args=(way, tmp_path), launcher=TORCHRUN)
+def test_two_ranks(nets: Any, tmp_path: Path) -> None:
+    ran = run(tmp_path, "on_ranks.py", *byhand.ALL, args=(tmp_path,), launcher=TORCHRUN)
     assert ran.code == 0, ran.err
     parts = nets.batches(10)
     wanted = train_net(nets, [[(100 + n, *parts[2 * n]), (1100 + n, *parts[2 * n + 1])] for n in range(5)])
     for rank in range(2):
-        byhand.assert_equal(torch.load(tmp_path / f"{rank}.pt"), wanted)
-        assert [(entry["class"].removeprefix("FSDP"), entry["steps"]) for entry in ran.ranks[rank]["models"]] == [
-            ("Net", 5)
-        ]
+        left = torch.load(tmp_path / f"{rank}.pt")
+        assert list(left) == ["ddp", "fsdp", "resumed"]
+        for got in left.values():
+            byhand.assert_equal(got, wanted)
+        found = [(entry["class"], entry["steps"], entry["perturbed"]) for entry in ran.ranks[rank]["models"]]
+        assert found == [("Net", 5, 6), ("FSDPNet", 5, 6), ("FSDPNet", 2, 6)]
 
 
 def test_lightning(nets: Any, tmp_path: Path) -> None:
@@ -131,6 +153,7 @@ def test_lightning(nets: Any, tmp_path: Path) -> None:
     steps = byhand.seeded_steps(nets.batches())
     wanted = byhand.train(model, steps, model, mixed=byhand.Mixed(model), is_anchored=False)
     byhand.assert_equal(torch.load(tmp_path / "final.pt"), wanted)
+    assert [(entry["class"], entry["steps"]) for entry in ran.models] == [("Net", 5)]
 
 
 def peft_model(source: Path, dropout: float) -> Any:

@@ -6,7 +6,6 @@ from multiprocessing import parent_process
 from torch import nn
 
 from surgery.errors import SourceError
-from surgery.live import perturb_model
 from surgery.names import NEW, find_names, pretrained_parts, unwrap
 from surgery.recipe import Recipe, TensorRecord
 
@@ -41,6 +40,8 @@ class Noise:
         Raises:
             SurgeryError: as perturb_model, or other processes have the same weights. No part is half perturbed.
         """
+        from surgery.live import perturb_model  # imports numba, which takes half a second
+
         for path, part in _parts(top, loaded):
             parameters = list(part.parameters())
             if any(known.has_any(parameters) for known, _ in self._done):

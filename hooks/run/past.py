@@ -39,10 +39,8 @@ class Past:
 
     def drop_equal(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep nothing of these if all of them are what they were."""
-        kept = [parameter for parameter in parameters if parameter in self._values]
-        if all(
-            torch.equal(local(self._values[parameter]).cpu(), local(parameter.detach()).cpu()) for parameter in kept
-        ):
+        kept = {parameter: self._values[parameter] for parameter in parameters if parameter in self._values}
+        if all(torch.equal(local(past).cpu(), local(now.detach()).cpu()) for now, past in kept.items()):
             self.drop(kept)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from functools import partial
 from multiprocessing import util
 from typing import Any
 
@@ -28,7 +29,8 @@ def begin() -> None:
     listen(session)
     _listen_to_errors(session)
     _await_end(session)
-    util.register_after_fork(session, _fork)
+    os.register_at_fork(after_in_child=partial(_fork, session))
+    util.register_after_fork(session, _await_end)
 
 
 def _show_warnings() -> None:
@@ -58,7 +60,7 @@ def _await_end(session: Session) -> None:
 
 
 def _fork(session: Session) -> None:
-    """Begin anew in a child of multiprocessing, which has forgotten the parent's finalizers."""
+    """Begin anew in a child. Those of multiprocessing forget all finalizers after this."""
     session.fork()
     _await_end(session)
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from .imports import after
+from .roots import find_modules
 from .saves import plainly
 from .session import Session
 
@@ -148,16 +149,17 @@ def _listen_to_functions(session: Session) -> None:
 
     @wraps(compile_)
     def compile(model: Any = None, *args: Any, **kwargs: Any) -> Any:
-        compiled = compile_(model, *args, **kwargs)
+        compiled: Any = compile_(model, *args, **kwargs)
         if model is None or isinstance(model, nn.Module):  # a decorator calls this again
             return compiled
 
         @wraps(compiled)
         def show(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling() and session.is_waiting:
-                session.see_function(model, args, kwargs)
+                for module in find_modules(model, [*args, *kwargs.values()]):
+                    session.see(module)
                 _look_out(session)
-            return compiled(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return compiled(*args, **kwargs)
 
         return show
 

@@ -4,7 +4,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,21 +15,19 @@ from surgery.names import unwrap
 
 from ..optimizers import watch
 from ..patch import find_patch, is_compiled, put_patch, take_root
-from ..sources import LOADED, MARKS, is_loaded
+from ..sources import move_marks
 from . import run_dir
 from .choice import Choice
+from .loads import Loads
 from .models import Model
+from .noise import Noise
 from .order import Order
 from .outcome import conclude
-from .past import Past
 from .record import Record
-from .roots import find_modules, find_tops
+from .roots import find_tops
 from .speech import say
 from .weak import WeakSet
 from .words import find_rank, told
-
-if TYPE_CHECKING:
-    from .noise import Noise
 
 EXIT_INACTIVE = 3
 _SECONDS_BETWEEN_RECORDS = 5
@@ -53,13 +51,15 @@ class Session:
         self._groups: list[tuple[Any, WeakSet]] = []  # a top, weakly, and an optimizer's parameters in it
         self._waiting = WeakSet()
         self._barren = WeakSet()
-        self._loaded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._overwritten = Past()
-        self._noise = _noise(order, self._overwritten)
+        self._loads = Loads()
+        self._noise: Noise | None = None
+        if order.noisytune is not None:
+            self._noise = Noise(order.noisytune, order.seed or 0, self._loads.overwritten)
         self._refusals: list[str] = []
+        self._open_step: Optimizer | None = None
+        """One whose closure is at work."""
         self._is_child = False
         self._written = 0.0
-        self._running: Optimizer | None = None  # amid a step, that calls a closure
 
     # -- what is trained ------------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class Session:
         if self._noise is None:
             return
         try:
-            self._noise.add(top, list(self._loaded), *self._choice.of_model(top))
+            self._noise.add(top, list(self._loads.filled), *self._choice.of_model(top))
         except SurgeryError as error:
             self._refuse("noisytune", top, error)
             return
@@ -118,50 +118,43 @@ class Session:
     # -- loads ----------------------------------------------------------------------------------------------------
 
     def before_load(self, module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
-        """Keep what a load is about to overwrite, where that is pretrained: the load resumes a run."""
+        """Keep what a load is about to overwrite; return the parameters that there are."""
         self.record.has_loaded = True
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        if any(is_loaded(parameter) or parameter in self._waiting for parameter in parameters.values()):
-            touched = [parameters[name] for name in names if name in parameters]
-            self._overwritten.keep(parameter for parameter in touched if not self._covers(parameter))
+        touched = (parameters[name] for name in names if name in parameters)
+        self._loads.keep(parameters, (one for one in touched if not self._covers(one)), self._waiting)
         return parameters
 
     def after_load(self, module: nn.Module, names: Sequence[str], before: dict[str, nn.Parameter]) -> None:
-        """Mark what the first load has filled: it is pretrained."""
+        """Note what a load has done."""
         after = dict(module.named_parameters(remove_duplicate=False))
         self.move(before, after)
-        self._overwritten.drop_equal(after[name] for name in names if name in after)
-        if not any(map(is_loaded, before.values())):
-            self._loaded.add(module)
-            for name in names:
-                if name in after:
-                    setattr(after[name], LOADED, True)
+        self._loads.mark(module, after, names)
 
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names, by fully_shard or an assigning load."""
         replaced = {name: w for name, w in before.items() if name in after and after[name] is not w}
-        for name, w in replaced.items():
-            for mark in MARKS:
-                if hasattr(w, mark) and not hasattr(after[name], mark):
-                    setattr(after[name], mark, getattr(w, mark))
-        owned = [self._waiting, *(group[1] for group in self._groups), *(model.parameters for model in self._models)]
-        for follower in (self._overwritten, self._noise, *owned):
+        move_marks(replaced, after)
+        of_models = [*(owned for _, owned in self._groups), *(model.parameters for model in self._models)]
+        for follower in (self._loads, self._noise, self._waiting, *of_models):
             if follower is not None and replaced:
                 follower.move(replaced, after)
 
     def resume(self, optimizer: Optimizer) -> None:
-        """Take the noise off again: an optimizer that gets its state back goes on with weights that had it."""
-        resumed = [one for one in _parameters(optimizer) if one in self._waiting]
-        for reference, owned in self._groups:
-            top = reference()
-            if top is None or not owned.has_any(resumed) or self._overwritten.has(top.parameters()):
-                continue
-            self._note(
-                f"{type(top).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
-                "were then, and noise is what the run began with."
-            )
-            if self._noise is not None:
-                self._noise.undo(list(top.parameters()))
+        """Note that an optimizer has got its state back."""
+        self._loads.resume(one for one in _parameters(optimizer) if one in self._waiting)
+
+    def _refuse_second_noise(self, root: nn.Module) -> None:
+        """Take the noise off again if it was added to the weights of a checkpoint."""
+        parameters = list(root.parameters())
+        if not self._loads.is_blind(parameters):
+            return
+        self._note(
+            f"{type(root).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
+            "were then, and noise is what the run began with."
+        )
+        if self._noise is not None:
+            self._noise.undo(parameters)
 
     # -- patching -------------------------------------------------------------------------------------------------
 
@@ -178,11 +171,6 @@ class Session:
             return
         self._patch(self._root(module, parameters))
 
-    def see_function(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """See the models that a compiled function may call, which torch.compile shows to nobody."""
-        for module in find_modules(function, [*args, *kwargs.values()]):
-            self.see(module)
-
     def _root(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> nn.Module:
         """Return the module, or what it is a fragment of: a script may call the parts of a model on their own."""
         for reference, owned in self._groups:
@@ -195,11 +183,12 @@ class Session:
         order, root = self.order, unwrap(module)
         parameters = list(root.parameters())
         self._waiting.remove(parameters)
+        self._refuse_second_noise(root)
         patch = None
         if order.mixout is not None or order.rdrop is not None or order.anchor is not None:
             include, exclude = self._choice.of_model(root)
             acts_on_weights = order.mixout is not None or order.anchor is not None
-            past = self._noise.original if order.w_pre == "original" and self._noise else self._overwritten
+            past = self._noise.original if order.w_pre == "original" and self._noise else self._loads.overwritten
             try:
                 take_root(module, may_be_compiled=True)
                 with past.brought_back(parameters):
@@ -214,12 +203,11 @@ class Session:
             except SurgeryError as error:
                 self._refuse("patch_model", root, error)
             patch = find_patch(root)
-            if patch is not None and self._running is not None:
-                for listener in patch.listeners():
-                    listener.before_step(self._running, is_closure=True)
+            if patch is not None and self._open_step is not None:
+                patch.join_step(self._open_step)
             if any(map(is_compiled, module.modules())):
                 torch.compiler.reset()  # graphs made before know nothing of the patch
-        self._overwritten.drop(parameters)
+        self._loads.overwritten.drop(parameters)
         records, is_resumed = [], False
         if self._noise is not None:
             self._noise.original.drop(parameters)
@@ -236,31 +224,32 @@ class Session:
     # -- optimizer steps ------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
-        """Patch what has been trained unseen, and end a run that nothing is regularized in."""
+        """Look at a step, once it has its gradients."""
         self.record.has_trained = True
-        self._running = optimizer if is_closure else None
-        if not is_closure:
-            held = _trained(optimizer)
-            self._count(held)
-            if self._waiting.has_any(held):
-                self._patch_unseen(held)
-        if self._refusals and not self._is_any_whole and not self.order.allow_inactive:
-            self._stop()
+        if is_closure:
+            self._open_step = optimizer
+        else:
+            self._judge(optimizer)
 
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
-        """Write the record now and then, for a process that is killed."""
-        self._running = None
+        """Look at a step whose closure has brought the gradients; write the record now and then, lest we be killed."""
+        self._open_step = None
         if is_closure:
-            self._count(_trained(optimizer))
+            self._judge(optimizer)
         if time.monotonic() - self._written > _SECONDS_BETWEEN_RECORDS:
             self.write(is_last=False)
 
-    def _count(self, held: Sequence[torch.Tensor]) -> None:
-        """Count a step for the models of these parameters."""
+    def _judge(self, optimizer: Optimizer) -> None:
+        """Count a step, patch what has been trained unseen, and end a run that nothing is regularized in."""
+        held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
         for model in self._models:
             model.steps += model.holds(held)
+        if self._waiting.has_any(held):
+            self._patch_unseen(held)
+        if self._refusals and not self._is_any_whole and not self.order.allow_inactive:
+            self._stop()
 
-    def _patch_unseen(self, held: Sequence[torch.Tensor]) -> None:
+    def _patch_unseen(self, held: Sequence[nn.Parameter]) -> None:
         for reference, owned in list(self._groups):
             top = reference()
             if top is not None and any(one in owned and one in self._waiting for one in held):
@@ -325,19 +314,6 @@ class Session:
 
 def _say(text: str) -> None:
     say(f"surgery: rank {find_rank()}: {text}")
-
-
-def _noise(order: Order, overwritten: Past) -> "Noise | None":
-    if order.noisytune is None:
-        return None
-    from .noise import Noise  # imports numba, which takes half a second
-
-    return Noise(order.noisytune, order.seed or 0, overwritten)
-
-
-def _trained(optimizer: Optimizer) -> list[torch.Tensor]:
-    """Return what a step changes."""
-    return [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:

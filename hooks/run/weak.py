@@ -1,4 +1,4 @@
-"""Remember parameters and modules without keeping them alive, and without taking others for those that are dead."""
+"""Remember parameters and modules without keeping them alive, nor taking others for them that get their ids."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

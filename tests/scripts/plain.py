@@ -34,11 +34,42 @@ def accumulate(model, optimizer):
             optimizer.zero_grad()
 
 
+def start_over(model):
+    """A new optimizer for every step."""
+    for number, (x, labels) in enumerate(batches()):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(100 + number)
+        outside(model, x, labels).backward()
+        optimizer.step()
+        model.zero_grad()
+
+
+def call_back(model):
+    """An optimizer that calls for the gradients itself, several times in a step."""
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    for number, (x, labels) in enumerate(batches()):
+
+        def gradients(x=x, labels=labels):
+            optimizer.zero_grad()
+            loss = outside(model, x, labels)
+            loss.backward()
+            return loss
+
+        torch.manual_seed(100 + number)
+        optimizer.step(gradients)
+
+
 def run(way):
     model = build(has_loss=way == "inside")
     if way == "compiled first":
-        compiled = torch.compile(model, backend="aot_eager")
+        compiled = torch.compile(model, backend="eager")
         train(compiled, torch.optim.SGD(compiled.parameters(), lr=0.1))
+        return model.state_dict()
+    if way == "many optimizers":
+        start_over(model)
+        return model.state_dict()
+    if way == "closure":
+        call_back(model)
         return model.state_dict()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     if way == "outside":
@@ -48,12 +79,12 @@ def run(way):
     elif way == "accumulated":
         accumulate(model, optimizer)
     elif way == "compiled after":
-        train(torch.compile(model, backend="aot_eager"), optimizer)
+        train(torch.compile(model, backend="eager"), optimizer)
     elif way == "compiled in place":
-        model.compile(backend="aot_eager")
+        model.compile(backend="eager")
         train(model, optimizer)
     elif way == "compiled step":
-        train(model, optimizer, torch.compile(outside, backend="aot_eager"))
+        train(model, optimizer, torch.compile(outside, backend="eager"))
     return model.state_dict()
 
 

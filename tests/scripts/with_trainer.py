@@ -3,7 +3,17 @@
 import argparse
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+
+class Rows(IterableDataset):
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(1, 60, (20, 8), generator=generator)
+        labels = torch.randint(2, (20,), generator=generator)
+        for row, label in zip(ids, labels, strict=True):
+            yield {"input_ids": row, "labels": label}
 
 
 class SeedEachStep(TrainerCallback):
@@ -16,19 +26,13 @@ def main():
     parser.add_argument("source")
     parser.add_argument("out")
     parser.add_argument("--resume")
-    parser.add_argument("--eval-only", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(options.source, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 60, (20, 8), generator=generator)
-    labels = torch.randint(2, (20,), generator=generator)
-    rows = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
     arguments = TrainingArguments(
         output_dir=options.out,
         max_steps=5,
         per_device_train_batch_size=4,
-        train_sampling_strategy="sequential",
         optim="adamw_torch",
         learning_rate=1e-3,
         lr_scheduler_type="constant",
@@ -38,10 +42,8 @@ def main():
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[SeedEachStep()])
-    if not options.eval_only:
-        trainer.train(resume_from_checkpoint=options.resume)
-    print(trainer.evaluate()["eval_loss"])
+    trainer = Trainer(model, arguments, train_dataset=Rows(), callbacks=[SeedEachStep()])
+    trainer.train(resume_from_checkpoint=options.resume)
     torch.save(model.state_dict(), f"{options.out}/final.pt")
 
 
