@@ -103,7 +103,7 @@ def judge(records: Sequence[Record], order: Order, command: Sequence[str] = (), 
     if any(name not in one.acts for one in trained for name in order.asked):
         return Outcome(ranks, (*faults, *_missing(trained, order)))
     if trained:
-        return Outcome(ranks, notes=faults)
+        return Outcome(ranks, notes=(*faults, *_distinct(note for one in records for note in one.notes)))
     if has_failed:
         return Outcome(ranks, (_FAILED, *faults))
     if any(argument in _HELP for argument in command[1:]):

@@ -22,7 +22,8 @@ class Record:
         has_trained: a backward pass or an optimizer's step was made.
         is_refused: it was ended by surgery, with exit code 3, for nothing could take effect.
         acts: the regularizers that took effect.
-        faults: why others did not, and what else should be known, in sentences.
+        faults: why others did not, in sentences.
+        notes: what else should be known.
         models: one entry of the report for each model that was patched or perturbed.
     """
 
@@ -34,6 +35,7 @@ class Record:
     is_refused: bool = False
     acts: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, some
 from surgery.names import unwrap
 
 from ..optimizers import watch
@@ -31,6 +31,10 @@ from .words import find_rank, told
 
 EXIT_INACTIVE = 3
 _SECONDS_BETWEEN_RECORDS = 5
+_NO_OPTIMIZER = (
+    "optimizer: expected one of torch.optim with the parameters of a model, got none: no model is known to be trained. "
+    "Call patch_model in the script."
+)
 
 
 class Session:
@@ -59,6 +63,7 @@ class Session:
         self._open_step: Optimizer | None = None
         """One whose closure is at work."""
         self._is_child = False
+        self._passed_over: set[str] = set()  # classes of models that are trained, and not taken
         self._written = 0.0
 
     # -- what is trained ------------------------------------------------------------------------------------------
@@ -73,7 +78,11 @@ class Session:
         ]
         owned = [one for one in owned if not self._covers(one)]
         for top, parameters in find_tops(owned) if owned else []:
-            if find_patch(top) is None and self._choice.takes(top):
+            if find_patch(top) is not None:
+                continue
+            if not self._choice.takes(top):
+                self._passed_over.add(type(top).__name__)
+            else:
                 self._perturb(top)
                 self._groups = [group for group in self._groups if group[1]]
                 self._groups.append((weakref.ref(top), WeakSet(parameters)))
@@ -219,7 +228,7 @@ class Session:
 
     def _refuse(self, what: str, root: nn.Module, error: SurgeryError) -> None:
         self._refusals.append(f"{what}: {type(root).__name__}: {error}")
-        self._note(self._refusals[-1])
+        self._tell(self._refusals[-1], self.record.faults)
 
     # -- optimizer steps ------------------------------------------------------------------------------------------
 
@@ -275,8 +284,12 @@ class Session:
     # -- what is said ---------------------------------------------------------------------------------------------
 
     def _note(self, text: str) -> None:
-        if text not in self.record.faults:
-            self.record.faults.append(text)
+        self._tell(text, self.record.notes)
+
+    def _tell(self, text: str, told: list[str]) -> None:
+        """Say something once, and remember it in the record."""
+        if text not in told:
+            told.append(text)
             _say(text)
 
     def fail(self, error: SurgeryError) -> None:
@@ -293,14 +306,23 @@ class Session:
         """Write the record for the last time; without a `surgery run` to read it, say what came out."""
         if self.record.pid != os.getpid() or (self._is_child and not self.record.has_trained):
             return
-        if self.record.has_trained and not self._groups:
-            self._note(
-                "optimizer: expected one of torch.optim with the parameters of a model, got none: no model is known to "
-                "be trained. Call patch_model in the script."
-            )
+        if self.record.has_trained:
+            self._tell_unmatched()
         self.write(is_last=True)
         if self.record.has_trained and run_dir() is None:
             conclude(self.record, self.order)
+
+    def _tell_unmatched(self) -> None:
+        """Say which globs, or models, have come to nothing."""
+        faults = self.record.faults
+        if not self._groups and not self._passed_over:
+            self._tell(_NO_OPTIMIZER, faults)
+            return
+        if not self._groups:
+            names = some(sorted(self._passed_over))
+            self._tell(f"model: expected one to regularize, got those that are left out ({names}).", faults)
+        for option in sorted(self._choice.unmatched):
+            self._tell(f"{option}: expected a model's class or a parameter that is trained, got none.", faults)
 
     def write(self, *, is_last: bool) -> None:
         """Bring the record up to date, and write it where `surgery run` looks for it."""
