@@ -67,6 +67,13 @@ class Noise:
         for known, _ in self._done:
             known.move(before, after)
 
+    def forget(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let noise be added to these once more: they have got other values."""
+        self.original.drop(parameters)
+        for known, _ in self._done:
+            if known.has_any(parameters):
+                known.clear()
+
     def undo(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take the noise off again."""
         self.original.restore(parameters)

@@ -122,7 +122,7 @@ class Session:
         self.record.has_loaded = True
         parameters = dict(module.named_parameters(remove_duplicate=False))
         touched = (parameters[name] for name in names if name in parameters)
-        self._loads.keep(parameters, (one for one in touched if not self._covers(one)), self._waiting)
+        self._loads.keep(parameters, [one for one in touched if not self._covers(one)], self._waiting)
         return parameters
 
     def after_load(self, module: nn.Module, names: Sequence[str], before: dict[str, nn.Parameter]) -> None:
@@ -144,9 +144,14 @@ class Session:
         """Note that an optimizer has got its state back."""
         self._loads.resume(one for one in _parameters(optimizer) if one in self._waiting)
 
-    def _refuse_second_noise(self, root: nn.Module) -> None:
-        """Take the noise off again if it was added to the weights of a checkpoint."""
+    def _settle_noise(self, root: nn.Module) -> None:
+        """Add noise to what came after the optimizer; take it off again if it was added to a resumed run's weights."""
         parameters = list(root.parameters())
+        if not self._loads.is_resumed(parameters):
+            self._loads.settle(parameters)
+        if self._noise is not None and self._loads.unnoised.has_any(parameters):
+            self._noise.forget(parameters)
+            self._perturb(root)
         if not self._loads.is_blind(parameters):
             return
         self._note(
@@ -183,7 +188,7 @@ class Session:
         order, root = self.order, unwrap(module)
         parameters = list(root.parameters())
         self._waiting.remove(parameters)
-        self._refuse_second_noise(root)
+        self._settle_noise(root)
         patch = None
         if order.mixout is not None or order.rdrop is not None or order.anchor is not None:
             include, exclude = self._choice.of_model(root)
