@@ -3,7 +3,7 @@
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -74,7 +74,7 @@ class Session:
         owned = [one for one in owned if not self._covers(one)]
         for top, parameters in find_tops(owned) if owned else []:
             if find_patch(top) is None and self._choice.takes(top):
-                self._perturb(top)
+                self._perturb(top, parameters)
                 self._groups = [group for group in self._groups if group[1]]
                 self._groups.append((weakref.ref(top), WeakSet(parameters)))
                 self._waiting.add(parameters)
@@ -96,15 +96,15 @@ class Session:
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if self._noise is None or self._noise.knows(trainable):
             return
-        for top, _ in find_tops(trainable):
+        for top, parameters in find_tops(trainable):
             if not any(parameter.is_meta for parameter in top.parameters()) and self._choice.takes(top):
-                self._perturb(top)
+                self._perturb(top, parameters)
 
-    def _perturb(self, top: nn.Module) -> None:
+    def _perturb(self, top: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         if self._noise is None:
             return
         try:
-            self._noise.add(top, list(self._loads.filled), *self._choice.of_model(top))
+            self._noise.add(top, trained, list(self._loads.filled), *self._choice.of_model(top))
         except SurgeryError as error:
             self._refuse("noisytune", top, error)
             return
@@ -151,7 +151,7 @@ class Session:
             self._loads.settle(parameters)
         if self._noise is not None and self._loads.unnoised.has_any(parameters):
             self._noise.forget(parameters)
-            self._perturb(root)
+            self._perturb(root, parameters)
         if not self._loads.is_blind(parameters):
             return
         self._note(
