@@ -9,12 +9,14 @@ from running import SCRIPTS, Run, run
 
 from surgery import perturb_model
 
-WHOLE = "pretrained optimizer", "pretrained same optimizer"
+WHOLE = "pretrained optimizer", "pretrained same optimizer", "optimizer pretrained"
 RESUMED = (
     "pretrained model optimizer state",
     "pretrained optimizer model state",
     "pretrained optimizer state model",
     "pretrained assigned optimizer state",
+    "optimizer pretrained model state",
+    "optimizer pretrained state model",
 )
 BLIND = "model optimizer state"
 
@@ -59,7 +61,7 @@ def test_noise_is_for_what_load_state_dict_has_brought(order: str, runs: tuple[R
     byhand.assert_equal(left(runs[0], "whole.pt")[order], wanted)
 
 
-@pytest.mark.parametrize("number", range(4), ids=RESUMED)
+@pytest.mark.parametrize("number", range(len(RESUMED)), ids=RESUMED)
 def test_resumed_run_ends_as_the_whole_one(number: int, runs: tuple[Run, Run]) -> None:
     whole, again = runs
     wanted = left(whole, "whole.pt")[WHOLE[0]]

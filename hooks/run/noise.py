@@ -1,6 +1,6 @@
 """NoisyTune on the models that a process trains: once on each, and undone where a run turns out to be resumed."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from multiprocessing import parent_process
 
 from torch import nn
@@ -31,10 +31,18 @@ class Noise:
         self.original = Past()
         """What the weights were before."""
 
-    def add(self, top: nn.Module, loaded: Sequence[nn.Module], include: Sequence[str], exclude: Sequence[str]) -> None:
-        """Perturb the pretrained parts of a model that are trained; the whole model if it has none.
+    def add(
+        self,
+        top: nn.Module,
+        trained: Iterable[nn.Parameter],
+        loaded: Sequence[nn.Module],
+        include: Sequence[str],
+        exclude: Sequence[str],
+    ) -> None:
+        """Perturb the pretrained parts of a model that are trained; all that is not pretrained if there is none.
 
         Args:
+            trained: parameters; a part without any, such as a teacher, is left alone.
             loaded: modules that load_state_dict has filled.
             include, exclude: globs of the model's parameters.
         Raises:
@@ -42,8 +50,8 @@ class Noise:
         """
         from surgery.live import perturb_model  # imports numba, which takes half a second
 
-        for path, part in _parts(top, loaded):
-            parameters = list(part.parameters())
+        for path, part, left in _parts(top, set(map(id, trained)), loaded):
+            parameters = [one for one in part.parameters() if id(one) not in left]
             if any(known.has_any(parameters) for known, _ in self._done):
                 continue
             _refuse_shared(parameters)
@@ -52,9 +60,8 @@ class Noise:
                 if self._pretrained.has(parameters):
                     self.original.drop(parameters)
                     self.original.keep(parameters)
-                recipe = perturb_model(
-                    part, lam=self._lam, seed=self._seed, exclude=_left(part, path, include, exclude)
-                )
+                names = _left(part, path, left, include, exclude)
+                recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
             self._done.append((WeakSet(parameters), recipe))
 
     def knows(self, parameters: Iterable[nn.Parameter]) -> bool:
@@ -66,6 +73,13 @@ class Noise:
         self.original.move(before, after)
         for known, _ in self._done:
             known.move(before, after)
+
+    def forget(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let noise be added to these once more: they have got other values."""
+        self.original.drop(parameters)
+        for known, _ in self._done:
+            if known.has_any(parameters):
+                known.clear()
 
     def undo(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take the noise off again."""
@@ -92,11 +106,14 @@ def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def _parts(top: nn.Module, loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what is pretrained and to be trained of a model, with its path."""
-    for path, part in list(pretrained_parts(top)) or _filled_parts(top, loaded) or [("", top)]:
-        if any(parameter.requires_grad for parameter in part.parameters()):
-            yield path, part
+def _parts(top: nn.Module, trained: Set[int], loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module, Set[int]]]:
+    """Yield what is pretrained and trained of a model, with its path, and the ids of parameters in it to leave."""
+    parts = list(pretrained_parts(top)) or _filled_parts(top, loaded)
+    held = [(path, part) for path, part in parts if not trained.isdisjoint(map(id, part.parameters()))]
+    for path, part in held:
+        yield path, part, set()
+    if not held:
+        yield "", top, {id(parameter) for _, part in parts for parameter in part.parameters()}
 
 
 def _filled_parts(top: nn.Module, loaded: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -108,8 +125,8 @@ def _filled_parts(top: nn.Module, loaded: Sequence[nn.Module]) -> list[tuple[str
     return parts
 
 
-def _left(part: nn.Module, path: str, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """Return the checkpoint's names of what is not to be perturbed."""
+def _left(part: nn.Module, path: str, ids: Set[int], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Return the checkpoint's names of what is not to be perturbed, such as the parameters with these ids."""
     parameters = dict(part.named_parameters(remove_duplicate=False))
     is_marked = any(hasattr(parameter, LOADED) for parameter in parameters.values())
     left = set()
@@ -117,7 +134,7 @@ def _left(part: nn.Module, path: str, include: Sequence[str], exclude: Sequence[
         live = f"{path}.{name}".lstrip(".")
         is_new = is_marked and not hasattr(parameter, LOADED)
         is_out = any(is_match(glob, live) for glob in exclude)
-        if is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
+        if id(parameter) in ids or is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
             left.add(name)
     if not left:
         return []

@@ -3,7 +3,7 @@
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -83,7 +83,7 @@ class Session:
             if not self._choice.takes(top):
                 self._passed_over.add(type(top).__name__)
             else:
-                self._perturb(top)
+                self._perturb(top, parameters)
                 self._groups = [group for group in self._groups if group[1]]
                 self._groups.append((weakref.ref(top), WeakSet(parameters)))
                 self._waiting.add(parameters)
@@ -105,15 +105,15 @@ class Session:
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if self._noise is None or self._noise.knows(trainable):
             return
-        for top, _ in find_tops(trainable):
+        for top, parameters in find_tops(trainable):
             if not any(parameter.is_meta for parameter in top.parameters()) and self._choice.takes(top):
-                self._perturb(top)
+                self._perturb(top, parameters)
 
-    def _perturb(self, top: nn.Module) -> None:
+    def _perturb(self, top: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         if self._noise is None:
             return
         try:
-            self._noise.add(top, list(self._loads.filled), *self._choice.of_model(top))
+            self._noise.add(top, trained, list(self._loads.filled), *self._choice.of_model(top))
         except SurgeryError as error:
             self._refuse("noisytune", top, error)
             return
@@ -131,7 +131,7 @@ class Session:
         self.record.has_loaded = True
         parameters = dict(module.named_parameters(remove_duplicate=False))
         touched = (parameters[name] for name in names if name in parameters)
-        self._loads.keep(parameters, (one for one in touched if not self._covers(one)), self._waiting)
+        self._loads.keep(parameters, [one for one in touched if not self._covers(one)], self._waiting)
         return parameters
 
     def after_load(self, module: nn.Module, names: Sequence[str], before: dict[str, nn.Parameter]) -> None:
@@ -153,9 +153,14 @@ class Session:
         """Note that an optimizer has got its state back."""
         self._loads.resume(one for one in _parameters(optimizer) if one in self._waiting)
 
-    def _refuse_second_noise(self, root: nn.Module) -> None:
-        """Take the noise off again if it was added to the weights of a checkpoint."""
+    def _settle_noise(self, root: nn.Module) -> None:
+        """Add noise to what came after the optimizer; take it off again if it was added to a resumed run's weights."""
         parameters = list(root.parameters())
+        if not self._loads.is_resumed(parameters):
+            self._loads.settle(parameters)
+        if self._noise is not None and self._loads.unnoised.has_any(parameters):
+            self._noise.forget(parameters)
+            self._perturb(root, parameters)
         if not self._loads.is_blind(parameters):
             return
         self._note(
@@ -192,7 +197,7 @@ class Session:
         order, root = self.order, unwrap(module)
         parameters = list(root.parameters())
         self._waiting.remove(parameters)
-        self._refuse_second_noise(root)
+        self._settle_noise(root)
         patch = None
         if order.mixout is not None or order.rdrop is not None or order.anchor is not None:
             include, exclude = self._choice.of_model(root)

@@ -40,6 +40,7 @@ def gathered(model):
 
 def sharded(**resume):
     model = build()
+    model.load_state_dict(build().state_dict())  # as from a pretrained checkpoint
     fully_shard(model.body)
     train(fully_shard(model), **resume)
     return gathered(model)
