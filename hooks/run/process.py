@@ -48,7 +48,7 @@ def _listen_to_errors(session: Session) -> None:
 
     def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
         if isinstance(error, SurgeryError):
-            session.fail(error)
+            session.account.fail(error)
         show(kind, error, trace)
 
     sys.excepthook = excepthook
@@ -61,7 +61,7 @@ def _await_end(session: Session) -> None:
 
 def _fork(session: Session) -> None:
     """Begin anew in a child. Those of multiprocessing forget all finalizers after this."""
-    session.fork()
+    session.account.fork()
     _await_end(session)
 
 

@@ -106,7 +106,7 @@ def _listen_to_backward(session: Session) -> None:
 
     @wraps(backward)
     def first_backward(*args: Any, **kwargs: Any) -> None:
-        session.record.has_trained = True
+        session.account.record.has_trained = True
         torch.autograd.backward = backward
         backward(*args, **kwargs)
 
@@ -114,7 +114,7 @@ def _listen_to_backward(session: Session) -> None:
     def first_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         of = [inputs] if isinstance(inputs, torch.Tensor) else inputs
         if any(isinstance(one, nn.Parameter) for one in of):
-            session.record.has_trained = True
+            session.account.record.has_trained = True
             torch.autograd.grad = grad
         return grad(outputs, inputs, *args, **kwargs)
 
@@ -192,7 +192,7 @@ def _listen_to_pretrained(session: Session, module: str, name: str) -> None:
 
     @wraps(load)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        session.record.has_loaded = True
+        session.account.record.has_loaded = True
         return load(cls, *args, **kwargs)
 
     kind.from_pretrained = classmethod(from_pretrained)

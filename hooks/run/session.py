@@ -1,7 +1,5 @@
 """One process of a run: from an optimizer to the model whose parameters it owns, and from there to its patch."""
 
-import os
-import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -16,21 +14,17 @@ from surgery.names import unwrap
 from ..optimizers import watch
 from ..patch import find_patch, is_compiled, put_patch, take_root
 from ..sources import move_marks
-from . import run_dir
+from ..state import Patch
+from .account import Account
 from .choice import Choice
 from .loads import Loads
 from .models import Model
 from .noise import Noise
 from .order import Order
-from .outcome import conclude
-from .record import Record
 from .roots import find_tops
-from .speech import say
 from .weak import WeakSet
-from .words import find_rank, told
 
 EXIT_INACTIVE = 3
-_SECONDS_BETWEEN_RECORDS = 5
 _NO_OPTIMIZER = (
     "optimizer: expected one of torch.optim with the parameters of a model, got none: no model is known to be trained. "
     "Call patch_model in the script."
@@ -49,7 +43,7 @@ class Session:
 
     def __init__(self, order: Order) -> None:
         self.order = order
-        self.record = Record(os.getpid(), has_torch=True)
+        self.account = Account(order)
         self._choice = Choice(order.include, order.exclude)
         self._models: list[Model] = []
         self._groups: list[tuple[Any, WeakSet]] = []  # a top, weakly, and an optimizer's parameters in it
@@ -62,9 +56,7 @@ class Session:
         self._refusals: list[str] = []
         self._open_step: Optimizer | None = None
         """One whose closure is at work."""
-        self._is_child = False
         self._passed_over: set[str] = set()  # classes of models that are trained, and not taken
-        self._written = 0.0
 
     # -- what is trained ------------------------------------------------------------------------------------------
 
@@ -119,7 +111,7 @@ class Session:
             return
         if any(hasattr(module, "adapter_layer_names") for module in top.modules()):  # PEFT's
             options = f"--lam {self.order.noisytune:g} --seed {self.order.seed or 0}"
-            self._note(
+            self.account.note(
                 f"{type(top).__name__}: noise is on frozen weights, which an adapter is saved without: merge them, or "
                 f"load it onto what surgery perturb makes with {options}."
             )
@@ -128,7 +120,7 @@ class Session:
 
     def before_load(self, module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Keep what a load is about to overwrite; return the parameters that there are."""
-        self.record.has_loaded = True
+        self.account.record.has_loaded = True
         parameters = dict(module.named_parameters(remove_duplicate=False))
         touched = (parameters[name] for name in names if name in parameters)
         self._loads.keep(parameters, [one for one in touched if not self._covers(one)], self._waiting)
@@ -163,7 +155,7 @@ class Session:
             self._perturb(root, parameters)
         if not self._loads.is_blind(parameters):
             return
-        self._note(
+        self.account.note(
             f"{type(root).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
             "were then, and noise is what the run began with."
         )
@@ -194,33 +186,11 @@ class Session:
         return module
 
     def _patch(self, module: nn.Module) -> None:
-        order, root = self.order, unwrap(module)
+        root = unwrap(module)
         parameters = list(root.parameters())
         self._waiting.remove(parameters)
         self._settle_noise(root)
-        patch = None
-        if order.mixout is not None or order.rdrop is not None or order.anchor is not None:
-            include, exclude = self._choice.of_model(root)
-            acts_on_weights = order.mixout is not None or order.anchor is not None
-            past = self._noise.original if order.w_pre == "original" and self._noise else self._loads.overwritten
-            try:
-                take_root(module, may_be_compiled=True)
-                with past.brought_back(parameters):
-                    put_patch(
-                        root,
-                        mixout=order.mixout_setting,
-                        rdrop=order.rdrop_setting,
-                        anchor=order.anchor_setting,
-                        include=include if acts_on_weights else None,
-                        exclude=exclude if acts_on_weights else None,
-                    )
-            except SurgeryError as error:
-                self._refuse("patch_model", root, error)
-            patch = find_patch(root)
-            if patch is not None and self._open_step is not None:
-                patch.join_step(self._open_step)
-            if any(map(is_compiled, module.modules())):
-                torch.compiler.reset()  # graphs made before know nothing of the patch
+        patch = self._put_patch(module, root) if self._is_patching else None
         self._loads.overwritten.drop(parameters)
         records, is_resumed = [], False
         if self._noise is not None:
@@ -229,17 +199,47 @@ class Session:
         model = Model(root, records, patch, is_resumed=is_resumed)
         if model.is_patched or model.acts:
             self._models.append(model)
-            _say(told(order, model))
+            self.account.tell(model)
+
+    @property
+    def _is_patching(self) -> bool:
+        """There is more to do than to add noise."""
+        return self.order.asked != ("noisytune",)
+
+    def _put_patch(self, module: nn.Module, root: nn.Module) -> Patch | None:
+        """Patch a model, with the weights it has now or had before a load; None if it is refused."""
+        order = self.order
+        past = self._noise.original if order.w_pre == "original" and self._noise else self._loads.overwritten
+        globs = self._choice.of_model(root) if order.mixout is not None or order.anchor is not None else (None, None)
+        try:
+            take_root(module, may_be_compiled=True)
+            with past.brought_back(root.parameters()):
+                put_patch(
+                    root,
+                    mixout=order.mixout_setting,
+                    rdrop=order.rdrop_setting,
+                    anchor=order.anchor_setting,
+                    include=globs[0],
+                    exclude=globs[1],
+                )
+        except SurgeryError as error:
+            self._refuse("patch_model", root, error)
+        patch = find_patch(root)
+        if patch is not None and self._open_step is not None:
+            patch.join_step(self._open_step)
+        if any(map(is_compiled, module.modules())):
+            torch.compiler.reset()  # graphs made before know nothing of the patch
+        return patch
 
     def _refuse(self, what: str, root: nn.Module, error: SurgeryError) -> None:
         self._refusals.append(f"{what}: {type(root).__name__}: {error}")
-        self._tell(self._refusals[-1], self.record.faults)
+        self.account.blame(self._refusals[-1])
 
     # -- optimizer steps ------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Look at a step, once it has its gradients."""
-        self.record.has_trained = True
+        self.account.record.has_trained = True
         if is_closure:
             self._open_step = optimizer
         else:
@@ -250,8 +250,7 @@ class Session:
         self._open_step = None
         if is_closure:
             self._judge(optimizer)
-        if time.monotonic() - self._written > _SECONDS_BETWEEN_RECORDS:
-            self.write(is_last=False)
+        self.account.write(self._models, is_last=False)
 
     def _judge(self, optimizer: Optimizer) -> None:
         """Count a step, patch what has been trained unseen, and end a run that nothing is regularized in."""
@@ -267,7 +266,7 @@ class Session:
         for reference, owned in list(self._groups):
             top = reference()
             if top is not None and any(one in owned and one in self._waiting for one in held):
-                self._note(
+                self.account.note(
                     f"{type(top).__name__}: expected a call of the model in training mode before the optimizer's step, "
                     "got none in sight: regularized from the second step on. Call model(...), not model.forward(...)."
                 )
@@ -277,70 +276,36 @@ class Session:
     @property
     def _is_any_whole(self) -> bool:
         """There is a model that everything was done to that was asked for."""
-        has_patch = self.order.asked != ("noisytune",)
         has_noise = self._noise is not None
-        return any(model.is_patched >= has_patch and ("noisytune" in model.acts) >= has_noise for model in self._models)
+        return any(
+            model.is_patched >= self._is_patching and ("noisytune" in model.acts) >= has_noise for model in self._models
+        )
 
     def _stop(self) -> NoReturn:
-        self.record.is_refused = True
-        self.write(is_last=True)
+        self.account.record.is_refused = True
+        self.account.write(self._models, is_last=True)
         raise SystemExit(EXIT_INACTIVE)
 
-    # -- what is said ---------------------------------------------------------------------------------------------
-
-    def _note(self, text: str) -> None:
-        self._tell(text, self.record.notes)
-
-    def _tell(self, text: str, told: list[str]) -> None:
-        """Say something once, and remember it in the record."""
-        if text not in told:
-            told.append(text)
-            _say(text)
-
-    def fail(self, error: SurgeryError) -> None:
-        """Take in why a regularizer has ended the script."""
-        self.record.faults.append(str(error))
-        self.record.is_refused = True
-
-    def fork(self) -> None:
-        """Go on in a child process."""
-        self.record = Record(os.getpid(), has_torch=True)
-        self._is_child = True
+    # -- the end --------------------------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Write the record for the last time; without a `surgery run` to read it, say what came out."""
-        if self.record.pid != os.getpid() or (self._is_child and not self.record.has_trained):
+        """Give account of the process."""
+        if self.account.is_idle:
             return
-        if self.record.has_trained:
-            self._tell_unmatched()
-        self.write(is_last=True)
-        if self.record.has_trained and run_dir() is None:
-            conclude(self.record, self.order)
+        if self.account.record.has_trained:
+            self._blame_choice()
+        self.account.end(self._models)
 
-    def _tell_unmatched(self) -> None:
+    def _blame_choice(self) -> None:
         """Say which globs, or models, have come to nothing."""
-        faults = self.record.faults
         if not self._groups and not self._passed_over:
-            self._tell(_NO_OPTIMIZER, faults)
+            self.account.blame(_NO_OPTIMIZER)
             return
         if not self._groups:
             names = some(sorted(self._passed_over))
-            self._tell(f"model: expected one to regularize, got those that are left out ({names}).", faults)
+            self.account.blame(f"model: expected one to regularize, got those that are left out ({names}).")
         for option in sorted(self._choice.unmatched):
-            self._tell(f"{option}: expected a model's class or a parameter that is trained, got none.", faults)
-
-    def write(self, *, is_last: bool) -> None:
-        """Bring the record up to date, and write it where `surgery run` looks for it."""
-        self._written = time.monotonic()
-        self.record.rank = find_rank()
-        self.record.models = [model.look(is_last=is_last) for model in self._models]
-        self.record.acts = sorted({act for model in self._models for act in model.acts})
-        if folder := run_dir():
-            self.record.write(folder)
-
-
-def _say(text: str) -> None:
-    say(f"surgery: rank {find_rank()}: {text}")
+            self.account.blame(f"{option}: expected a model's class or a parameter that is trained, got none.")
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
