@@ -26,8 +26,8 @@ MODEL = {
 
 
 def trained(rank=0, acts=("mixout", "rdrop"), **values) -> Record:
-    values = {"models": [MODEL]} | values
-    return Record(100 + rank, rank=rank, has_torch=True, has_loaded=True, has_trained=True, acts=list(acts), **values)
+    values = {"pid": 100 + rank, "models": [MODEL]} | values
+    return Record(rank=rank, has_torch=True, has_loaded=True, has_trained=True, acts=list(acts), **values)
 
 
 def test_outcome_is_active_when_all_acted_on_all_ranks():
@@ -56,9 +56,22 @@ def test_outcome_says_what_noise_alone_did():
 
 def test_outcome_has_a_line_for_each_of_eight_ranks():
     lines = judge([trained(rank) for rank in range(64)], BOTH).lines
-    assert lines[0] == "surgery: active: on 64 ranks"
+    assert lines[0] == "surgery: active: in 64 processes"
     assert [line.split(" Bert")[0] for line in lines[1:9]] == [f"surgery: rank {rank}:" for rank in range(8)]
     assert lines[9:] == ("surgery: and 56 more",)
+
+
+def test_trainings_of_one_rank_are_told_apart():
+    lines = judge([trained(pid=7), trained(pid=8), trained(1)], BOTH).lines
+    starts = ["surgery: rank 0, process 7:", "surgery: rank 0, process 8:", "surgery: rank 1:"]
+    assert [line.split(" Bert")[0] for line in lines[1:]] == starts
+
+
+def test_glob_that_matches_nothing_anywhere_is_a_reason():
+    first, second = trained(unmatched=["--exclude 'a'", "--exclude 'b'"]), trained(1, unmatched=["--exclude 'a'"])
+    reason = "expected a glob of a model's class or of a parameter that is trained, got one that matches none."
+    assert judge([first, second], BOTH).reason == f"--exclude 'a': {reason}"
+    assert judge([first, trained(1)], BOTH).is_active
 
 
 def test_outcome_of_nine_records_is_in_the_order_of_ranks(tmp_path):

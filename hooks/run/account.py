@@ -14,7 +14,7 @@ from .record import Record
 from .speech import say
 from .words import find_rank, told
 
-_SECONDS_BETWEEN_RECORDS = 5
+_SECONDS_BETWEEN_RECORDS = 1
 
 
 class Account:

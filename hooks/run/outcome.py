@@ -71,10 +71,15 @@ class Outcome:
         notes = (f"surgery: note: {note}" for note in self.notes[:_SHOWN_FAULTS])
         if len(self.ranks) == 1:
             return (f"surgery: active: {_models(self.ranks[0])}", *notes)
-        shown = (f"surgery: rank {one.rank}: {_models(one)}" for one in self.ranks[:_SHOWN_RANKS])
+        shown = (f"surgery: {self._name(one)}: {_models(one)}" for one in self.ranks[:_SHOWN_RANKS])
         more = len(self.ranks) - _SHOWN_RANKS
         rest = (f"surgery: and {more} more",) if more > 0 else ()
-        return (f"surgery: active: on {len(self.ranks)} ranks", *shown, *rest, *notes)
+        return (f"surgery: active: in {len(self.ranks)} processes", *shown, *rest, *notes)
+
+    def _name(self, record: Record) -> str:
+        """Tell a process from the others: several trainings of one command are all rank 0."""
+        is_clear = sum(one.rank == record.rank for one in self.ranks) == 1
+        return f"rank {record.rank}" if is_clear else f"rank {record.rank}, process {record.pid}"
 
     def write(self, path: Path) -> None:
         """Write the report, whole or not at all."""
@@ -98,9 +103,10 @@ def judge(records: Sequence[Record], order: Order, command: Sequence[str] = (), 
     ranks = tuple(one for one in records if one.has_trained or one.models)
     trained = [one for one in records if one.has_trained]
     faults = _distinct(fault for one in records for fault in one.faults)
+    faults += _unmatched(trained)
     if any(one.is_refused for one in records):
         return Outcome(ranks, faults or _missing(trained, order) or (_UNTRAINED,), is_refused=True)
-    if any(name not in one.acts for one in trained for name in order.asked):
+    if _unmatched(trained) or any(name not in one.acts for one in trained for name in order.asked):
         return Outcome(ranks, (*faults, *_missing(trained, order)))
     if trained:
         return Outcome(ranks, notes=(*faults, *_distinct(note for one in records for note in one.notes)))
@@ -123,6 +129,15 @@ def conclude(record: Record, order: Order) -> None:
     if order.report:
         path = Path(order.report)
         outcome.write(path.with_stem(f"{path.stem}-rank{record.rank}") if record.rank else path)
+
+
+def _unmatched(trained: Sequence[Record]) -> tuple[str, ...]:
+    """Name the globs that matched nothing in any process: what they were for has not happened."""
+    options = set.intersection(*(set(one.unmatched) for one in trained)) if trained else set()
+    return tuple(
+        f"{option}: expected a glob of a model's class or of a parameter that is trained, got one that matches none"
+        for option in sorted(options)
+    )
 
 
 def _missing(trained: Sequence[Record], order: Order) -> tuple[str, ...]:
@@ -164,14 +179,12 @@ def _models(record: Record) -> str:
 def _model(model: dict[str, Any]) -> str:
     figures = [model["class"], *(f"{model[name]:,} {name}" for name in ("perturbed", "mixed", "steps") if model[name])]
     if model["rdrop_fired"]:
-        figures.append(f"R-Drop fired {model['rdrop_fired']:,}, KL {_number(model['kl'])}, CE {_number(model['ce'])}")
+        figures.append(f"R-Drop fired {model['rdrop_fired']:,}")
+    if model["kl"] is not None:  # else the loss was that of another model, which this one feeds
+        figures.append(f"KL {model['kl']:.4g}, CE {model['ce']:.4g}")
     if model["distance"]:
-        figures.append(f"distance {_number(model['distance'])}")
+        figures.append(f"distance {model['distance']:.4g}")
     return ", ".join(figures)
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"
 
 
 def _plain(model: dict[str, Any]) -> dict[str, Any]:

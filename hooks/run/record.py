@@ -23,6 +23,7 @@ class Record:
         is_refused: it was ended by surgery, with exit code 3, for nothing could take effect.
         acts: the regularizers that took effect.
         faults: why others did not, in sentences.
+        unmatched: options whose glob matched nothing.
         notes: what else should be known.
         models: one entry of the report for each model that was patched or perturbed.
     """
@@ -35,6 +36,7 @@ class Record:
     is_refused: bool = False
     acts: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
 

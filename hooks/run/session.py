@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SurgeryError, some
-from surgery.names import unwrap
+from surgery.names import pretrained_parts, unwrap
 
 from ..optimizers import watch
 from ..patch import find_patch, is_compiled, put_patch, take_root
-from ..sources import move_marks
+from ..sources import is_loaded, move_marks
 from ..state import Patch
 from .account import Account
 from .choice import Choice
@@ -28,6 +28,12 @@ EXIT_INACTIVE = 3
 _NO_OPTIMIZER = (
     "optimizer: expected one of torch.optim with the parameters of a model, got none: no model is known to be trained. "
     "Call patch_model in the script."
+)
+
+_UNSEEN = (
+    "expected a call of the model in training mode before the optimizer's step, got none: regularized from the next "
+    "step on, if at all. Call model.train(), for from_pretrained leaves a model in eval mode, and model(...), not its "
+    "forward."
 )
 
 
@@ -69,10 +75,15 @@ class Session:
             if isinstance(one, nn.Parameter) and one.requires_grad and one not in self._waiting
         ]
         owned = [one for one in owned if not self._covers(one)]
-        for top, parameters in find_tops(owned) if owned else []:
+        tops = find_tops(owned) if owned else []
+        pretrained = [top for top, _ in tops if _is_pretrained(top)]
+        for top, parameters in tops:
             if find_patch(top) is not None:
                 continue
-            if not self._choice.takes(top):
+            if pretrained and top not in pretrained:
+                beside = type(pretrained[0]).__name__
+                self.account.note(f"{type(top).__name__}: new, beside a pretrained {beside}: left as it is.")
+            elif not self._choice.takes(top):
                 self._passed_over.add(type(top).__name__)
             else:
                 self._perturb(top, parameters)
@@ -169,7 +180,7 @@ class Session:
         if module in self._barren or not torch.is_grad_enabled():
             return
         inner = unwrap(module)
-        if not inner.training:
+        if self._is_patching and not inner.training:
             return
         parameters = list(inner.parameters())
         if not self._waiting.has_any(parameters) or any(find_patch(child) for child in inner.modules()):
@@ -259,17 +270,16 @@ class Session:
             model.steps += model.holds(held)
         if self._waiting.has_any(held):
             self._patch_unseen(held)
-        if self._refusals and not self._is_any_whole and not self.order.allow_inactive:
+        is_vain = self._refusals or (self._passed_over and not self._groups)
+        if is_vain and not self._is_any_whole and not self.order.allow_inactive:
             self._stop()
 
     def _patch_unseen(self, held: Sequence[nn.Parameter]) -> None:
         for reference, owned in list(self._groups):
             top = reference()
             if top is not None and any(one in owned and one in self._waiting for one in held):
-                self.account.note(
-                    f"{type(top).__name__}: expected a call of the model in training mode before the optimizer's step, "
-                    "got none in sight: regularized from the second step on. Call model(...), not model.forward(...)."
-                )
+                if self._is_patching:
+                    self.account.blame(f"{type(top).__name__}: {_UNSEEN}")
                 self._patch(top)
                 torch.compiler.reset()
 
@@ -282,6 +292,7 @@ class Session:
         )
 
     def _stop(self) -> NoReturn:
+        self._blame_choice()
         self.account.record.is_refused = True
         self.account.write(self._models, is_last=True)
         raise SystemExit(EXIT_INACTIVE)
@@ -304,8 +315,12 @@ class Session:
         if not self._groups:
             names = some(sorted(self._passed_over))
             self.account.blame(f"model: expected one to regularize, got those that are left out ({names}).")
-        for option in sorted(self._choice.unmatched):
-            self.account.blame(f"{option}: expected a model's class or a parameter that is trained, got none.")
+        self.account.record.unmatched = sorted(self._choice.unmatched)
+
+
+def _is_pretrained(top: nn.Module) -> bool:
+    """Tell whether a model has a part of transformers or diffusers, or one that a load has filled."""
+    return next(iter(pretrained_parts(top)), None) is not None or any(map(is_loaded, top.parameters()))
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
