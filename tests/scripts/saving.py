@@ -76,7 +76,7 @@ def write(folder):
     for name, things in {"model": model, "nested": nested, "state": model.state_dict()}.items():
         torch.save(things, folder / f"{name}.pt")
     torch.save(model, folder / "legacy.pt", _use_new_zipfile_serialization=False)
-    with open(folder / "file.pt", "wb") as file:
+    with (folder / "file.pt").open("wb") as file:
         torch.save(model, file, pickle_protocol=4)
     other = other_pickle()
     torch.save(model, folder / "other.pt", other)
