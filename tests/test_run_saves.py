@@ -1,5 +1,6 @@
 """What torch.save writes under a run: models as they would be without one, for those who have no surgery."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,10 @@ import byhand
 import pytest
 import torch
 from running import SCRIPTS, run
+from torch import nn
+
+from surgery import patch_model
+from surgery.hooks.run.saves import plainly
 
 FLAGS = (*byhand.MIXOUT, *byhand.RDROP, "--anchor", str(byhand.ANCHOR))
 PLAIN = {"rates": [0.3, 0.1], "hooks": 0, "marks": [], "far": 0}
@@ -52,3 +57,34 @@ def test_model_that_was_saved_stays_regularized(folder: Path, monkeypatch: pytes
     model.dropout = 0.0
     steps = byhand.seeded_steps(nets.batches())
     byhand.assert_equal(torch.load(folder / "final.pt"), byhand.train(model, steps, model, mixed=byhand.Mixed(model)))
+
+
+class OfWeights(nn.Linear):
+    """Has a state of its own."""
+
+    def __getstate__(self) -> Any:
+        return {"values": self.weight.detach()}
+
+
+class OfSizes(nn.Linear):
+    """Has no state at all."""
+
+    def __reduce__(self) -> Any:
+        return OfSizes, (3, 4)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1))),
+        lambda: OfWeights(3, 4),
+        lambda: OfSizes(3, 4),
+    ],
+    ids=["traced", "own state", "no state"],
+)
+def test_module_that_pickles_itself_is_saved_to_the_byte(build: Any) -> None:
+    model = build()
+    before, after = io.BytesIO(), io.BytesIO()
+    torch.save(model, before)
+    torch.save(patch_model(model, mixout=0.5), after, plainly)
+    assert after.getvalue() == before.getvalue()

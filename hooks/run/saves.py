@@ -20,8 +20,7 @@ class _Pickler(pickle.Pickler):
             return _unmarked(thing)
         if not issubclass(type(thing), nn.Module) or _MARKS.isdisjoint(thing.__dict__):
             return NotImplemented
-        function, args, state, *rest = thing.__reduce_ex__(2)
-        return function, args, _plain(state), *rest
+        return _without_marks(thing.__reduce_ex__(2))
 
 
 def _unmarked(parameter: nn.Parameter) -> Any:
@@ -34,10 +33,17 @@ def _unmarked(parameter: nn.Parameter) -> Any:
         setattr(parameter, LOADED, mark)
 
 
+def _without_marks(reduced: Any) -> Any:
+    """Return how to pickle a module, its state wherever it is: fx has it among the arguments of a function."""
+    if type(reduced) is tuple:
+        return tuple(map(_without_marks, reduced))
+    return _plain(reduced) if isinstance(reduced, dict) and not _MARKS.isdisjoint(reduced) else reduced
+
+
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """Return what a module's state was before it was patched."""
     plain = {name: value for name, value in state.items() if name not in _MARKS}
-    hooks = state["_forward_pre_hooks"] | state["_forward_hooks"]
+    hooks = state.get("_forward_pre_hooks", {}) | state.get("_forward_hooks", {})
     ours = {key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith(f"{_HOOKS}.")}
     for name, value in plain.items():
         if name.startswith("_forward_") and not ours.isdisjoint(value):
