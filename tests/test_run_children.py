@@ -12,6 +12,7 @@ CHILDREN = "trained", "train_and_vanish", "forked plainly", "spawned", "update_b
 REFUSED = {
     "in_replicas": "got DataParallel, whose replicas are not its layers",
     "of_no_weights": "patch_model: Recurrent: model: expected a trainable weight to mix, got none",
+    "shared": "noisytune: Net: weights: expected some of this process alone, got some shared with others",
     "quantized": "noisytune: Net: Net: expected unquantized weights, got a quantized model",
 }
 
@@ -76,3 +77,11 @@ def test_inactive_run_goes_on_if_allowed(tmp_path: Path) -> None:
         record = record_of(ran, name)
         assert (record["is_refused"], record["has_trained"]) == (False, True)
         assert fault in record["faults"][0]
+
+
+def test_model_that_processes_share_is_mixed(tmp_path: Path) -> None:
+    ran = run(tmp_path, "children.py", *byhand.MIXOUT, args=["shared"])
+    assert ran.code == 0, ran.err
+    record = record_of(ran, "shared")
+    assert [(entry["class"], entry["mixed"], entry["steps"]) for entry in record["models"]] == [("Net", 3, 5)]
+    assert (record["acts"], record["faults"]) == (["mixout"], [])

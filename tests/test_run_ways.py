@@ -182,6 +182,12 @@ def test_peft(way: str, source: Path, tmp_path: Path) -> None:
     steps = byhand.seeded_steps(rows())
     if way == "lora":
         wanted = train_classifier(model, steps, objective=byhand.two_passes)
+        (note,) = ran.records[0]["notes"]
+        assert note == (
+            "PeftModelForSequenceClassification: noise is on frozen weights, which an adapter is saved without: merge "
+            "them, or load it onto what surgery perturb makes with --lam 0.15 --seed 0."
+        )
+        assert ran.err.count(f"surgery: rank 0: {note}\n") == 1
     else:
         model.requires_grad_(True)
         paths = [path for path, _ in model.named_modules()]
@@ -195,6 +201,7 @@ def test_mixout_is_refused_for_lora(source: Path, tmp_path: Path) -> None:
     ran = run(tmp_path, "with_peft.py", *byhand.MIXOUT, args=("lora", source, tmp_path / "final.pt"))
     assert ran.code == 3
     assert "expected a trainable weight to mix, got none" in ran.err
+    assert "noise" not in ran.err
 
 
 def sentence_folder(source: Path) -> Path:

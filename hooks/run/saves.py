@@ -1,4 +1,4 @@
-"""Models without their patches, for torch.save: whoever reads the file may have no surgery."""
+"""Models without what is ours, for torch.save: it writes what it would write without a run."""
 
 import pickle
 from types import ModuleType
@@ -8,6 +8,7 @@ from torch import nn
 
 from ..dropout import RATES
 from ..mixout import SITE
+from ..sources import LOADED
 from ..state import PATCH
 
 _MARKS = {PATCH, SITE, RATES}
@@ -15,16 +16,34 @@ _MARKS = {PATCH, SITE, RATES}
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, thing: Any) -> Any:
+        if issubclass(type(thing), nn.Parameter) and LOADED in thing.__dict__:
+            return _unmarked(thing)
         if not issubclass(type(thing), nn.Module) or _MARKS.isdisjoint(thing.__dict__):
             return NotImplemented
-        function, args, state, *rest = thing.__reduce_ex__(2)
-        return function, args, _plain(state), *rest
+        return _without_marks(thing.__reduce_ex__(2))
+
+
+def _unmarked(parameter: nn.Parameter) -> Any:
+    """Return how to pickle a parameter without the mark that it was loaded."""
+    mark = parameter.__dict__.pop(LOADED)
+    try:
+        function, args, *rest = parameter.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+        return function, tuple(dict(one) if one is parameter.__dict__ else one for one in args), *rest
+    finally:
+        setattr(parameter, LOADED, mark)
+
+
+def _without_marks(reduced: Any) -> Any:
+    """Return how to pickle a module, its state wherever it is: fx has it among the arguments of a function."""
+    if type(reduced) is tuple:
+        return tuple(map(_without_marks, reduced))
+    return _plain(reduced) if isinstance(reduced, dict) and not _MARKS.isdisjoint(reduced) else reduced
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """Return what a module's state was before it was patched."""
     plain = {name: value for name, value in state.items() if name not in _MARKS}
-    hooks = state["_forward_pre_hooks"] | state["_forward_hooks"]
+    hooks = state.get("_forward_pre_hooks", {}) | state.get("_forward_hooks", {})
     ours = {key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith(f"{_HOOKS}.")}
     for name, value in plain.items():
         if name.startswith("_forward_") and not ours.isdisjoint(value):
@@ -38,5 +57,5 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 _HOOKS = __name__.removesuffix(".run.saves")
 
 plainly = ModuleType("pickle")
-"""The module pickle, but for patches, which it leaves out."""
+"""The module pickle, but for what is ours, which it leaves out."""
 plainly.__dict__.update(pickle.__dict__, Pickler=_Pickler)

@@ -78,6 +78,19 @@ def spawned(number):
     train(build())
 
 
+def spawn(function, *args):
+    context = torch.multiprocessing.spawn(function, args=args, nprocs=1, join=False)
+    try:
+        context.join()
+    except torch.multiprocessing.ProcessExitedException as error:
+        return context.pids()[0], error.exit_code
+    return context.pids()[0], 0
+
+
+def share(number, model):
+    train(model)
+
+
 FORKED = [train_and_vanish, update_by_hand, evaluate, in_replicas, of_no_weights, quantized]
 
 
@@ -87,9 +100,9 @@ def main(*names):
     work = {function.__name__: function for function in FORKED} | {"trained": train_trained}
     for name in names:
         if name == "spawned":
-            spawn = torch.multiprocessing.spawn(spawned, nprocs=1, join=False)
-            found[name] = spawn.pids()[0], 0
-            spawn.join()
+            found[name] = spawn(spawned)
+        elif name == "shared":
+            found[name] = spawn(share, build().share_memory())
         elif name == "forked plainly":
             found[name] = fork_plainly(), 0
         else:
