@@ -19,7 +19,7 @@ from pathlib import Path
 from surgery.hooks.run.imports import _waiting
 def check():
     record = Path(os.environ["SURGERY_RUN_DIR"], f"{os.getpid()}.json")
-    print(record.is_file(), list(_waiting), flush=True)
+    print(record.is_file(), list(_waiting)[:1], flush=True)
 """
 
 
@@ -103,7 +103,7 @@ def test_another_python_without_surgery_says_so_and_goes_on(bare, tmp_path):
     ids=["itself", "subprocess", "shell", "fork"],
 )
 def test_processes_of_the_command_are_reached(start, run_cli):
-    fork = "def check_fork():\n    print(True, list(_waiting), flush=True)\n"
+    fork = "def check_fork():\n    print(True, list(_waiting)[:1], flush=True)\n"
     ran = run_cli(*RUN, sys.executable, "-c", CHECK + fork + start, CHECK)
     assert ran.out == "True ['torch']\n", ran.err
 
@@ -160,6 +160,8 @@ def test_after_calls_when_the_module_has_run_and_leaves_its_loader_as_it_is(tmp_
         "after('late', lambda: print('called', sys.modules['late'].done))\n"
         "assert importlib.util.find_spec('late') and 'late' not in sys.modules\n"
         "print('now')\nimport late\nprint(type(late.__loader__).__name__, vars(late.__loader__).keys())\n"
+        "assert late.__spec__.loader is late.__loader__\n"
+        "from importlib.machinery import PathFinder; assert late.__spec__ == PathFinder.find_spec('late')\n"
         "import late\nimport importlib; importlib.reload(late)\nafter('late', lambda: print('at once'))\n"
     )
     code, out, err = ran_with([tmp_path, ROOT], sys.executable, "-c", code)
@@ -174,3 +176,53 @@ def test_after_waits_on_when_an_import_fails(tmp_path):
     )
     code, out, err = ran_with([tmp_path, ROOT], sys.executable, "-c", code)
     assert out == "not yet\ncalled\n", err
+
+
+def test_after_waits_for_a_package_that_is_half_run(tmp_path):
+    (tmp_path / "late").mkdir()
+    inner = "from surgery.hooks.run.imports import after\nimport sys\n"
+    (tmp_path / "late" / "inner.py").write_text(
+        inner + "after('late', lambda: print('called', sys.modules['late'].done))\n"
+    )
+    (tmp_path / "late" / "__init__.py").write_text(
+        "import sys\nfrom . import inner\nprint('half')\nsys.ready\ndone = 1\n"
+    )
+    code = (
+        "import sys\nfrom surgery.hooks.run.imports import expect\nexpect('late')\n"
+        "try: import late\nexcept AttributeError: sys.ready = 1\nimport late\n"
+    )
+    code, out, err = ran_with([tmp_path, ROOT], sys.executable, "-c", code)
+    assert out == "half\nhalf\ncalled 1\n", err
+
+
+FINDERS = """
+import importlib.machinery as machinery, importlib.util, sys
+from surgery.hooks.run.imports import after
+
+class Own:  # finds modules, and is the only loader of all of them
+    def find_spec(self, name, path, target=None):
+        return machinery.ModuleSpec(name, self) if name in ('late', 'other') else None
+    def create_module(self, spec): return None
+    def exec_module(self, module): print('runs', module.__name__)
+
+class OfClass:
+    find_spec, create_module, exec_module = map(classmethod, (Own.find_spec, Own.create_module, Own.exec_module))
+
+class Old:  # of the time before find_spec
+    def find_module(self, name, path=None): return None
+
+def check(finder):
+    sys.meta_path[:0] = [Old(), finder]
+    before = dict(vars(finder))
+    after('late', lambda: print('called', sys.modules['late'].__loader__ is finder))
+    importlib.util.find_spec('late')
+    import other, late
+    assert late.__spec__ == machinery.ModuleSpec('late', finder)
+    assert dict(vars(finder)) == before
+"""
+
+
+@pytest.mark.parametrize("finder", ["Own()", "OfClass"])
+def test_after_hears_a_loader_that_is_its_own_finder(finder):
+    code, out, err = ran_with([ROOT], sys.executable, "-W", "ignore", "-c", f"{FINDERS}check({finder})")
+    assert (code, out) == (0, "runs other\nruns late\ncalled True\n"), err

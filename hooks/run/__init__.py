@@ -6,15 +6,19 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from .imports import after
+from .imports import after, expect
 
 RUN_DIR = "SURGERY_RUN_DIR"
 """Set by `surgery run` alone: the folder that every process of the command leaves its record in."""
+PRETRAINED = {"transformers.modeling_utils": "PreTrainedModel", "diffusers.models.modeling_utils": "ModelMixin"}
+"""The classes that load pretrained weights, by the modules that have them."""
 
 
 def start() -> None:
     """Leave word that this Python can be reached, and wait for torch. Every Python runs it: nothing heavy here."""
     after("torch", _begin)
+    for module in PRETRAINED:  # which may be the first that imports torch
+        expect(module)
     if folder := run_dir():
         with suppress(OSError):  # of a full disk, `surgery run` says what it knows
             _leave_word(folder / f"{os.getpid()}.json")

@@ -6,17 +6,24 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_waiting: dict[str, Callable[[], None]] = {}
+_waiting: dict[str, list[Callable[[], None]]] = {}
+
+
+def expect(name: str) -> None:
+    """Listen to a module that is not imported yet: `after` may come when it is half run."""
+    if name not in sys.modules:
+        _waiting.setdefault(name, [])
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
 
 
 def after(name: str, callback: Callable[[], None]) -> None:
     """Call `callback` once module `name` has run: now, if it has already."""
-    if name in sys.modules:
+    expect(name)
+    if name in _waiting:
+        _waiting[name].append(callback)
+    else:
         callback()
-        return
-    _waiting[name] = callback
-    if _FINDER not in sys.meta_path:
-        sys.meta_path.insert(0, _FINDER)
 
 
 class _Finder:
@@ -25,8 +32,8 @@ class _Finder:
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if name not in _waiting:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None), None)
+        others = (find for one in sys.meta_path if one is not self and (find := getattr(one, "find_spec", None)))
+        spec = next((spec for find in others if (spec := find(name, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
             _listen(spec.loader, name)
         return spec
@@ -36,12 +43,19 @@ _FINDER = _Finder()
 
 
 def _listen(loader: Any, name: str) -> None:
-    """Shadow a loader's method by one of this one loader: it stays what it is for all that ask what it is."""
-    run = loader.exec_module
+    """Shadow a loader's method until it has run this module: the loader stays what it is for all that ask."""
+    run, own = loader.exec_module, vars(loader).get("exec_module")
 
     def exec_module(module: ModuleType) -> None:
-        del loader.exec_module
+        if module.__name__ != name:  # a loader may have several
+            run(module)
+            return
+        if own is None:
+            del loader.exec_module
+        else:
+            loader.exec_module = own
         run(module)
-        _waiting.pop(name)()
+        for callback in _waiting.pop(name, ()):
+            callback()
 
     loader.exec_module = exec_module

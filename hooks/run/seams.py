@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from . import PRETRAINED
 from .imports import after
 from .roots import find_modules
 from .saves import plainly
 from .session import Session
 
 _CALL = nn.Module._call_impl
-_PRETRAINED = {"transformers.modeling_utils": "PreTrainedModel", "diffusers.models.modeling_utils": "ModelMixin"}
 
 
 def listen(session: Session) -> None:
@@ -27,7 +27,7 @@ def listen(session: Session) -> None:
     _listen_to_compile(session)
     _listen_to_saves()
     after("torch.distributed.fsdp", lambda: _listen_to_sharding(session))
-    for module, name in _PRETRAINED.items():
+    for module, name in PRETRAINED.items():
         after(module, partial(_listen_to_pretrained, session, module, name))
 
 
