@@ -1,8 +1,7 @@
 """One process of a run: from an optimizer to the model whose parameters it owns, and from there to its patch."""
 
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -22,19 +21,11 @@ from .models import Model
 from .noise import Noise
 from .order import Order
 from .roots import find_tops
+from .trained import Trained
 from .weak import WeakSet
+from .words import NO_OPTIMIZER, UNSEEN
 
 EXIT_INACTIVE = 3
-_NO_OPTIMIZER = (
-    "optimizer: expected one of torch.optim with the parameters of a model, got none: no model is known to be trained. "
-    "Call patch_model in the script."
-)
-
-_UNSEEN = (
-    "expected a call of the model in training mode before the optimizer's step, got none: regularized from the next "
-    "step on, if at all. Call model.train(), for from_pretrained leaves a model in eval mode, and model(...), not its "
-    "forward."
-)
 
 
 class Session:
@@ -52,8 +43,7 @@ class Session:
         self.account = Account(order)
         self._choice = Choice(order.include, order.exclude)
         self._models: list[Model] = []
-        self._groups: list[tuple[Any, WeakSet]] = []  # a top, weakly, and an optimizer's parameters in it
-        self._waiting = WeakSet()
+        self._trained = Trained()
         self._barren = WeakSet()
         self._loads = Loads()
         self._noise: Noise | None = None
@@ -72,7 +62,7 @@ class Session:
         owned = [
             one
             for one in _parameters(optimizer)
-            if isinstance(one, nn.Parameter) and one.requires_grad and one not in self._waiting
+            if isinstance(one, nn.Parameter) and one.requires_grad and one not in self._trained.waiting
         ]
         owned = [one for one in owned if not self._covers(one)]
         tops = find_tops(owned) if owned else []
@@ -87,9 +77,7 @@ class Session:
                 self._passed_over.add(type(top).__name__)
             else:
                 self._perturb(top, parameters)
-                self._groups = [group for group in self._groups if group[1]]
-                self._groups.append((weakref.ref(top), WeakSet(parameters)))
-                self._waiting.add(parameters)
+                self._trained.add(top, parameters)
         self._barren.clear()
 
     def _covers(self, parameter: nn.Parameter) -> bool:
@@ -99,7 +87,7 @@ class Session:
     @property
     def is_waiting(self) -> bool:
         """A model is trained whose forward has not been seen."""
-        return bool(self._waiting)
+        return bool(self._trained.waiting)
 
     # -- noise ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +122,7 @@ class Session:
         self.account.record.has_loaded = True
         parameters = dict(module.named_parameters(remove_duplicate=False))
         touched = (parameters[name] for name in names if name in parameters)
-        self._loads.keep(parameters, [one for one in touched if not self._covers(one)], self._waiting)
+        self._loads.keep(parameters, [one for one in touched if not self._covers(one)], self._trained.waiting)
         return parameters
 
     def after_load(self, module: nn.Module, names: Sequence[str], before: dict[str, nn.Parameter]) -> None:
@@ -147,14 +135,13 @@ class Session:
         """Follow parameters that were replaced by others of their names, by fully_shard or an assigning load."""
         replaced = {name: w for name, w in before.items() if name in after and after[name] is not w}
         move_marks(replaced, after)
-        of_models = [*(owned for _, owned in self._groups), *(model.parameters for model in self._models)]
-        for follower in (self._loads, self._noise, self._waiting, *of_models):
+        for follower in (self._loads, self._noise, self._trained, *(model.parameters for model in self._models)):
             if follower is not None and replaced:
                 follower.move(replaced, after)
 
     def resume(self, optimizer: Optimizer) -> None:
         """Note that an optimizer has got its state back."""
-        self._loads.resume(one for one in _parameters(optimizer) if one in self._waiting)
+        self._loads.resume(one for one in _parameters(optimizer) if one in self._trained.waiting)
 
     def _settle_noise(self, root: nn.Module) -> None:
         """Add noise to what came after the optimizer; take it off again if it was added to a resumed run's weights."""
@@ -183,23 +170,15 @@ class Session:
         if self._is_patching and not inner.training:
             return
         parameters = list(inner.parameters())
-        if not self._waiting.has_any(parameters) or any(find_patch(child) for child in inner.modules()):
+        if not self._trained.waiting.has_any(parameters) or any(find_patch(child) for child in inner.modules()):
             self._barren.add([module])
             return
-        self._patch(self._root(module, parameters))
-
-    def _root(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> nn.Module:
-        """Return the module, or what it is a fragment of: a script may call the parts of a model on their own."""
-        for reference, owned in self._groups:
-            top: nn.Module | None = reference()
-            if top is not None and 0 < sum(one in owned for one in parameters) < len(owned):
-                return top
-        return module
+        self._patch(self._trained.root(module, parameters))
 
     def _patch(self, module: nn.Module) -> None:
         root = unwrap(module)
         parameters = list(root.parameters())
-        self._waiting.remove(parameters)
+        self._trained.waiting.remove(parameters)
         self._settle_noise(root)
         patch = self._put_patch(module, root) if self._is_patching else None
         self._loads.overwritten.drop(parameters)
@@ -268,20 +247,18 @@ class Session:
         held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
         for model in self._models:
             model.steps += model.holds(held)
-        if self._waiting.has_any(held):
+        if self._trained.waiting.has_any(held):
             self._patch_unseen(held)
-        is_vain = self._refusals or (self._passed_over and not self._groups)
+        is_vain = self._refusals or (self._passed_over and not self._trained)
         if is_vain and not self._is_any_whole and not self.order.allow_inactive:
             self._stop()
 
     def _patch_unseen(self, held: Sequence[nn.Parameter]) -> None:
-        for reference, owned in list(self._groups):
-            top = reference()
-            if top is not None and any(one in owned and one in self._waiting for one in held):
-                if self._is_patching:
-                    self.account.blame(f"{type(top).__name__}: {_UNSEEN}")
-                self._patch(top)
-                torch.compiler.reset()
+        for top in self._trained.unseen(held):
+            if self._is_patching:
+                self.account.blame(f"{type(top).__name__}: {UNSEEN}")
+            self._patch(top)
+            torch.compiler.reset()
 
     @property
     def _is_any_whole(self) -> bool:
@@ -309,10 +286,10 @@ class Session:
 
     def _blame_choice(self) -> None:
         """Say which globs, or models, have come to nothing."""
-        if not self._groups and not self._passed_over:
-            self.account.blame(_NO_OPTIMIZER)
+        if not self._trained and not self._passed_over:
+            self.account.blame(NO_OPTIMIZER)
             return
-        if not self._groups:
+        if not self._trained:
             names = some(sorted(self._passed_over))
             self.account.blame(f"model: expected one to regularize, got those that are left out ({names}).")
         self.account.record.unmatched = sorted(self._choice.unmatched)

@@ -11,6 +11,17 @@ from .order import Order
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK")
 
+NO_OPTIMIZER = (
+    "optimizer: expected one of torch.optim with the parameters of a model, got none: no model is known to be trained. "
+    "Call patch_model in the script."
+)
+
+UNSEEN = (
+    "expected a call of the model in training mode before the optimizer's step, got none: regularized from the next "
+    "step on, if at all. Call model.train(), for from_pretrained leaves a model in eval mode, and model(...), not its "
+    "forward."
+)
+
 
 def told(order: Order, model: Model) -> str:
     """Tell what was done to a model."""
