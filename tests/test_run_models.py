@@ -86,6 +86,14 @@ def test_teacher_from_pretrained_is_left_alone(tmp_path: Path, monkeypatch: pyte
     assert [(entry["class"], entry["steps"]) for entry in ran.models] == [("BertForSequenceClassification", 5)]
 
 
+def test_script_whose_first_import_is_transformers_is_seen(tmp_path: Path) -> None:
+    source = seeded.bert_folder(tmp_path / "source")
+    script = f"from transformers import Trainer, BertModel\nBertModel.from_pretrained({str(source)!r})\n"
+    ran = run(tmp_path, script, *byhand.MIXOUT)
+    assert ran.code == 0, ran.err
+    assert [(record["has_loaded"], record["has_trained"]) for record in ran.records] == [(True, False)]
+
+
 def test_dead_models_leave_their_figures_and_no_memory(several: Any, tmp_path: Path) -> None:
     ran = run(tmp_path, "several.py", *byhand.ALL, args=(tmp_path / "final.pt", "average", "sweep"))
     assert ran.code == 0, ran.err
