@@ -47,4 +47,4 @@ class Measured:
         last = self.last()
         kl, ce = [None, None] if self._sum is None else (self._sum / self._count).tolist()
         self._sum, self._count = None, 0
-        return last | {"kl_mean": kl, "ce_mean": ce}
+        return {"kl": last["kl"], "ce": last["ce"], "kl_mean": kl, "ce_mean": ce, "rdrop_fired": self.fired}

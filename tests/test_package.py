@@ -128,13 +128,15 @@ def test_plain_installation_works_from_anywhere(installed, cwd, tmp_path):
 
 def test_plain_installation_reaches_a_command_and_no_other(installed, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"SURGERY_MIXOUT": "0.7"}
-    code = "import sys; m = sys.modules.get('sitecustomize'); print(m and m.__file__, 'surgery' in sys.modules)"
+    code = "import sys; print(getattr(sys.modules.get('sitecustomize'), '__file__', ''), 'surgery' in sys.modules)"
     plain = subprocess.run([installed, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert plain.stdout.split()[-1] == "False", "ours runs in every Python"
+    *hidden, is_hooked = plain.stdout.split()  # Debian has a sitecustomize of its own
+    assert is_hooked == "False", "ours runs in every Python"
     run = [installed, "-m", "surgery", "run", "--allow-inactive", "--", installed, "-c", code]
     done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
     site = next(installed.parent.parent.glob("lib/python*/site-packages")) / "surgery" / "hooks" / "site"
-    assert (done.returncode, done.stdout) == (0, f"{site / 'sitecustomize.py'} True\n"), done.stderr
+    shown = hidden[0] if hidden else site / "sitecustomize.py"
+    assert (done.returncode, done.stdout) == (0, f"{shown} True\n"), done.stderr
 
 
 def test_plain_installation_in_a_read_only_folder_perturbs(installed, tmp_path):
