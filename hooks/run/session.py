@@ -250,7 +250,7 @@ class Session:
         if self._trained.waiting.has_any(held):
             self._patch_unseen(held)
         is_vain = self._refusals or (self._passed_over and not self._trained)
-        if is_vain and not self._is_any_whole and not self.order.allow_inactive:
+        if is_vain and not (self.is_waiting or self._is_any_whole or self.order.allow_inactive):
             self._stop()
 
     def _patch_unseen(self, held: Sequence[nn.Parameter]) -> None:
