@@ -116,6 +116,7 @@ def perturb_model(
     """
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     _refuse_quantized(model)
+    refuse_flattened(model)
     names = find_names(model, source)
     for note in names.notes:  # the recipe has them too, but it is easily thrown away
         _log.warning(note)
@@ -130,6 +131,17 @@ def _refuse_quantized(model: torch.nn.Module) -> None:
             raise SourceError(
                 f"{name or type(model).__name__}: expected unquantized weights, got a quantized model. "
                 "Perturb the original checkpoint and quantize the result."
+            )
+
+
+def refuse_flattened(model: torch.nn.Module) -> None:
+    """Raise SourceError for a model, or a part of one, whose weights FSDP 1 has flattened: they look like any other."""
+    for name, module in model.named_modules():
+        is_flat = any(hasattr(parameter, "_is_flat_param") for parameter in module._parameters.values())
+        if is_flat or type(module).__name__ == "FullyShardedDataParallel":
+            raise SourceError(
+                f"{name or type(model).__name__}: expected whole weights, got FSDP 1, which flattens them. "
+                "Perturb the model before FSDP, or use fully_shard after it."
             )
 
 
@@ -173,8 +185,8 @@ def _dtype(name: str, tensor: torch.Tensor) -> str:
         fault, remedy = "one on the meta device", "Load the model without offloading."
     elif is_packed or (tensor.is_floating_point() and tensor.dtype not in DTYPES):
         fault, remedy = f"{kind.__name__} of {tensor.dtype}", "Perturb the checkpoint before quantizing or sharding."
-    elif hasattr(tensor, "ds_id") or kind.__name__ == "FlatParameter":
-        fault, remedy = "a shard of one", "Perturb the model before DeepSpeed or FSDP shards it."
+    elif hasattr(tensor, "ds_id"):
+        fault, remedy = "a shard of one", "Perturb the model before DeepSpeed shards it."
     elif tensor.layout is not torch.strided:
         fault, remedy = f"{tensor.layout}", "Make it dense."
     elif any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):

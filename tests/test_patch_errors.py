@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
-from surgery import Anchor, Mixout, SettingError, SourceError, describe, patch_model
+from surgery import Anchor, Mixout, SettingError, SourceError, describe, patch_model, perturb_model
 
 NAN = float("nan")
 
@@ -331,6 +331,20 @@ def test_fsdp_1_is_refused_before_and_after_patching(use_orig_params: bool) -> N
         patch_model(shard(two()))
     with pytest.raises(SourceError, match=f"^0.{re.escape(_TAKEN)}$"):
         shard(patch_model(two(), mixout=0.5))(torch.ones(1, 3))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_orig_params", [True, False], ids=["original", "flat"])
+def test_fsdp_1_is_refused_before_noise(use_orig_params: bool) -> None:
+    model = FullyShardedDataParallel(two(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    message = (
+        "FullyShardedDataParallel: expected whole weights, got FSDP 1, which flattens them. Perturb the model before"
+    )
+    with pytest.raises(SourceError, match=message):
+        perturb_model(model)
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_weight_split_by_zero_3_is_refused() -> None:

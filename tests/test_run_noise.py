@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import seeded
 import torch
+from running import run
 from torch import nn
 from transformers import AutoModel
 
 from surgery import perturb_model, perturb_state_dict
 from surgery.hooks.run.noise import Noise
 from surgery.hooks.run.past import Past
+from surgery.hooks.run.words import NOISE_OFF
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -54,3 +56,33 @@ def test_noise_is_on_each_part_that_was_loaded() -> None:
         perturb_state_dict({name: wanted[f"{part}.{name}"] for name in ("weight", "bias")}, lam=0.15, seed=0)
     add(model, model, model["decoder"], model["encoder"])
     assert_equal(model, wanted)
+
+
+FOLDS = """
+import copy
+import torch
+from torch import nn
+
+model = nn.Linear(4, 2)
+first = copy.deepcopy(model.state_dict())
+for fold in range(2):
+    model.load_state_dict(first)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 4)).sum().backward()
+    optimizer.step()
+"""
+
+
+def test_a_load_that_takes_the_noise_off_is_blamed(tmp_path: Path) -> None:
+    ran = run(tmp_path, FOLDS, "--noisytune", "0.15")
+    assert ran.code == 0, ran.err
+    (record,) = ran.records
+    assert record["acts"] == []
+    assert record["faults"] == [f"noisytune: Linear: {NOISE_OFF}"]
+
+
+def test_a_load_of_what_was_trained_is_not_blamed(tmp_path: Path) -> None:
+    script = FOLDS.replace("model.load_state_dict(first)", "pass")
+    ran = run(tmp_path, f"{script}    model.load_state_dict(model.state_dict())\n", "--noisytune", "0.15")
+    (record,) = ran.records
+    assert (record["acts"], record["faults"]) == (["noisytune"], [])

@@ -62,6 +62,10 @@ class Model:
             weakref.finalize(root, self._look, patch, is_last=True).atexit = False
 
     @property
+    def name(self) -> str:
+        return str(self._entry["class"])
+
+    @property
     def is_alive(self) -> bool:
         return self._root() is not None
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from multiprocessing import parent_process
+from typing import Any
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.errors import SourceError
 from surgery.names import NEW, find_names, pretrained_parts, unwrap
 from surgery.recipe import Recipe, TensorRecord
 
+from ..pretrained import local
 from ..sources import LOADED
 from ..targets import is_match
 from .past import Past
@@ -30,6 +33,8 @@ class Noise:
         self._done: list[tuple[WeakSet, Recipe | None]] = []  # None: taken off again
         self.original = Past()
         """What the weights were before."""
+        self._sums: Any = WeakIdKeyDictionary()
+        """Of each parameter's elements, before the noise."""
 
     def add(
         self,
@@ -48,8 +53,9 @@ class Noise:
         Raises:
             SurgeryError: as perturb_model, or other processes have the same weights. No part is half perturbed.
         """
-        from surgery.live import perturb_model  # imports numba, which takes half a second
+        from surgery.live import perturb_model, refuse_flattened  # import numba, which takes half a second
 
+        refuse_flattened(top)  # its parts do not show it
         for path, part, left in _parts(top, set(map(id, trained)), loaded):
             parameters = [one for one in part.parameters() if id(one) not in left]
             if any(known.has_any(parameters) for known, _ in self._done):
@@ -60,9 +66,17 @@ class Noise:
                 if self._pretrained.has(parameters):
                     self.original.drop(parameters)
                     self.original.keep(parameters)
+                sums = [_sum(one) for one in parameters]
                 names = _left(part, path, left, include, exclude)
                 recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
+                self._sums.update(
+                    {one: before for one, before in zip(parameters, sums, strict=True) if _sum(one) != before}
+                )
             self._done.append((WeakSet(parameters), recipe))
+
+    def is_off(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Tell whether some of these are again what they were before the noise."""
+        return any(_sum(one) == self._sums[one] for one in parameters if one in self._sums)
 
     def knows(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Tell whether all of these have been seen to."""
@@ -95,6 +109,10 @@ class Noise:
         parameters = list(root.parameters())
         recipes = [recipe for known, recipe in self._done if recipe and known.has_any(parameters)]
         return [tensor for recipe in recipes for file in recipe.files for tensor in file.tensors]
+
+
+def _sum(parameter: nn.Parameter) -> float:
+    return float(local(parameter.detach()).double().sum())
 
 
 def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:

@@ -107,7 +107,8 @@ def _listen_to_backward(session: Session) -> None:
     @wraps(backward)
     def first_backward(*args: Any, **kwargs: Any) -> None:
         session.account.record.has_trained = True
-        torch.autograd.backward = backward
+        if torch.autograd.backward is first_backward:  # nobody has wrapped it since
+            torch.autograd.backward = backward
         backward(*args, **kwargs)
 
     @wraps(grad)
@@ -115,7 +116,8 @@ def _listen_to_backward(session: Session) -> None:
         of = [inputs] if isinstance(inputs, torch.Tensor) else inputs
         if any(isinstance(one, nn.Parameter) for one in of):
             session.account.record.has_trained = True
-            torch.autograd.grad = grad
+            if torch.autograd.grad is first_grad:
+                torch.autograd.grad = grad
         return grad(outputs, inputs, *args, **kwargs)
 
     torch.autograd.backward = first_backward

@@ -23,7 +23,7 @@ from .order import Order
 from .roots import find_tops
 from .trained import Trained
 from .weak import WeakSet
-from .words import NO_OPTIMIZER, UNSEEN
+from .words import NO_OPTIMIZER, NOISE_OFF, UNSEEN
 
 EXIT_INACTIVE = 3
 
@@ -130,6 +130,15 @@ class Session:
         after = dict(module.named_parameters(remove_duplicate=False))
         self.move(before, after)
         self._loads.mark(module, after, names)
+        self._look_for_noise([after[name] for name in names if name in after])
+
+    def _look_for_noise(self, loaded: Sequence[nn.Parameter]) -> None:
+        """Blame a load that has taken the noise off a model that is trained already, as between the folds of a loop."""
+        for model in self._models:
+            own = [one for one in loaded if model.holds([one])]
+            if self._noise is not None and self._noise.is_off(own):
+                model.acts.discard("noisytune")
+                self.account.blame(f"noisytune: {model.name}: {NOISE_OFF}")
 
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names, by fully_shard or an assigning load."""

@@ -16,6 +16,10 @@ NO_OPTIMIZER = (
     "Call patch_model in the script."
 )
 
+NOISE_OFF = (
+    "expected weights with noise, got those from before it, by a load_state_dict after training had begun. Build the "
+    "model anew for each fold."
+)
 UNSEEN = (
     "expected a call of the model in training mode before the optimizer's step, got none: regularized from the next "
     "step on, if at all. Call model.train(), for from_pretrained leaves a model in eval mode, and model(...), not its "
