@@ -2,22 +2,25 @@
 
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from .pretrained import Pretrained
+
+class Kept(Protocol):
+    """Values that are kept in the CPU's memory."""
+
+    values: torch.Tensor | None
 
 
 class Order:
     """What follows what: learned as it happens, for forward and backward passes apart."""
 
     def __init__(self) -> None:
-        self._last: dict[bool, Pretrained] = {}
-        self._after: dict[tuple[bool, int], Pretrained] = {}
+        self._last: dict[bool, Kept] = {}
+        self._after: dict[tuple[bool, int], Kept] = {}
 
-    def follow(self, current: "Pretrained", *, is_backward: bool) -> "Pretrained | None":
+    def follow(self, current: Kept, *, is_backward: bool) -> Kept | None:
         """Note that it is the turn of `current`; return what came after it the last time, if anything else did."""
         if (last := self._last.get(is_backward)) is not None:
             self._after[is_backward, id(last)] = current
@@ -30,7 +33,7 @@ class Order:
 class _Ahead:
     """Values on their way: `home` is the stream whose memory they are in, `is_here` the end of the copy."""
 
-    pretrained: "Pretrained"
+    pretrained: Kept
     values: torch.Tensor
     home: Any
     is_here: Any
@@ -44,7 +47,7 @@ class Offload:
     _ahead: _Ahead | None = None
     _streams: dict[torch.device, Any] = field(default_factory=dict)
 
-    def fetch(self, pretrained: "Pretrained", w: torch.Tensor) -> torch.Tensor:
+    def fetch(self, pretrained: Kept, w: torch.Tensor) -> torch.Tensor:
         """Return the values of `pretrained` on the device and in the dtype of `w`."""
         values = pretrained.values
         assert values is not None
@@ -70,7 +73,7 @@ class Offload:
                 ahead.values.record_stream(stream)
         return ahead
 
-    def _start(self, pretrained: "Pretrained", device: torch.device) -> None:
+    def _start(self, pretrained: Kept, device: torch.device) -> None:
         """Copy on a stream of its own, into memory of this one.
 
         Memory of the other stream would not be used again before the GPU is done with it, and Python is far ahead of
@@ -97,7 +100,7 @@ class Offload:
         return Offload, ()
 
 
-def _pinned(pretrained: "Pretrained") -> torch.Tensor:
+def _pinned(pretrained: Kept) -> torch.Tensor:
     assert pretrained.values is not None
     if not pretrained.values.is_pinned():
         pretrained.values = pretrained.values.pin_memory()

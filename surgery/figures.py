@@ -1,10 +1,10 @@
 """Whether what differs between two checkpoints is what the recipe of the second says."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from surgery.comparison import Agreement, Difference
 from surgery.digests import sha256_of
 from surgery.noise import BLOCK, LANES, SAMPLED_BLOCKS, UNIT_STD
 from surgery.noisytune import NoisyTune
@@ -13,7 +13,6 @@ from surgery.survey import read_recipe
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
-    from surgery.diff import Difference
     from surgery.pairs import Pair
 
 _SIGMAS = 6.0
@@ -23,19 +22,6 @@ _PRECISION = {"F64": (2.0**-53, 0.0), "F32": (2.0**-24, 0.0), "F16": (2.0**-11, 
 """Largest error of rounding to nearest: relative, and absolute where numbers are subnormal."""
 _SAME = 1e-6
 """How far two figures may be apart that were measured on the same elements: perturb subtracts in float32."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Whether B is perturb(A), as far as the figures tell; `surgery verify` tells it to the bit.
-
-    Args:
-        recipe: B's, made from A.
-        disagreeing: what is not as it says, by tensor.
-    """
-
-    recipe: Recipe
-    disagreeing: Mapping[str, str]
 
 
 def agree(a: "Checkpoint", b: "Checkpoint", tensors: "Iterable[Difference]") -> Agreement | None:

@@ -14,7 +14,7 @@ import torch
 from surgery.digests import sha256_of
 from surgery.errors import SourceError
 from surgery.tensorfile import Header, Tensor, build_header
-from surgery.ties import rank
+from surgery.tied_names import rank
 
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
 _DEPTH = 8

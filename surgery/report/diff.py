@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.diff import CHANGED, EQUAL, ONLY_IN_A, ONLY_IN_B, RESHAPED
+from surgery.comparison import CHANGED, EQUAL, ONLY_IN_A, ONLY_IN_B, RESHAPED
 from surgery.errors import some
 from surgery.noise import UNIT_STD
 from surgery.report.inspect import as_shape, as_source, number, recipe_row, recipe_text
@@ -13,7 +13,7 @@ from surgery.report.text import finite, line
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
-    from surgery.diff import Comparison, Difference
+    from surgery.comparison import Comparison, Difference
     from surgery.pairs import Pair
 
 _SHOWN = 20

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.diff import EQUAL, Comparison, Difference, Side
+from surgery.comparison import EQUAL, Comparison, Difference
+from surgery.diff import Side
 from surgery.errors import SettingError
 from surgery.noise import UNIT_STD
 from surgery.noisytune import FLOATS, Moments, NoisyTune
