@@ -10,10 +10,10 @@ from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SourceError
 
-from .optimizers import about_to_change, watch
+from .steps import about_to_change, watch
 
 if TYPE_CHECKING:
-    from .mixout import Pass, Site
+    from .mixout.site import Pass, Site
 
 _log = logging.getLogger(__name__)
 

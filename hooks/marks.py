@@ -4,7 +4,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .state import Patch
+    from .lifecycle import Patch
 
 
 class Mark:

@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from .dropout import RATES, restore_rates
 from .marks import Mark
-from .mixout import SITE, reveal_weight, shadow_weight
+from .mixout.dropout import RATES, restore_rates
+from .mixout.site import SITE, reveal_weight, shadow_weight
 
 
 def find_orphans(root: nn.Module) -> list[nn.Module]:

@@ -10,17 +10,17 @@ from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
 from surgery.errors import SettingError, SourceError, some
-from surgery.names import unwrap
+from surgery.live.names import unwrap
 from surgery.noisytune import as_globs
 
-from .mixout import SITE, Pass, Site
-from .offload import Offload
+from .lifecycle import PATCH, Patch
+from .mixout.site import SITE, Pass, Site
 from .orphans import find_orphans, release
-from .pretrained import is_distributed, refuse_not_finite
 from .settings import Anchor, Mixout, RDrop
-from .sources import Kept, Source, open_origin
-from .state import PATCH, Patch
-from .targets import Target, choose, refuse_unready
+from .weights.offload import Offload
+from .weights.pretrained import is_distributed, refuse_not_finite
+from .weights.selection import Target, choose, refuse_unready
+from .weights.sources import Kept, Source, open_origin
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _DEFAULT = Mixout(0.7)
@@ -298,6 +298,6 @@ def _plan(
 def _drop(rdrop: RDrop | None, mixout: Mixout | None) -> Any:
     if rdrop is None:
         return None
-    from .rdrop import Drop  # imports torch's compiler, which takes a second
+    from .rdrop.regularizer import Drop  # imports torch's compiler, which takes a second
 
     return Drop(rdrop, is_mixed=mixout is not None and mixout.p > 0)

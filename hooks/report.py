@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from surgery.errors import SettingError, some
-from surgery.names import unwrap
+from surgery.live.names import unwrap
 
 from .description import Description
-from .mixout import SITE
+from .lifecycle import PATCH, Patch
+from .mixout.site import SITE
 from .orphans import find_orphans
 from .patch import find_patch
-from .pretrained import is_distributed, local
-from .state import PATCH, Patch
+from .weights.pretrained import is_distributed, local
 
 _CHUNK = 1 << 22
 """Elements whose distance is taken at once, so that no float64 copy of a large weight is made."""

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.diff import diff_checkpoints as diff_checkpoints
     from surgery.errors import OutputError as OutputError
     from surgery.errors import SettingError as SettingError
     from surgery.errors import SourceError as SourceError
@@ -19,16 +18,17 @@ if TYPE_CHECKING:
     from surgery.hooks import patched as patched
     from surgery.hooks import stats as stats
     from surgery.hooks import unpatch_model as unpatch_model
-    from surgery.live import perturb_model as perturb_model
-    from surgery.live import perturb_state_dict as perturb_state_dict
-    from surgery.materialize import materialize_checkpoint as materialize_checkpoint
-    from surgery.perturb import perturb_checkpoint as perturb_checkpoint
-    from surgery.push import Pushed as Pushed
-    from surgery.push import push_checkpoint as push_checkpoint
+    from surgery.inspect.diff import diff_checkpoints as diff_checkpoints
+    from surgery.inspect.inspection import inspect_checkpoint as inspect_checkpoint
+    from surgery.live.perturb import perturb_model as perturb_model
+    from surgery.live.perturb import perturb_state_dict as perturb_state_dict
+    from surgery.perturb.execute import perturb_checkpoint as perturb_checkpoint
+    from surgery.perturb.materialize import materialize_checkpoint as materialize_checkpoint
+    from surgery.perturb.verify import Verification as Verification
+    from surgery.perturb.verify import verify_checkpoint as verify_checkpoint
+    from surgery.push.push import Pushed as Pushed
+    from surgery.push.push import push_checkpoint as push_checkpoint
     from surgery.recipe import Recipe as Recipe
-    from surgery.survey import inspect_checkpoint as inspect_checkpoint
-    from surgery.verify import Verification as Verification
-    from surgery.verify import verify_checkpoint as verify_checkpoint
 
     __version__: str
 
@@ -36,27 +36,27 @@ _HOMES = {
     "Anchor": "surgery.hooks",
     "Mixout": "surgery.hooks",
     "OutputError": "surgery.errors",
-    "Pushed": "surgery.push",
+    "Pushed": "surgery.push.push",
     "RDrop": "surgery.hooks",
     "Recipe": "surgery.recipe",
     "SettingError": "surgery.errors",
     "SourceError": "surgery.errors",
     "SurgeryCallback": "surgery.hooks",
     "SurgeryError": "surgery.errors",
-    "Verification": "surgery.verify",
+    "Verification": "surgery.perturb.verify",
     "describe": "surgery.hooks",
-    "diff_checkpoints": "surgery.diff",
-    "inspect_checkpoint": "surgery.survey",
-    "materialize_checkpoint": "surgery.materialize",
+    "diff_checkpoints": "surgery.inspect.diff",
+    "inspect_checkpoint": "surgery.inspect.inspection",
+    "materialize_checkpoint": "surgery.perturb.materialize",
     "patch_model": "surgery.hooks",
     "patched": "surgery.hooks",
-    "perturb_checkpoint": "surgery.perturb",
-    "perturb_model": "surgery.live",
-    "perturb_state_dict": "surgery.live",
-    "push_checkpoint": "surgery.push",
+    "perturb_checkpoint": "surgery.perturb.execute",
+    "perturb_model": "surgery.live.perturb",
+    "perturb_state_dict": "surgery.live.perturb",
+    "push_checkpoint": "surgery.push.push",
     "stats": "surgery.hooks",
     "unpatch_model": "surgery.hooks",
-    "verify_checkpoint": "surgery.verify",
+    "verify_checkpoint": "surgery.perturb.verify",
 }
 __all__ = sorted(_HOMES)
 

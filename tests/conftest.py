@@ -79,7 +79,7 @@ def run_cli(tmp_path: Path) -> Callable[..., Ran]:
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Have this very process use a Hub of `tests/hub.py`, which otherwise the environment decides at import."""
+    """Have this very process use a Hub of `tests/helpers/hub.py`, which otherwise the environment decides at import."""
     from huggingface_hub import constants
 
     def use(hub: Any) -> None:
@@ -178,7 +178,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model of another test listens to optimizers."""
     from torch.optim import optimizer
 
-    from surgery.hooks import optimizers
+    from surgery.hooks import steps as optimizers
 
     monkeypatch.setattr(optimizers, "_listeners", WeakSet())
     monkeypatch.setattr(optimizers, "_handles", [])

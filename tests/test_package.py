@@ -41,7 +41,7 @@ def loaded_after(code: str, tmp_path: Path) -> set[str]:
             f"assert CliRunner().invoke(main, {args!r}).exit_code == 0"
             for args in (["-h"], ["run", "--help"], ["env", "--mixout", "0.7", "--json"])
         ),
-        "import surgery.hooks.launch, surgery.hooks.run.supervise",
+        "import surgery.hooks.run.launch, surgery.hooks.run.supervise",
     ],
     ids=["surgery", "hooks", "names", "help", "run", "env", "launch"],
 )
@@ -105,8 +105,12 @@ def installed(tmp_path_factory) -> Path:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packages = {name.rpartition("/")[0] for name in archive.namelist() if name.endswith(".py")}
-    inside = ("cli", "kernels", "report", "hooks", "hooks/run", "hooks/site")
-    assert packages == {"surgery", *(f"surgery/{name}" for name in inside)}
+    folders = {
+        path.parent.relative_to(ROOT).as_posix()
+        for name in ("surgery", "hooks")
+        for path in (ROOT / name).rglob("*.py")
+    }
+    assert packages == {f"surgery/{name}" if name.startswith("hooks") else name for name in folders}
     venv.create(folder / "venv", with_pip=False)
     site = next((folder / "venv").glob("lib/python*/site-packages"))
     with zipfile.ZipFile(wheel) as archive:

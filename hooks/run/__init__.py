@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from .imports import after, expect
+from .inside.imports import after, expect
 
 RUN_DIR = "SURGERY_RUN_DIR"
 """Set by `surgery run` alone: the folder that every process of the command leaves its record in."""
@@ -37,6 +37,6 @@ def run_dir() -> Path | None:
 
 
 def _begin() -> None:
-    from .process import begin
+    from .inside.process import begin
 
     begin()

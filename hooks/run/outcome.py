@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .order import Order
+from .console import say
+from .options import Order
 from .record import Record
-from .speech import say
 
 _HELP = ("-h", "--help", "--version")
 _MISSING = {

@@ -13,7 +13,7 @@ from surgery.cli.group import command, main
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
-    from surgery.hooks.run.order import Order
+    from surgery.hooks.run.options import Order
 
 _OPTIONS = (
     click.option("--noisytune", type=float, metavar="LAM", help="Perturb pretrained weights before they are trained."),
@@ -48,7 +48,7 @@ def run(arguments: tuple[str, ...], **flags: Any) -> None:
     Each option can be given by a variable: SURGERY_MIXOUT=0.7 for --mixout 0.7. The exit code is the command's, or 3 if
     it is 0 and one of the regularizers had no effect.
     """
-    from surgery.hooks.launch import launch
+    from surgery.hooks.run.launch import launch
 
     sys.exit(launch(arguments, _read(flags)))
 
@@ -61,7 +61,7 @@ def env(*, as_json: bool, **flags: Any) -> None:
 
     For the launcher of a cluster: eval "$(surgery env --mixout 0.7)". Every process then prints what became of it.
     """
-    from surgery.hooks.launch import SITE, environment_of
+    from surgery.hooks.run.launch import SITE, environment_of
 
     order = _read(flags)
     if as_json:
@@ -80,7 +80,7 @@ def _read(flags: dict[str, Any]) -> "Order":
     """Read the order from the flags and, where they say nothing, from the variables."""
     from dataclasses import replace
 
-    from surgery.hooks.run.order import Order, read_order
+    from surgery.hooks.run.options import Order, read_order
 
     order = read_order(os.environ, flags) or Order()  # which raises, for it asks for nothing
     return replace(order, report=_find_report(order.report)) if order.report else order

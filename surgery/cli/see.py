@@ -57,10 +57,10 @@ def inspect(model: str, *, is_all: bool, plot: Path | None, as_json: bool, **set
     MODEL is a Hub id, a folder, or a .safetensors or PyTorch file. Without --stats only headers are read, also those of
     a model on the Hub.
     """
+    from surgery.inspect.inspection import inspect_checkpoint
     from surgery.report import inspect as report
     from surgery.report.tables import look_of_stdout
     from surgery.report.text import as_json as to_json
-    from surgery.survey import inspect_checkpoint
 
     if plot and not settings["stats"]:
         raise SettingError("--plot: expected --stats with it, got headers alone. Add --stats.")
@@ -89,7 +89,7 @@ def diff(a: str, b: str, *, is_all: bool, plot: Path | None, as_json: bool, **se
     A and B are Hub ids, such as org/name@revision, folders, or .safetensors or PyTorch files. Exit code 0 whether they
     differ or not.
     """
-    from surgery.diff import diff_checkpoints
+    from surgery.inspect.diff import diff_checkpoints
     from surgery.report import diff as report
     from surgery.report.tables import look_of_stdout
     from surgery.report.text import as_json as to_json
@@ -116,10 +116,10 @@ def verify(folder: str, *, source: str | None, token: str | None, workers: int |
     DIR is a folder that `surgery perturb` wrote, or a Hub id, which may end in @revision. Writes nothing. Exit code 0:
     equal; 1: not.
     """
+    from surgery.perturb.verify import verify_checkpoint
     from surgery.report.tables import look_of_stdout
     from surgery.report.text import as_json as to_json
     from surgery.report.verify import verify_rows, verify_table
-    from surgery.verify import verify_checkpoint
 
     start = time.perf_counter()
     found = verify_checkpoint(folder, source=source, token=token, workers=workers)

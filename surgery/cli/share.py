@@ -8,7 +8,7 @@ import click
 from surgery.cli.group import command, main
 
 if TYPE_CHECKING:
-    from surgery.push import Order
+    from surgery.push.push import Order
 
 
 @main.command()
@@ -34,7 +34,7 @@ def push(
 
     DIR is a folder that `surgery perturb` wrote. A push that failed is resumed by the same command.
     """
-    from surgery.push import Order, refuse_without_token
+    from surgery.push.push import Order, refuse_without_token
 
     order = Order(folder, repo, **options)
     if dry_run:
@@ -50,15 +50,15 @@ def push(
 
 def check(order: "Order") -> None:
     """Refuse what can be told before there is anything to push, such as a repository without access."""
-    from surgery.push import check as check_order
+    from surgery.push.push import check as check_order
 
     check_order(order)
 
 
 def push_order(order: "Order", *, is_quiet: bool) -> dict[str, Any]:
     """Push, print what was done unless quiet, and return it."""
-    from surgery.parcel import pack
-    from surgery.push import execute
+    from surgery.push.contents import pack
+    from surgery.push.push import execute
     from surgery.report import push as report
     from surgery.report.tables import look_of_stdout
 
@@ -69,8 +69,8 @@ def push_order(order: "Order", *, is_quiet: bool) -> dict[str, Any]:
 
 
 def _plan_order(order: "Order", *, is_quiet: bool) -> dict[str, Any]:
-    from surgery.parcel import pack
-    from surgery.push import plan
+    from surgery.push.contents import pack
+    from surgery.push.push import plan
     from surgery.report import push as report
     from surgery.report.tables import look_of_stdout
 

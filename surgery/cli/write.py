@@ -13,7 +13,7 @@ from surgery.cli.group import command, main
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
-    from surgery.push import Order
+    from surgery.push.push import Order
 
 
 @main.command(context_settings={"show_default": True})
@@ -67,9 +67,9 @@ def perturb(
     MODEL is a Hub id, a folder, or a .safetensors or PyTorch file. An interrupted run is resumed by the same command.
     """
     from surgery.noisytune import NoisyTune
-    from surgery.output import is_finished
-    from surgery.perturb import execute
-    from surgery.plan import make_plan
+    from surgery.perturb.execute import execute
+    from surgery.perturb.output import is_finished
+    from surgery.perturb.plan import make_plan
     from surgery.report import perturb as report
     from surgery.report.tables import look_of_stdout
     from surgery.report.text import as_json as to_json
@@ -108,7 +108,7 @@ def perturb(
 def _order(repo: str | None, **options: Any) -> "Order | None":
     """Return what to push where, the folder yet unknown."""
     if repo:
-        from surgery.push import Order
+        from surgery.push.push import Order
 
         return Order(Path(), repo, **options)
     for name in ("private", "create_pr", "commit_message"):
@@ -143,8 +143,8 @@ def materialize(
     RECIPE is a surgery.json, a folder that holds one, or a Hub id, which may end in @revision. An interrupted run is
     resumed by the same command.
     """
-    from surgery.materialize import execute_again, plan_recipe
-    from surgery.output import is_finished
+    from surgery.perturb.materialize import execute_again, plan_recipe
+    from surgery.perturb.output import is_finished
     from surgery.report import perturb as report
     from surgery.report.tables import look_of_stdout
     from surgery.report.text import as_json as to_json

@@ -4,17 +4,17 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.comparison import CHANGED, EQUAL, ONLY_IN_A, ONLY_IN_B, RESHAPED
 from surgery.errors import some
+from surgery.inspect.comparison import CHANGED, EQUAL, ONLY_IN_A, ONLY_IN_B, RESHAPED
 from surgery.noise import UNIT_STD
 from surgery.report.inspect import as_shape, as_source, number, recipe_row, recipe_text
 from surgery.report.tables import Alarm, Column, Look, lay_out
 from surgery.report.text import finite, line
 
 if TYPE_CHECKING:
-    from surgery.checkpoint import Checkpoint
-    from surgery.comparison import Comparison, Difference
-    from surgery.pairs import Pair
+    from surgery.checkpoint.resolve import Checkpoint
+    from surgery.inspect.comparison import Comparison, Difference
+    from surgery.inspect.tensor_diff import Pair
 
 _SHOWN = 20
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import some
-from surgery.patterns import group
+from surgery.inspect.inspection import REFUSED, components
+from surgery.inspect.name_patterns import group
 from surgery.recipe import Recipe
 from surgery.report.tables import Alarm, Column, Look, lay_out
 from surgery.report.text import as_bytes, finite, line
-from surgery.survey import REFUSED, components
 
 if TYPE_CHECKING:
-    from surgery.elements import Stats
-    from surgery.survey import Inspection, TensorInfo
+    from surgery.inspect.inspection import Inspection, TensorInfo
+    from surgery.inspect.stats import Stats
 
 
 def rows(inspection: "Inspection") -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _group_rows(inspection: "Inspection") -> list[dict[str, Any]]:
 def _pooled(stats: "list[Stats]") -> "Stats | None":
     if not stats:
         return None
-    from surgery.elements import pool_stats  # takes numba, which headers alone must not wait for
+    from surgery.inspect.stats import pool_stats  # takes numba, which headers alone must not wait for
 
     return pool_stats(stats)
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.layout import RECIPE
 from surgery.errors import some
-from surgery.layout import RECIPE
 from surgery.noise import UNIT_STD
-from surgery.plan import Plan
+from surgery.perturb.plan import Plan
 from surgery.recipe import Recipe
 from surgery.report.tables import Look
 from surgery.report.text import as_bytes, line

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.comparison import EQUAL, Comparison, Difference
-from surgery.diff import Side
+from surgery.checkpoint.tensorfile import Tensor, TensorFile
 from surgery.errors import SettingError
+from surgery.inspect.comparison import EQUAL, Comparison, Difference
+from surgery.inspect.diff import Side
+from surgery.inspect.inspection import Inspection, TensorInfo, components, open_all
+from surgery.inspect.sample import sample
 from surgery.noise import UNIT_STD
 from surgery.noisytune import FLOATS, Moments, NoisyTune
-from surgery.plan import Plan, open_source
+from surgery.perturb.plan import Plan, open_source
 from surgery.recipe import Recipe
 from surgery.report.plot import Density, Histogram, Picture, check_plot
-from surgery.sample import sample
-from surgery.survey import Inspection, TensorInfo, components, open_all
-from surgery.tensorfile import Tensor, TensorFile
 
 _BINS = 30  # of a 16-bit tensor more would show its grid rather than the noise
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from surgery.errors import OutputError, SettingError
-from surgery.patterns import depths, without_numbers
+from surgery.inspect.name_patterns import depths, without_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

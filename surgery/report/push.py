@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.errors import some
-from surgery.push import Order, Pushed
-from surgery.remote import Shipment
+from surgery.push.push import Order, Pushed
+from surgery.push.remote import Shipment
 from surgery.report.tables import Look
 from surgery.report.text import as_bytes, line
 

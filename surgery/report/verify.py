@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from surgery.perturb.verify import Verification
 from surgery.report.tables import Alarm, Column, Look, lay_out
 from surgery.report.text import as_bytes, line
-from surgery.verify import Verification
 
 _SHOWN = 20
 _TITLES = ("differ", "of", "max |d|", "max |d| / std", "NaN or Inf")

@@ -23,7 +23,7 @@ import torch
 from rdrop_step import report_steps
 from torch.nn import functional as F  # noqa: N812
 
-from surgery.hooks.divergence import Blend, cross_entropy
+from surgery.hooks.rdrop.divergence import Blend, cross_entropy
 
 ALPHA = 1.0
 

@@ -1,0 +1,1 @@
+"""Anchor: weight decay toward w_pre."""

@@ -1,0 +1,272 @@
+"""R-Drop on a live model: two passes for each training forward, and one loss of both."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim.optimizer import Optimizer
+from torch.utils._pytree import tree_map
+
+from surgery.errors import SettingError, SourceError
+
+from ..compiling import between_graphs, eagerly, run_uncompiled, trace_cross_entropy
+from ..lifecycle import PATCH, Patch
+from ..lookout import Lookout
+from ..settings import RDrop
+from . import divergence, doubling
+from .divergence import Blend, Joined
+from .interception import Hearing, LossMode, calls_of
+from .kvcache import is_cache, map_cache
+from .logprobs import JoinedRows, LogProbs, as_log_probs, mark_joined
+from .loss_calls import WAY_OUT, LossCall, join, join_halves, read_call, refuse_unhalved
+from .metrics import Measured
+from .paired import Ticket, Twin, pair, part, tickets_of
+from .randomness import Randomness
+from .schedule import Schedule
+
+
+class Drop(Lookout):
+    """R-Drop on one model.
+
+    The first pass is made before the forward that the script has called, which is the second. Losses that the model
+    calls are heard; those outside are reached by what the outputs carry.
+
+    Args:
+        settings: what was asked for.
+        is_mixed: Mixout draws one mask for a whole batch, so that it takes two passes.
+    """
+
+    idle = (
+        "rdrop: expected a forward of the patched model in training mode before the optimizer's step, got none "
+        "whose loss it could reach. Call model.train(), and patch what the script calls as model(...)."
+    )
+    is_strict = True
+
+    def __init__(self, settings: RDrop, *, is_mixed: bool) -> None:
+        super().__init__()
+        self.settings = settings
+        self.measured = Measured()
+        self.unjoined: set[str] = set()
+        self._blend = Blend(
+            float(settings.alpha), 2.0 if settings.scale == "paper" else 1.0, settings.kl_reduction == "sum"
+        )
+        self.schedule = Schedule(settings.every)
+        self._spared = 0
+        self._is_mixed = is_mixed
+        self._mode = LossMode()
+        self._randomness = Randomness()
+
+    def attach(self, root: nn.Module) -> list[Any]:
+        """Put R-Drop on the model; return the handles of its hooks."""
+        run_uncompiled(Twin, LogProbs, JoinedRows)
+        trace_cross_entropy()
+        self.schedule.know(root)
+        return [
+            root.register_forward_pre_hook(_begin_passes, with_kwargs=True),
+            # before all others, FSDP's for instance, so that they see what the script will get
+            root.register_forward_hook(_end_passes, prepend=True, always_call=True),
+        ]
+
+    # -- the forward ----------------------------------------------------------------------------------------------
+
+    @eagerly
+    def begin(self, root: nn.Module, arguments: doubling.Arguments) -> tuple[Any, Any]:
+        """Listen to the passes to come.
+
+        Returns:
+            The arguments of a first pass, None if there is none, and those of the forward that the script has called,
+            None for those that it has.
+        """
+        if not root.training or not torch.is_grad_enabled() or self._is_within(root):
+            return None, None
+        if torch._C._are_functorch_transforms_active():
+            raise SourceError(
+                "rdrop: expected a backward pass of autograd's, got torch.func, whose tensors hide that they want a "
+                "gradient. Use loss.backward(), or train without rdrop."
+            )
+        self.close()  # a KeyboardInterrupt has left it open
+        self.schedule.count(root)
+        if not self.schedule.is_due:
+            self._spared += 1
+            return None, None
+        self.measured.settle()
+        self._randomness.mark()
+        is_doubled = self._doubles(root, arguments)
+        rows = doubling.batch_rows(root, arguments) if is_doubled else None
+        ticket = Ticket(self._join, self.measured.fire, self.unjoined, tickets_of(arguments))
+        self._mode.open(Hearing(root, ticket, rows))
+        if is_doubled:
+            return None, doubling.double(arguments)
+        first, second = part(arguments)
+        return _fresh(first), second
+
+    @eagerly
+    def turn(self, output: Any) -> None:
+        """Go from the first pass to the second."""
+        assert self._mode.hearing is not None
+        self._mode.hearing.turn(output)
+
+    @eagerly
+    def end(self, root: nn.Module, output: Any) -> Any:
+        """Return the outputs with the batch and the shapes that the script expects, their twins with them.
+
+        Args:
+            output: None if forward has raised.
+        """
+        hearing = self._mode.hearing
+        if hearing is None or hearing.root is not root or calls_of(root) > 1:
+            return None
+        self.close()
+        if output is None:
+            return None
+        hearing.refuse_missing()
+        _refuse_unreached(output, hearing.ticket)
+        if hearing.rows is None:
+            return pair(output, hearing.first_output, hearing.ticket)
+        first, second = doubling.halve(output, hearing.rows)
+        return pair(second, first, hearing.ticket)
+
+    def _is_within(self, root: nn.Module) -> bool:
+        """Tell whether the model calls itself."""
+        return self._mode.hearing is not None and calls_of(root) > 1
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._mode.close()
+
+    def _doubles(self, root: nn.Module, arguments: doubling.Arguments) -> bool:
+        is_paired = bool(tickets_of(arguments))  # each pass has inputs of its own
+        if self.settings.passes == "auto":
+            return not self._is_mixed and not is_paired and doubling.is_known(root, arguments)
+        if self.settings.passes == "doubled" and is_paired:
+            raise SettingError(f"passes: expected inputs without R-Drop, got outputs of a patched model. {WAY_OUT}")
+        return self.settings.passes == "doubled"
+
+    # -- the loss -------------------------------------------------------------------------------------------------
+
+    def _join(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
+        """Return the loss for a call in each pass, or for one of a doubled batch."""
+        with torch._C.DisableTorchFunction():  # another patched model, that calls this one, would hear the arithmetic
+            return self._join_unheard(first, second, reach)
+
+    def _join_unheard(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
+        if first is None:
+            refuse_unhalved(second, is_new=not self.measured.fired)
+        if self._blend.alpha:
+            a, b = (first.prediction, second.prediction) if first is not None else second.prediction.chunk(2)
+            self._randomness.check(a.detach(), b.detach(), steps=self.schedule.steps)
+        if second.name == "log_softmax":
+            assert first is not None
+            return self._log_probs(first, second, reach)
+        reach()
+        if first is not None:
+            loss = self._note(join(first, second, self._blend))
+            return mark_joined(loss) if second.arguments["reduction"] == "none" else loss
+        if self._blend.alpha:
+            return self._note(join_halves(second, self._blend))
+        with torch.no_grad():
+            self._note(join_halves(second, self._blend))
+        return self._blend.factor * second.repeat()  # to the bit what the doubled batch gives without R-Drop
+
+    def _log_probs(self, first: LossCall, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
+        dim = second.arguments["dim"]
+        if dim is None:
+            dim = F._get_softmax_dim("log_softmax", second.input.dim(), 5)  # type: ignore[attr-defined]
+        a, b = (call.input.to(call.arguments["dtype"] or call.input.dtype) for call in (first, second))
+        log_p, log_q = F.log_softmax(a, dim), F.log_softmax(b, dim)
+
+        def join_nll(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return self._join(
+                read_call(F.nll_loss, (log_p, *args), kwargs), read_call(F.nll_loss, (log_q, *args), kwargs), reach
+            )
+
+        def join_any() -> torch.Tensor:
+            reach()
+            with torch._C.DisableTorchFunction():
+                return divergence.log_softmax(a, b, dim, self._blend, self.measured.add)
+
+        return as_log_probs(log_q, join_nll, cache(join_any))  # one for all that the loss takes of it, for its figures
+
+    def _note(self, joined: Joined) -> torch.Tensor:
+        self.measured.add(joined.ce, joined.kl)
+        return joined.loss
+
+    # -- training steps -------------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
+        """Note that a step begins."""
+        super().before_step(optimizer, is_closure=is_closure)
+        self.schedule.begin_step()
+
+    def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
+        """Note that there was one."""
+        super().after_step(optimizer, is_closure=is_closure)
+        self.schedule.end_step(optimizer)
+
+    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+        return self.schedule.held(optimizer)
+
+    def acts(self) -> tuple[int, ...]:
+        """Return what changes with each forward that R-Drop is in, or leaves out for `every`."""
+        fired = self.measured.fired
+        if not fired and (self.schedule.is_due or not self._spared):
+            return ()
+        return fired, self._spared
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "measured": Measured(), "_randomness": Randomness(), "_spared": 0}
+
+
+# torch.compile skips this frame and ours within it, and compiles the two passes
+@between_graphs
+def _begin_passes(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make the first pass; the last of the root's forward pre-hooks."""
+    patch: Patch = root.__dict__[PATCH]
+    assert patch.drop is not None
+    first, arguments = patch.drop.begin(root, (args, kwargs))
+    if first is not None:
+        try:
+            output = root.forward(*first[0], **first[1])
+        except BaseException:
+            patch.drop.close()
+            raise
+        patch.drop.turn(output)
+        patch.renew()
+    return arguments
+
+
+@between_graphs
+def _end_passes(root: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
+    """Pair the outputs; the first of the root's forward hooks, also called when forward raises."""
+    patch: Patch = root.__dict__[PATCH]
+    return patch.drop.end(root, output) if patch.drop is not None else None
+
+
+def _fresh(arguments: Any) -> Any:
+    """Copy containers and caches, which a forward may write to; other tensors are the same."""
+    return tree_map(_fresh_leaf, arguments)
+
+
+def _fresh_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Mapping):
+        return copy.copy(leaf)
+    return map_cache(leaf, torch.clone) if is_cache(leaf) else leaf
+
+
+def _refuse_unreached(output: Any, ticket: Ticket) -> None:
+    """Raise where the model returns a loss that R-Drop is not in."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if ticket.is_reached or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        return
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None:
+        raise SourceError(
+            "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off: "
+            "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of "
+            "the logits for TRL's SFTTrainer. Or train without rdrop."
+        )
+    raise SourceError(ticket.complaint())

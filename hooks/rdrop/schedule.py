@@ -1,0 +1,69 @@
+"""Which training steps R-Drop takes part in, a step being an optimizer's."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from surgery.errors import SourceError
+
+from ..steps import StepWatch, about_to_change
+
+
+class Schedule:
+    """Counts the steps of the optimizers that hold a model's weights.
+
+    Args:
+        every: of so many steps, the last one is due.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.steps = 0
+        self._every = every
+        self._has_stepped = False
+        self._is_stepping = False
+        self._watch = StepWatch()
+        self._homes: list[dict[str, nn.Parameter | None]] = []
+
+    @property
+    def is_due(self) -> bool:
+        return (self.steps + 1) % self._every == 0
+
+    def know(self, root: nn.Module) -> list[nn.Parameter]:
+        """Look up where the weights are, for fully_shard replaces them all the time; return the trainable ones."""
+        self._homes = [module._parameters for module in root.modules() if module._parameters]
+        return [w for home in self._homes for w in home.values() if w is not None and w.requires_grad]
+
+    def count(self, root: nn.Module) -> None:
+        """Begin another step if an optimizer has stepped since the last forward; several of them make one step.
+
+        Raises:
+            SourceError: no step can be counted, as the weights change without one.
+        """
+        self.steps += self._has_stepped
+        self._has_stepped = False
+        weights = self.know(root)
+        if self._is_stepping:  # LBFGS moves the weights between the forwards of a step
+            return
+        if self._every > 1 and weights and self._watch.is_missed(weights[0], self.steps):
+            raise SourceError(
+                "every: expected steps of a torch.optim.Optimizer to count, got weights that change without one. "
+                "Use such an optimizer, built from the model's own parameters, or every=1."
+            )
+
+    def resume(self, steps: int) -> None:
+        """Go on as after so many steps."""
+        self.steps = steps
+        self._has_stepped = False
+
+    def begin_step(self) -> None:
+        self._is_stepping = True
+
+    def end_step(self, optimizer: Optimizer) -> None:
+        self._is_stepping = False
+        self._has_stepped = self._has_stepped or next(self.held(optimizer), None) is not None
+
+    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+        """Yield the weights that an optimizer is about to change."""
+        return about_to_change(optimizer, (w for home in self._homes for w in home.values()))

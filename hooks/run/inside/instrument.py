@@ -1,0 +1,200 @@
+"""Where torch tells a Session what a script does: the only file that changes torch."""
+
+import pickle
+import sys
+import weakref
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from .. import PRETRAINED
+from .imports import after
+from .owners import find_modules
+from .saving import plainly
+from .session import Session
+
+_CALL = nn.Module._call_impl
+
+
+def listen(session: Session) -> None:
+    """Have torch tell a session of optimizers, loads, backward passes and calls of models."""
+    _listen_to_optimizers(session)
+    _listen_to_loads(session)
+    _listen_to_backward(session)
+    _listen_to_compile(session)
+    _listen_to_saves()
+    after("torch.distributed.fsdp", lambda: _listen_to_sharding(session))
+    for module, name in PRETRAINED.items():
+        after(module, partial(_listen_to_pretrained, session, module, name))
+
+
+def _look_out(session: Session) -> None:
+    """Show the session every call of a module, while it waits for one."""
+    nn.Module._call_impl = _CALL  # type: ignore[method-assign]
+    if not session.is_waiting:
+        return
+
+    @wraps(_CALL)
+    def _call_impl(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            session.see(self)
+            if not session.is_waiting:
+                _look_out(session)
+        return _CALL(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+    nn.Module._call_impl = _call_impl  # type: ignore[method-assign, assignment]
+
+
+def _listen_to_optimizers(session: Session) -> None:
+    begin, add, load = Optimizer.__init__, Optimizer.add_param_group, Optimizer.load_state_dict
+    known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+    @wraps(begin)
+    def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        begin(self, *args, **kwargs)
+        known.add(self)
+        session.meet(self)
+        _look_out(session)
+
+    @wraps(add)
+    def add_param_group(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        add(self, *args, **kwargs)
+        if self in known:  # else it is being made
+            session.meet(self)
+            _look_out(session)
+
+    @wraps(load)
+    def load_state_dict(self: Optimizer, state_dict: Any) -> None:
+        load(self, state_dict)
+        if state_dict["state"]:
+            session.resume(self)
+
+    Optimizer.__init__ = __init__  # type: ignore[method-assign]
+    Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+    Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+
+def _listen_to_loads(session: Session) -> None:
+    load = nn.Module.load_state_dict
+
+    @wraps(load)
+    def load_state_dict(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        names = list(state_dict)
+        before = session.before_load(self, names)
+        result = load(self, state_dict, *args, **kwargs)
+        session.after_load(self, names, before)
+        return result
+
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+
+def _listen_to_saves() -> None:
+    save = torch.save
+
+    @wraps(save)
+    def save_plainly(obj: Any, f: Any, pickle_module: Any = pickle, *args: Any, **kwargs: Any) -> None:
+        save(obj, f, plainly if pickle_module is pickle else pickle_module, *args, **kwargs)
+
+    torch.save = torch.serialization.save = save_plainly
+
+
+def _listen_to_backward(session: Session) -> None:
+    backward, grad = torch.autograd.backward, torch.autograd.grad
+
+    @wraps(backward)
+    def first_backward(*args: Any, **kwargs: Any) -> None:
+        session.account.record.has_trained = True
+        if torch.autograd.backward is first_backward:  # nobody has wrapped it since
+            torch.autograd.backward = backward
+        backward(*args, **kwargs)
+
+    @wraps(grad)
+    def first_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        of = [inputs] if isinstance(inputs, torch.Tensor) else inputs
+        if any(isinstance(one, nn.Parameter) for one in of):
+            session.account.record.has_trained = True
+            if torch.autograd.grad is first_grad:
+                torch.autograd.grad = grad
+        return grad(outputs, inputs, *args, **kwargs)
+
+    torch.autograd.backward = first_backward
+    torch.autograd.grad = first_grad
+
+
+def _listen_to_compile(session: Session) -> None:
+    compile_ = nn.Module.compile
+
+    @wraps(compile_)
+    def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        nn.Module._call_impl = _CALL  # type: ignore[method-assign]
+        compile_(self, *args, **kwargs)
+        run: Any = self._compiled_call_impl
+        _look_out(session)
+
+        def show(*args: Any, **kwargs: Any) -> Any:
+            if session.is_waiting and not torch.compiler.is_compiling():
+                session.see(self)
+                _look_out(session)
+            return run(*args, **kwargs)
+
+        self._compiled_call_impl = show  # a module that has one is called without _call_impl
+
+    nn.Module.compile = compile  # type: ignore[method-assign]
+    _listen_to_functions(session)
+
+
+def _listen_to_functions(session: Session) -> None:
+    compile_ = torch.compile
+
+    @wraps(compile_)
+    def compile(model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        compiled: Any = compile_(model, *args, **kwargs)
+        if model is None or isinstance(model, nn.Module):  # a decorator calls this again
+            return compiled
+
+        @wraps(compiled)
+        def show(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling() and session.is_waiting:
+                for module in find_modules(model, [*args, *kwargs.values()]):
+                    session.see(module)
+                _look_out(session)
+            return compiled(*args, **kwargs)
+
+        return show
+
+    torch.compile = compile
+
+
+def _listen_to_sharding(session: Session) -> None:
+    from torch.distributed import fsdp
+
+    shard = fsdp.fully_shard
+
+    @wraps(shard)
+    def fully_shard(module: Any, *args: Any, **kwargs: Any) -> Any:
+        modules = [module] if isinstance(module, nn.Module) else list(module)
+        before = []
+        for one in modules:
+            session.before_shard(one)
+            before.append(dict(one.named_parameters(remove_duplicate=False)))
+        result = shard(module, *args, **kwargs)
+        for one, were in zip(modules, before, strict=True):
+            session.move(were, dict(one.named_parameters(remove_duplicate=False)))
+        return result
+
+    fsdp.fully_shard = fully_shard
+
+
+def _listen_to_pretrained(session: Session, module: str, name: str) -> None:
+    kind = getattr(sys.modules[module], name)
+    load = kind.from_pretrained.__func__
+
+    @wraps(load)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        session.account.record.has_loaded = True
+        return load(cls, *args, **kwargs)
+
+    kind.from_pretrained = classmethod(from_pretrained)

@@ -1,0 +1,102 @@
+"""What a run has made of one model, and the figures of it, which outlive the model."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import SurgeryError
+from surgery.live.names import NEW
+from surgery.recipe import TensorRecord
+
+from ...lifecycle import Patch
+from ...report import distance, w_pre_bytes
+from .weakset import WeakSet
+
+
+class Model:
+    """One model of a run. It does not keep it alive.
+
+    Args:
+        root: what the script calls, as far as is known.
+        noise: what NoisyTune did to its tensors.
+        patch: what else was done to it.
+        is_resumed: it goes on from weights that NoisyTune was applied to when the run began.
+    """
+
+    def __init__(
+        self, root: nn.Module, noise: Sequence[TensorRecord], patch: Patch | None, *, is_resumed: bool
+    ) -> None:
+        self.steps = 0
+        """Optimizer steps with a gradient of one of its weights."""
+        self.is_patched = patch is not None
+        self.is_resumed = is_resumed
+        has_noise = is_resumed or any(tensor.copied is None for tensor in noise)
+        self.acts: set[str] = {"noisytune"} if has_noise else set()
+        """The regularizers that have had an effect on it."""
+        self._root = weakref.ref(root)
+        self._patch = weakref.ref(patch) if patch is not None else None
+        parameters = dict(root.named_parameters())
+        new = {tensor.name for tensor in noise if tensor.copied == NEW}
+        if patch is not None and patch.sites:
+            new = patch.fresh
+        self.parameters = WeakSet(parameters.values())
+        self._entry: dict[str, Any] = {
+            "class": type(root).__name__,
+            "parameters": len(parameters),
+            "perturbed": sum(tensor.copied is None for tensor in noise),
+            "mixed": 0,
+            "new": sorted(new & parameters.keys()),
+            "w_pre_bytes": 0,
+            "steps": 0,
+            "rdrop_fired": 0,
+            "kl": None,
+            "ce": None,
+            "distance": None,
+        }
+        # it keeps the layers, not the root, which may therefore go; a root that is a layer would stay
+        if patch is not None and not any(module is root for site in patch.sites for module in site.target.owners):
+            weakref.finalize(root, self._look, patch, is_last=True).atexit = False
+
+    @property
+    def name(self) -> str:
+        return str(self._entry["class"])
+
+    @property
+    def is_alive(self) -> bool:
+        return self._root() is not None
+
+    def holds(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Tell whether one of these is the model's own."""
+        return self.is_alive and self.parameters.has_any(parameters)
+
+    def look(self, *, is_last: bool) -> dict[str, Any]:
+        """Return the model's entry of the report.
+
+        Args:
+            is_last: measure the distance as well, which reads all weights.
+        """
+        patch = self._patch() if self._patch is not None else None
+        if patch is not None:
+            self._look(patch, is_last=is_last)
+        return self._entry | {"steps": self.steps}
+
+    def _look(self, patch: Patch, *, is_last: bool) -> None:
+        mixed = [site for site in patch.sites if site.weight.requires_grad and patch.mixout is not None]
+        if patch.has_mixed:  # one of TRL's heads is never called, for instance
+            mixed = [site for site in mixed if site.is_called]
+        self._entry |= {"mixed": len(mixed), "w_pre_bytes": w_pre_bytes(patch)}
+        if patch.drop is not None:
+            self._entry |= patch.drop.measured.last()
+        if is_last and patch.sites:
+            with suppress(SurgeryError):  # another tool has taken the weights away
+                self._entry["distance"] = distance(patch, is_whole=False)
+        acted = {
+            "mixout": patch.mixout is not None and (patch.has_mixed or not patch.is_mixing),
+            "anchor": patch.decay is not None and patch.decay.steps > 0,
+            "rdrop": patch.drop is not None and patch.drop.measured.fired > 0,
+        }
+        self.acts |= {name for name, has_acted in acted.items() if has_acted}

@@ -1,0 +1,160 @@
+"""NoisyTune on the models that a process trains: once on each, and undone where a run turns out to be resumed."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from multiprocessing import parent_process
+from typing import Any
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from surgery.errors import SourceError
+from surgery.live.names import NEW, find_names, pretrained_parts, unwrap
+from surgery.recipe import Recipe, TensorRecord
+
+from ...weights.pretrained import local
+from ...weights.selection import is_match
+from ...weights.sources import LOADED
+from .snapshots import Past
+from .weakset import WeakSet
+
+
+class Noise:
+    """What the noise has been added to.
+
+    Args:
+        lam, seed: of the noise.
+        pretrained: what loads have overwritten since: the noise is for that.
+    """
+
+    def __init__(self, lam: float, seed: int, pretrained: Past) -> None:
+        self._lam = lam
+        self._seed = seed
+        self._pretrained = pretrained
+        self._done: list[tuple[WeakSet, Recipe | None]] = []  # None: taken off again
+        self.original = Past()
+        """What the weights were before."""
+        self._sums: Any = WeakIdKeyDictionary()
+        """Of each parameter's elements, before the noise."""
+
+    def add(
+        self,
+        top: nn.Module,
+        trained: Iterable[nn.Parameter],
+        loaded: Sequence[nn.Module],
+        include: Sequence[str],
+        exclude: Sequence[str],
+    ) -> None:
+        """Perturb the pretrained parts of a model that are trained; all that is not pretrained if there is none.
+
+        Args:
+            trained: parameters; a part without any, such as a teacher, is left alone.
+            loaded: modules that load_state_dict has filled.
+            include, exclude: globs of the model's parameters.
+        Raises:
+            SurgeryError: as perturb_model, or other processes have the same weights. No part is half perturbed.
+        """
+        from surgery.live.perturb import perturb_model, refuse_flattened  # import numba, which takes half a second
+
+        refuse_flattened(top)  # its parts do not show it
+        for path, part, left in _parts(top, set(map(id, trained)), loaded):
+            parameters = [one for one in part.parameters() if id(one) not in left]
+            if any(known.has_any(parameters) for known, _ in self._done):
+                continue
+            _refuse_shared(parameters)
+            self.original.keep(parameters)
+            with self._pretrained.brought_back(parameters, is_past_written=True):
+                if self._pretrained.has(parameters):
+                    self.original.drop(parameters)
+                    self.original.keep(parameters)
+                sums = [_sum(one) for one in parameters]
+                names = _left(part, path, left, include, exclude)
+                recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
+                self._sums.update(
+                    {one: before for one, before in zip(parameters, sums, strict=True) if _sum(one) != before}
+                )
+            self._done.append((WeakSet(parameters), recipe))
+
+    def is_off(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Tell whether some of these are again what they were before the noise."""
+        return any(_sum(one) == self._sums[one] for one in parameters if one in self._sums)
+
+    def knows(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Tell whether all of these have been seen to."""
+        return all(any(parameter in known for known, _ in self._done) for parameter in parameters)
+
+    def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Follow parameters that were replaced by others of their names."""
+        self.original.move(before, after)
+        for known, _ in self._done:
+            known.move(before, after)
+
+    def forget(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let noise be added to these once more: they have got other values."""
+        self.original.drop(parameters)
+        for known, _ in self._done:
+            if known.has_any(parameters):
+                known.clear()
+
+    def undo(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take the noise off again."""
+        self.original.restore(parameters)
+        self._done = [(known, None if known.has_any(parameters) else recipe) for known, recipe in self._done]
+
+    def is_undone(self, root: nn.Module) -> bool:
+        """Tell whether it was taken off a part of a model again."""
+        return any(recipe is None and known.has_any(root.parameters()) for known, recipe in self._done)
+
+    def records(self, root: nn.Module) -> list[TensorRecord]:
+        """Return what was done to the tensors of a model."""
+        parameters = list(root.parameters())
+        recipes = [recipe for known, recipe in self._done if recipe and known.has_any(parameters)]
+        return [tensor for recipe in recipes for file in recipe.files for tensor in file.tensors]
+
+
+def _sum(parameter: nn.Parameter) -> float:
+    return float(local(parameter.detach()).double().sum())
+
+
+def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse weights in memory that the process which started this one has as well: each of its children adds noise."""
+    if parent_process() is not None and any(one.device.type == "cpu" and one.is_shared() for one in parameters):  # type: ignore[no-untyped-call]
+        raise SourceError(
+            "weights: expected some of this process alone, got some shared with others, each of which would add noise. "
+            "Call surgery perturb on the checkpoint, and leave noisytune out."
+        )
+
+
+def _parts(top: nn.Module, trained: Set[int], loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module, Set[int]]]:
+    """Yield what is pretrained and trained of a model, with its path, and the ids of parameters in it to leave."""
+    parts = list(pretrained_parts(top)) or _filled_parts(top, loaded)
+    held = [(path, part) for path, part in parts if not trained.isdisjoint(map(id, part.parameters()))]
+    for path, part in held:
+        yield path, part, set()
+    if not held:
+        yield "", top, {id(parameter) for _, part in parts for parameter in part.parameters()}
+
+
+def _filled_parts(top: nn.Module, loaded: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
+    filled = {id(unwrap(module)) for module in loaded}
+    parts: list[tuple[str, nn.Module]] = []
+    for path, module in top.named_modules():
+        if id(module) in filled and not any(f"{path}.".startswith(f"{outer}.".lstrip(".")) for outer, _ in parts):
+            parts.append((path, module))
+    return parts
+
+
+def _left(part: nn.Module, path: str, ids: Set[int], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Return the checkpoint's names of what is not to be perturbed, such as the parameters with these ids."""
+    parameters = dict(part.named_parameters(remove_duplicate=False))
+    is_marked = any(hasattr(parameter, LOADED) for parameter in parameters.values())
+    left = set()
+    for name, parameter in parameters.items():
+        live = f"{path}.{name}".lstrip(".")
+        is_new = is_marked and not hasattr(parameter, LOADED)
+        is_out = any(is_match(glob, live) for glob in exclude)
+        if id(parameter) in ids or is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
+            left.add(name)
+    if not left:
+        return []
+    names = find_names(part, None)
+    return sorted({names.canonical[name] for name in left if names.copied.get(name) != NEW})

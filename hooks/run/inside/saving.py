@@ -1,0 +1,61 @@
+"""Models without what is ours, for torch.save: it writes what it would write without a run."""
+
+import pickle
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ...lifecycle import PATCH
+from ...mixout.dropout import RATES
+from ...mixout.site import SITE
+from ...weights.sources import LOADED
+
+_MARKS = {PATCH, SITE, RATES}
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, thing: Any) -> Any:
+        if issubclass(type(thing), nn.Parameter) and LOADED in thing.__dict__:
+            return _unmarked(thing)
+        if not issubclass(type(thing), nn.Module) or _MARKS.isdisjoint(thing.__dict__):
+            return NotImplemented
+        return _without_marks(thing.__reduce_ex__(2))
+
+
+def _unmarked(parameter: nn.Parameter) -> Any:
+    """Return how to pickle a parameter without the mark that it was loaded."""
+    mark = parameter.__dict__.pop(LOADED)
+    try:
+        function, args, *rest = parameter.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+        return function, tuple(dict(one) if one is parameter.__dict__ else one for one in args), *rest
+    finally:
+        setattr(parameter, LOADED, mark)
+
+
+def _without_marks(reduced: Any) -> Any:
+    """Return how to pickle a module, its state wherever it is: fx has it among the arguments of a function."""
+    if type(reduced) is tuple:
+        return tuple(map(_without_marks, reduced))
+    return _plain(reduced) if isinstance(reduced, dict) and not _MARKS.isdisjoint(reduced) else reduced
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what a module's state was before it was patched."""
+    plain = {name: value for name, value in state.items() if name not in _MARKS}
+    hooks = state.get("_forward_pre_hooks", {}) | state.get("_forward_hooks", {})
+    ours = {key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith(f"{_HOOKS}.")}
+    for name, value in plain.items():
+        if name.startswith("_forward_") and not ours.isdisjoint(value):
+            plain[name] = type(value)((key, one) for key, one in value.items() if key not in ours)
+    for attribute, rate in state[RATES].rates.items() if RATES in state else ():
+        if plain.get(attribute) == 0:
+            plain[attribute] = rate
+    return plain
+
+
+_HOOKS = __name__.removesuffix(".run.inside.saving")
+
+plainly = ModuleType("pickle")
+"""The module pickle, but for what is ours, which it leaves out."""
+plainly.__dict__.update(pickle.__dict__, Pickler=_Pickler)

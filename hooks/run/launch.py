@@ -1,0 +1,98 @@
+"""`surgery run`: check the command, start it where its Pythons find the hooks, wait, and say what became of it."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from surgery.errors import SettingError
+
+from . import RUN_DIR, run_dir
+from .command import CommandError, check_python, find_program
+from .console import say
+from .options import PREFIX, Order
+from .outcome import Outcome, judge
+from .record import Record, read_records
+
+SITE = Path(__file__).resolve().parents[1] / "site"
+"""The folder whose sitecustomize every Python of the command runs."""
+
+INACTIVE = 3
+"""The exit code of a command that succeeded while a regularizer had no effect."""
+
+
+def launch(command: Sequence[str], order: Order) -> int:
+    """Run a command with regularizers. Return its exit code, or INACTIVE; end as it did, if a signal ended it.
+
+    What became of the order goes to stderr and to the file that it names.
+
+    Args:
+        command: its arguments, the first its name.
+        order: what to regularize with.
+    Raises:
+        SettingError: the command cannot be regularized, or the report could not be written.
+    """
+    _refuse_windows()
+    if not command:
+        raise SettingError(
+            "command: expected one, got none. Write it after --, such as: surgery run --mixout 0.7 -- python train.py."
+        )
+    environment = environment_of(order, os.environ)
+    try:
+        program = find_program(command)
+        check_python(program, command, environment)
+        code, records = _run(program, command, environment)
+    except CommandError as error:
+        say(f"error: {error}")
+        return error.code
+    return _conclude(judge(records, order, command, has_failed=code != 0), order, code)
+
+
+def environment_of(order: Order, variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a command: the user's, the order, and the folder of the hooks before other ones."""
+    kept = {name: value for name, value in variables.items() if not name.startswith(PREFIX)}
+    folders = [folder for folder in variables.get("PYTHONPATH", "").split(os.pathsep) if folder != str(SITE)]
+    path = [str(SITE), *folders] if any(folders) else [str(SITE)]
+    return kept | order.variables | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def _refuse_windows() -> None:
+    if sys.platform == "win32":
+        raise SettingError("surgery run: expected Linux or macOS, got Windows. Call patch_model in the script instead.")
+
+
+def _run(program: str, command: Sequence[str], environment: dict[str, str]) -> tuple[int, list[Record]]:
+    """Run a program. Return its exit code, or minus its signal, and the records of its processes."""
+    from .supervise import hold_signals, supervise
+
+    held = hold_signals()
+    folder = Path(tempfile.mkdtemp(prefix="surgery-run-"))
+    try:
+        code = supervise(program, command, environment | {RUN_DIR: str(folder)}, held=held)
+        records = read_records(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if outer := run_dir():  # of a `surgery run` that runs this one
+        for record in records:
+            record.write(outer)
+    return code, records
+
+
+def _conclude(outcome: Outcome, order: Order, code: int) -> int:
+    for line in outcome.lines:
+        say(line)
+    if order.report:
+        try:
+            outcome.write(Path(order.report))
+        except OSError as error:
+            say(f"error: {order.report}: expected a file that can be written, got {error.strerror}. Choose another.")
+            code = code or 1
+    if code < 0:
+        from .supervise import die
+
+        return die(-code)
+    if outcome.is_active or outcome.is_idle or order.allow_inactive:
+        return code
+    return INACTIVE if code == 0 or outcome.is_refused else code

@@ -1,0 +1,51 @@
+"""What a process says of a model, and as whom."""
+
+import os
+
+import torch
+
+from surgery.errors import some
+
+from .inside.models import Model
+from .options import Order
+
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK")
+
+NO_OPTIMIZER = (
+    "optimizer: expected one of torch.optim with the parameters of a model, got none: no model is known to be trained. "
+    "Call patch_model in the script."
+)
+
+NOISE_OFF = (
+    "expected weights with noise, got those from before it, by a load_state_dict after training had begun. Build the "
+    "model anew for each fold."
+)
+UNSEEN = (
+    "expected a call of the model in training mode before the optimizer's step, got none: regularized from the next "
+    "step on, if at all. Call model.train(), for from_pretrained leaves a model in eval mode, and model(...), not its "
+    "forward."
+)
+
+
+def told(order: Order, model: Model) -> str:
+    """Tell what was done to a model."""
+    entry, said = model.look(is_last=False), []
+    if order.noisytune is not None:
+        lam = f"lam {order.noisytune:g}, seed {order.seed or 0}"
+        noise = f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})"
+        said.append("no noise again" if model.is_resumed else noise)
+    if order.mixout is not None and model.is_patched:
+        said.append(f"{entry['mixed']} weights mixed (p {order.mixout:g})")
+    if order.rdrop is not None and model.is_patched:
+        said.append(f"R-Drop (alpha {order.rdrop:g})")
+    if order.anchor is not None and model.is_patched:
+        said.append(f"anchor ({order.anchor:g})")
+    new = f"; new: {some(entry['new'])}" if entry["new"] else ""
+    return f"{entry['class']}: {', '.join(said)}{new}"
+
+
+def find_rank() -> int:
+    """Return the rank of this process, as torch or a launcher's environment has it; 0 where there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(next((os.environ[name] for name in _RANKS if os.environ.get(name, "").isdigit()), 0))

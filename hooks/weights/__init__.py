@@ -1,0 +1,1 @@
+"""Which weights of a model are regularized, and their w_pre."""

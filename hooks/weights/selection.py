@@ -1,0 +1,237 @@
+"""Which weights of a model are mixed, which are not, and why. Looks only; changes nothing."""
+
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from surgery.errors import SettingError, SourceError
+from surgery.globs import matches
+
+from .layers import Shape, is_conv1d, is_read_by_attention, mask_shape, packing
+
+NEW = "new: it has no pretrained value"
+EXCLUDED = "in exclude"
+ADAPTER = "PEFT's own: an adapter, or its copy of a module to save"
+_NOT_A_WEIGHT = "bias, norm or another vector"
+_UNKNOWN = "of {}, a kind of layer that is not mixed"
+_EMBEDDING = "embedding: name it in include to mix it"
+NOT_INCLUDED = "not in include"
+_RENORMALIZED = "embedding with max_norm, which renormalizes its weight in place as it is used"
+_COMPLEX = "of complex numbers"
+_QUANTIZED = "quantized to {}"
+_IN_ATTENTION = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
+
+
+@dataclass
+class Target:
+    """One weight to mix, with the modules that use it; tied ones are one target.
+
+    Args:
+        name: its first name in the model.
+        names: all of them.
+        owners: the modules whose `weight` it is.
+        mask: shape of the mask per input feature, and the repeats of its rows.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    owners: tuple[nn.Module, ...]
+    mask: tuple[Shape, int]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The live parameter."""
+        return own_weight(self.name, self.owners[0])
+
+
+def own_weight(name: str, module: nn.Module) -> torch.Tensor:
+    """Return a layer's parameter, or the tensor that torch.func.functional_call puts in its place.
+
+    Raises:
+        SourceError: another tool has taken it away since the model was patched.
+    """
+    w = module._parameters.get("weight")
+    if w is None or (not isinstance(w, nn.Parameter) and hasattr(w._base, "_is_flat_param")):
+        raise SourceError(
+            f"{name}: expected the layer's own parameter, got none. DataParallel, FSDP 1 and parametrizations "
+            "take it away: use DistributedDataParallel or fully_shard, and patch after parametrizing."
+        )
+    return w
+
+
+@dataclass
+class Choice:
+    """What becomes of a model's parameters.
+
+    Args:
+        targets: what is mixed as long as it is trainable.
+        left: why each other parameter is not mixed, by name.
+    """
+
+    targets: list[Target] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def choose(model: nn.Module, fresh: AbstractSet[str], *, include: Sequence[str], exclude: Sequence[str]) -> Choice:
+    """Choose the weights to mix.
+
+    Args:
+        fresh: names of parameters without a pretrained value.
+        include, exclude: globs that match a parameter's name or that of a module around it.
+    Raises:
+        SettingError: a glob matches nothing, or no weight is left to mix.
+        SourceError: a weight to mix is already swapped by another tool, or is not in memory.
+    """
+    groups = _tied(model)
+    _check_globs([name for names in groups.values() for name, _ in names], include=include, exclude=exclude)
+    adapters = set(_adapters(model))
+    choice = Choice()
+    for members in groups.values():
+        names = tuple(name for name, _ in members)
+        reason = _selection(names, include, exclude)
+        if reason is None and not adapters.isdisjoint(names):
+            reason = ADAPTER
+        if reason is None and fresh >= set(names):
+            reason = NEW
+        kind = _kind(members, is_requested=bool(include))
+        if reason is None and isinstance(kind, str):
+            reason = kind
+        if reason is not None or isinstance(kind, str):
+            choice.left |= dict.fromkeys(names, reason or str(kind))
+            continue
+        owners = tuple(module for name, module in members if name.rpartition(".")[2] == "weight")
+        choice.targets.append(Target(names[0], names, tuple(dict.fromkeys(owners)), kind))
+    _refuse_swapped(model, include, exclude)
+    _refuse_nothing(choice, [*include, *exclude])
+    return choice
+
+
+def _tied(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Group the names of parameters, each with its module, by the parameter they name."""
+    groups: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                groups.setdefault(id(parameter), []).append((f"{path}.{name}".lstrip("."), module))
+    return groups
+
+
+def _selection(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    if any(is_match(glob, name) for glob in exclude for name in names):
+        return EXCLUDED
+    if include and not any(is_match(glob, name) for glob in include for name in names):
+        return NOT_INCLUDED
+    return None
+
+
+def is_match(glob: str, name: str) -> bool:
+    """Tell whether a glob matches a parameter's name, or that of a module that holds it: `head` is all of `head.*`."""
+    parts = name.split(".")
+    return any(matches(glob, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+
+def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tuple[Shape, int] | str:
+    """Return the mask's shape, or why a parameter is never mixed. A linear layer's view of a tied weight goes first."""
+    weights = [module for name, module in members if name.rpartition(".")[2] == "weight"]
+    shapes = [(module, shape) for module in weights if (shape := mask_shape(module))]
+    linear = [(module, shape) for module, shape in shapes if not isinstance(module, nn.Embedding)]
+    if not shapes:
+        name, module = members[0]
+        is_vector = module._parameters[name.rpartition(".")[2]].dim() < 2  # type: ignore[union-attr]
+        return _NOT_A_WEIGHT if is_vector else _UNKNOWN.format(type(module).__name__)
+    module, shape = (linear or shapes)[0]
+    weight = module._parameters["weight"]
+    assert weight is not None
+    if weight.is_complex():
+        return _COMPLEX
+    if packed := packing(weight):
+        return _QUANTIZED.format(packed)
+    if any(getattr(module, "max_norm", None) is not None for module, _ in shapes):
+        return _RENORMALIZED
+    if not linear and not is_requested:
+        return _EMBEDDING
+    return _IN_ATTENTION if is_read_by_attention(module) else shape
+
+
+def _adapters(model: nn.Module) -> Iterable[str]:
+    """Yield the names of PEFT's own weights, known by the attribute that its tuner layers list them in."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute in getattr(module, "adapter_layer_names", ()):
+            adapter = getattr(module, attribute, None)
+            if isinstance(adapter, nn.Module):
+                yield from (f"{path}.{attribute}.{name}".lstrip(".") for name, _ in adapter.named_parameters())
+
+
+def _check_globs(names: Sequence[str], **globs: Sequence[str]) -> None:
+    for option, given in globs.items():
+        for glob in given:
+            if not any(is_match(glob, name) for name in names):
+                raise SettingError(
+                    f"{option} {glob!r}: expected a glob that matches a parameter or a module, got none of "
+                    f"{len(names)}, such as {(names or ['nothing'])[0]!r}. `*` stays within one dotted part of a name, "
+                    "`**` spans several."
+                )
+
+
+def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Refuse a layer whose weight is not simply its parameter: the hooks of two tools would undo each other."""
+    for path, module in model.named_modules():
+        name = f"{path}.weight".lstrip(".")
+        is_linear = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_conv1d(module)
+        if not is_linear or _selection([name], include, exclude):
+            continue
+        if hasattr(module, "parametrizations"):
+            fault = "one made by torch's parametrize"
+        elif module._parameters.get("weight") is None:
+            fault = "one that another tool swaps in (weight_norm, spectral_norm, FSDP 1, pruning)"
+        elif "weight" in module.__dict__:
+            fault = "one that another tool put before it"
+        else:
+            continue
+        raise SourceError(
+            f"{name}: expected the layer's own parameter, got {fault}. Remove it first, or name {path!r} in exclude."
+        )
+
+
+def _refuse_nothing(choice: Choice, globs: Sequence[str]) -> None:
+    if any(target.weight.requires_grad for target in choice.targets):
+        return
+    reasons: dict[str, int] = {}
+    for reason in [*choice.left.values(), *("frozen" for _ in choice.targets)]:
+        reasons[reason] = reasons.get(reason, 0) + 1
+    told = "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    remedy = "Correct include and exclude" if globs else "Unfreeze a weight, or name an embedding in include"
+    raise SettingError(f"model: expected a trainable weight to mix, got none ({told or 'no parameters'}). {remedy}.")
+
+
+class Named(Protocol):
+    """A weight and its name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+
+def refuse_unready(targets: Iterable[Named]) -> None:
+    """Refuse weights whose values are not here to be copied.
+
+    Raises:
+        SourceError: on the meta device, or split by DeepSpeed's ZeRO-3 or FSDP 1.
+    """
+    for target in targets:
+        weight = target.weight
+        if weight.is_meta:
+            fault, remedy = "one on the meta device", "Load the model without offloading, and patch it then."
+        elif hasattr(weight, "ds_id"):
+            fault, remedy = "one split by DeepSpeed's ZeRO-3", "Use ZeRO 1 or 2, or FSDP 2."
+        elif type(weight).__name__ == "FlatParameter" or hasattr(weight, "_is_flat_param"):
+            fault, remedy = "one flattened by FSDP 1", "Use fully_shard, that is FSDP 2."
+        else:
+            continue
+        raise SourceError(f"{target.name}: expected a weight in memory, got {fault}. {remedy}")

@@ -1,0 +1,31 @@
+"""w_pre under FSDP 2: split like the weight it belongs to, also if the model was patched before it was sharded."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..mixout.site import Site
+from .pretrained import is_distributed
+
+
+def is_sharded(root: nn.Module) -> bool:
+    """Tell whether fully_shard has been called on the model or in it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in root.modules())
+
+
+def shard_pretrained(sites: Iterable[Site]) -> None:
+    """Split every w_pre that was taken before its weight was, unless it is kept in the CPU's memory.
+
+    To be called between forward passes, when all weights are split.
+    """
+    for site in sites:
+        pretrained = site.pretrained
+        if pretrained is None or pretrained.values is None or pretrained.offload is not None:
+            continue
+        if is_distributed(site.weight) and not is_distributed(pretrained.values):
+            site.take(pretrained.values)

@@ -1,0 +1,144 @@
+"""The Hugging Face Hub: fetch a checkpoint's weights and companions, and nothing else, into the Hub's own cache."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils.tqdm import tqdm
+
+from surgery.checkpoint.digests import sha256_of_all
+from surgery.checkpoint.hub_errors import FETCH, HttpLibraryError, one_line
+from surgery.checkpoint.layout import RECIPE, Layout, arrange
+from surgery.errors import SourceError
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def fetch(
+    repo_id: str, *, revision: str | None, variant: str | None, token: str | None
+) -> tuple[Path, str, list[str] | None]:
+    """Download what `layout.arrange` chooses of a model repository, and check it against the Hub's sha256.
+
+    Without a network, the copy in the cache is used, if there is one.
+
+    Args:
+        revision: branch, tag or commit; default: the repository's main branch.
+        token: default: the one stored on this machine, if any. It appears in no message.
+    Returns:
+        The snapshot's folder, its commit sha, and all of the repository's files, also those that were not fetched;
+        None if the cache does not know them.
+    Raises:
+        SourceError: no such repository, revision or access, offline without a cached copy, or damaged on the way.
+    """
+    with one_line(f"{repo_id}@{revision}" if revision else repo_id, repo_id, FETCH):
+        return _download(repo_id, revision=revision, variant=variant, token=token)
+
+
+def _download(
+    repo_id: str, *, revision: str | None, variant: str | None, token: str | None
+) -> tuple[Path, str, list[str] | None]:
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, token=token, files_metadata=True)
+    except HfHubHTTPError:
+        raise
+    except (OfflineModeIsEnabled, HttpLibraryError):
+        return _cached(repo_id, revision=revision, variant=variant)
+    digests = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or ()}
+    refuse_escaping(repo_id, digests)
+    wanted = _wanted(arrange(digests, variant=variant, what=repo_id), digests)
+    # by its name rather than its sha, for the cache to know the branch or tag when there is no network
+    folder = Path(
+        snapshot_download(repo_id, revision=revision, token=token, allow_patterns=_literal(wanted), tqdm_class=_Bar)
+    )
+    if folder.name != info.sha:
+        raise SourceError(f"{repo_id}: expected one commit, got another while it was fetched. Run the command again.")
+    _refuse_damaged(repo_id, folder, {name: digests[name] for name in wanted})
+    return folder, folder.name, list(digests)
+
+
+def refuse_escaping(repo_id: str, names: Iterable[str]) -> None:
+    """Refuse a repository with names that lead out of its folder.
+
+    Raises:
+        SourceError: it has one.
+    """
+    for name in names:
+        if ".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name:
+            raise SourceError(f"{repo_id}: expected files of its own, got {name!r}. Do not trust this checkpoint.")
+
+
+def _cached(repo_id: str, *, revision: str | None, variant: str | None) -> tuple[Path, str, list[str] | None]:
+    """Find the copy in the cache; if the cache knows all of the repository's files, check that it is complete."""
+    folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[]))
+    known = _cached_digests(repo_id, folder.name)
+    present = {path.relative_to(folder).as_posix(): None for path in folder.rglob("*") if path.is_file()}
+    digests = present if known is None else known
+    wanted = _wanted(arrange(digests, variant=variant, what=repo_id), digests)
+    for name in wanted:
+        if name not in present:
+            raise SourceError(
+                f"{repo_id}: expected a complete copy in the Hub's cache while offline, got one without {name!r}. "
+                "Connect once to fetch it."
+            )
+    _refuse_damaged(repo_id, folder, {name: digests[name] for name in wanted})
+    return folder, folder.name, None if known is None else list(known)
+
+
+def _cached_digests(repo_id: str, commit: str) -> Mapping[str, str | None] | None:
+    """Return the repository's files with the sha256 of those that are large, if the cache knows them."""
+    if not hasattr(huggingface_hub, "get_cached_repo_tree"):  # new in huggingface_hub 2
+        return None
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        tree = huggingface_hub.get_cached_repo_tree(repo_id, revision=commit)
+    except CachedRepoTreeNotFoundError:  # fetched by an older version, or file by file
+        return None
+    return {file.path: file.lfs.sha256 if file.lfs else None for file in tree}
+
+
+def _refuse_damaged(repo_id: str, folder: Path, digests: Mapping[str, str | None]) -> None:
+    """Compare files with the Hub's sha256: the client checks their size at most, and keeps what it got.
+
+    Args:
+        digests: sha256 by name. Where the Hub has not told, the cache may: it names the blob of a large file by it.
+    """
+    expected = {}
+    for name, sha256 in digests.items():
+        blob = (folder / name).resolve()
+        if sha256 or _SHA256.fullmatch(blob.name):
+            expected[blob] = (name, sha256 or blob.name)
+    for blob, found in sha256_of_all(expected, "checking", at_rest=True).items():
+        name, sha256 = expected[blob]
+        if found != sha256:
+            raise SourceError(
+                f"{repo_id}: {name}: expected sha256 {sha256[:12]}..., as on the Hub, got {found[:12]}.... "
+                f"It was damaged on its way or in the cache: remove {blob} and run the command again."
+            )
+
+
+class _Bar(tqdm):
+    """The Hub's progress bar, on a terminal only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **({"disable": None} | kwargs))  # type: ignore[no-untyped-call]
+
+
+def _wanted(layout: Layout, names: Collection[str]) -> list[str]:
+    recipes = [RECIPE] if RECIPE in names else []
+    indexes = [weight_set.index for weight_set in layout.weights if weight_set.index]
+    return [
+        *recipes,
+        *layout.companions,
+        *indexes,
+        *(name for weight_set in layout.weights for name in weight_set.files),
+    ]
+
+
+def _literal(names: Sequence[str]) -> list[str]:
+    """Escape names for fnmatch, which snapshot_download's patterns go through."""
+    return [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]

@@ -1,0 +1,239 @@
+"""What a checkpoint is: a Hub id, a folder or a file, resolved to weight files that can be read and companions."""
+
+import json
+import os
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
+from surgery.errors import SettingError, SourceError
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine.
+
+    Args:
+        id: the Hub id, or the absolute path of the folder or file.
+        commit: the Hub commit's sha, or None for a local checkpoint.
+        root: the folder that file names are relative to.
+        layout: its files; every weight set names all of its shards.
+    """
+
+    id: str
+    commit: str | None
+    root: Path
+    layout: Layout
+
+    @property
+    def short_name(self) -> str:
+        name = self.id.rstrip("/").rpartition("/")[2]
+        return name.removesuffix(Path(name).suffix) if Path(name).suffix in _SUFFIXES else name
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+
+def resolve(
+    source: str | Path, *, revision: str | None = None, variant: str | None = None, token: str | None = None
+) -> Checkpoint:
+    """Find a checkpoint, fetching it from the Hub if it is an id, and check that it is complete and safe to read.
+
+    Args:
+        source: a folder, a .safetensors or PyTorch file, or a Hub id, which may end in `@revision`.
+        revision: branch, tag or commit; Hub only.
+        variant: as in from_pretrained.
+        token: Hub token; default: the one `hf auth login` stored, or HF_TOKEN.
+    Raises:
+        SettingError: a revision for a local checkpoint, or two of them.
+        SourceError: not found, unsafe or incomplete.
+    """
+    found = locate(source, revision)
+    if isinstance(found, Path):
+        if found.is_file():
+            return _from_file(found.absolute())
+        return _from_folder(found.resolve(), str(found.resolve()), None, variant, None)
+    from surgery.checkpoint.hub import fetch
+
+    root, commit, names = fetch(found[0], revision=found[1], variant=variant, token=token)
+    return _from_folder(root, found[0], commit, variant, names)
+
+
+def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | None]:
+    """Return the file or folder that `source` is, or a Hub id and the revision asked for. Raises as `resolve`."""
+    if not str(source):
+        raise SourceError("MODEL: expected a folder, a file or a Hub id, got an empty name. Name one.")
+    path = Path(os.path.expanduser(source))  # noqa: PTH111  (Path's own fails for an unknown ~user)
+    if revision and path.exists():
+        raise SettingError(f"--revision: expected a Hub id with it, got the local {source}. Leave one of them out.")
+    if path.is_file() or path.is_dir():
+        return path
+    name, _, at = str(source).partition("@")
+    if at and revision:
+        raise SettingError(f"--revision: expected it once, got {revision} and {source}. Leave one of them out.")
+    if not REPO_ID.fullmatch(name) or name.endswith(_SUFFIXES) or isinstance(source, Path):
+        raise SourceError(f"{source}: expected a folder, a file or a Hub id, got a path that does not exist. Check it.")
+    return name, revision or at or None
+
+
+def _from_file(path: Path) -> Checkpoint:
+    if path.suffix not in _SUFFIXES:
+        what = "GGUF" if path.suffix == ".gguf" else f"{path.suffix or 'no'} suffix"
+        raise SourceError(f"{path}: expected {', '.join(_SUFFIXES)}, got {what}. Convert it to safetensors first.")
+    stem = path.name.removesuffix(path.suffix)
+    weights = WeightSet("", stem, None, path.suffix, (path.name,))
+    return Checkpoint(str(path), None, path.parent, Layout((weights,), (), ()))
+
+
+def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, names: list[str] | None) -> Checkpoint:
+    """Take what `arrange` chooses of the folder's files, or of `names`, some of which may not have been fetched."""
+    refuse_unfinished(root)
+    if names is None:
+        # a linked folder is not entered: it is listed as a file, and refused as one
+        found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
+        names = [path.relative_to(root).as_posix() for path in found]
+    layout = _complete(root, arrange(names, variant=variant, what=id), names=None)
+    for name in [*(name for weight_set in layout.weights for name in weight_set.files), *layout.companions]:
+        _refuse_unsafe(root, name)
+    return Checkpoint(id, commit, root, layout)
+
+
+def from_listing(root: Path, id: str, commit: str, variant: str | None, names: Collection[str]) -> Checkpoint:
+    """Return the checkpoint of a Hub repository's files, of which only the indexes need lie in `root`.
+
+    Raises:
+        SourceError: incomplete.
+    """
+    return Checkpoint(id, commit, root, _complete(root, arrange(names, variant=variant, what=id), names=names))
+
+
+def _complete(root: Path, layout: Layout, *, names: Collection[str] | None) -> Layout:
+    """Complete the weights with the shards that indexes name, which must be among `names`, or else in `root`."""
+    weights = [_with_shards(root, weight_set, names) for weight_set in layout.weights]
+    in_indexes = {name for weight_set in weights if weight_set.index for name in weight_set.files}
+    # an index may name its shards as it likes, and `arrange` takes those for checkpoints of their own
+    weights = [s for s in weights if s.index or not in_indexes.issuperset(s.files)]
+    kept = {name for weight_set in weights for name in weight_set.files}
+    stale = [name for weight_set in layout.weights for name in weight_set.files if name not in kept]
+    left_out = layout.left_out + tuple((name, "a shard that no index names") for name in stale)
+    return Layout(tuple(weights), layout.companions, left_out)
+
+
+def refuse_unfinished(root: Path) -> None:
+    """Refuse a folder that a run of ours has left unfinished.
+
+    Raises:
+        SourceError: it has.
+    """
+    if (root / JOURNAL).exists():
+        raise SourceError(
+            f"{root}: expected a finished checkpoint, got one that `surgery perturb` did not finish. "
+            f"{JOURNAL} there has the command that finishes it."
+        )
+
+
+def _refuse_unsafe(root: Path, name: str) -> None:
+    """Refuse a link that leaves the checkpoint, and what is no file; the Hub cache's links to its blobs are fine."""
+    path = root / name
+    real = Path(os.path.realpath(path))  # Path.resolve fails for a link to itself
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(folder.resolve()) for folder in allowed):
+        raise SourceError(f"{path}: expected a file of the checkpoint, got a link out of it. Replace it by a copy.")
+    if not real.is_file():
+        found = (
+            "a link to nothing" if not real.exists() else "a linked folder" if real.is_dir() else "another kind of file"
+        )
+        raise SourceError(f"{path}: expected a file, got {found}. Remove it, or replace it by a copy.")
+
+
+def _with_shards(root: Path, weight_set: WeightSet, names: Collection[str] | None) -> WeightSet:
+    """Complete a set with the shards its index names, and check that all of them are there."""
+    files: Sequence[str]
+    if weight_set.index:
+        files = _shards_of(root, weight_set, names)
+    else:
+        files = weight_set.files
+        counts = {match[1] for name in files if (match := re.search(r"-of-(\d{5})\.", name))}
+        if counts and counts != {f"{len(files):05}"}:
+            raise SourceError(
+                f"{root / files[0]}: expected {int(max(counts))} shards, got {len(files)}. Fetch the missing ones."
+            )
+    return WeightSet(
+        weight_set.folder, weight_set.stem, weight_set.variant, weight_set.suffix, tuple(files), weight_set.index
+    )
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Read the weight_map of an index: tensor name to shard, both as written."""
+    try:
+        weight_map: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SourceError(
+            f"{path}: expected a JSON index with a weight_map, got another thing. Fetch it again."
+        ) from error
+    return weight_map
+
+
+def _shards_of(root: Path, weight_set: WeightSet, names: Collection[str] | None) -> list[str]:
+    index = root / str(weight_set.index)
+    shards = []
+    for shard in sorted(set(read_weight_map(index).values())):
+        parts = PurePosixPath(shard).parts
+        if (
+            PurePosixPath(shard).is_absolute()
+            or ".." in parts
+            or any(character in shard for character in "\\\0")
+            or not shard.endswith(weight_set.suffix)
+        ):
+            raise SourceError(
+                f"{index}: expected shards of its own folder, got {shard!r}. Do not trust this checkpoint."
+            )
+        name = (PurePosixPath(weight_set.folder) / shard).as_posix()
+        if not (root / name).is_file() if names is None else name not in names:
+            raise SourceError(f"{index}: expected shard {shard}, got no such file. Fetch the missing shard.")
+        shards.append(name)
+    return shards
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose config says that its weights are quantized.
+
+    Raises:
+        SourceError: it does, or it is no JSON.
+    """
+    for config, method in quantized(checkpoint).items():
+        raise SourceError(
+            f"{checkpoint.path(config)}: expected unquantized weights, got quantization_config ({method}). "
+            "Perturb the original checkpoint and quantize the result."
+        )
+
+
+def quantized(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the method of quantization by config file, of each folder with weights whose config names one."""
+    methods = {}
+    for folder in sorted({weight_set.folder for weight_set in checkpoint.layout.weights}):
+        name = (PurePosixPath(folder) / "config.json").as_posix()
+        if checkpoint.path(name).is_file() and (method := _quantization_of(checkpoint.path(name))):
+            methods[name] = method
+    return methods
+
+
+def _quantization_of(config: Path) -> str | None:
+    try:
+        loaded = json.loads(config.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{config}: expected JSON, got another or a damaged file. Repair it.") from error
+    nested = [loaded, *loaded.values()] if isinstance(loaded, dict) else []
+    for part in nested:
+        if isinstance(part, dict) and (settings := part.get("quantization_config")):
+            return str(settings.get("quant_method", "quantized")) if isinstance(settings, dict) else "quantized"
+    return None

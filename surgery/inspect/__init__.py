@@ -1,0 +1,1 @@
+"""Look at checkpoints: what one holds, and how two differ."""

@@ -1,0 +1,86 @@
+"""How two checkpoints differ, as data: a difference for each tensor, and whether they are what a recipe says."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery.checkpoint.resolve import Checkpoint
+from surgery.checkpoint.tensorfile import Tensor
+from surgery.recipe import Recipe
+
+if TYPE_CHECKING:
+    from surgery.inspect.tensor_diff import Pair
+
+EQUAL, CHANGED, RESHAPED, ONLY_IN_A, ONLY_IN_B = "equal", "changed", "shape", "only in A", "only in B"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor of A, of B, or of both, perhaps under names that are tied.
+
+    Args:
+        component: folder within the checkpoint, and file where a folder holds several models.
+        a, b: the tensor on either side, or None.
+        pair: how they differ; None where they cannot be compared element by element.
+    """
+
+    component: str
+    a: Tensor | None
+    b: Tensor | None
+    pair: "Pair | None" = None
+
+    @property
+    def name(self) -> str:
+        """A's name for it, or else B's."""
+        name = (self.a or self.b or _NOTHING).name
+        return f"{self.component}/{name}" if self.component else name
+
+    @property
+    def kind(self) -> str:
+        """Which of EQUAL, CHANGED, RESHAPED, ONLY_IN_A and ONLY_IN_B it is. Another dtype is a change."""
+        if self.a is None or self.b is None:
+            return ONLY_IN_B if self.a is None else ONLY_IN_A
+        if self.a.shape != self.b.shape:
+            return RESHAPED
+        is_same = self.a.dtype == self.b.dtype and self.pair is not None and not self.pair.changed
+        return EQUAL if is_same else CHANGED
+
+
+_NOTHING = Tensor("", "", (), 0, 0)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Whether B is perturb(A), as far as the figures tell; `surgery verify` tells it to the bit.
+
+    Args:
+        recipe: B's, made from A.
+        disagreeing: what is not as it says, by tensor.
+    """
+
+    recipe: Recipe
+    disagreeing: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How checkpoint B differs from checkpoint A.
+
+    Args:
+        tensors: the worst first: NaN and Inf, then the largest rms d over std(A); equal ones last.
+        agreement: of the figures with B's recipe, if that was made from A.
+    """
+
+    a: Checkpoint
+    b: Checkpoint
+    tensors: tuple[Difference, ...]
+    agreement: Agreement | None
+
+    def count(self, kind: str) -> int:
+        """Return how many tensors are of a kind."""
+        return Counter(tensor.kind for tensor in self.tensors)[kind]
+
+    @property
+    def pairs(self) -> "list[Pair]":
+        return [tensor.pair for tensor in self.tensors if tensor.pair]

@@ -1,0 +1,195 @@
+"""What a checkpoint holds, and what perturb would do with each tensor: from headers alone, or from the bytes too."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.checkpoint.layout import RECIPE
+from surgery.checkpoint.resolve import Checkpoint, locate, quantized, resolve
+from surgery.checkpoint.tensorfile import Header, Tensor
+from surgery.errors import SourceError
+from surgery.noisytune import NO_SPREAD, NoisyTune
+from surgery.perturb.plan import ShardPlan, is_packed, open_source
+from surgery.progress import bar
+from surgery.recipe import Recipe
+
+if TYPE_CHECKING:
+    from surgery.inspect.stats import Stats
+    from surgery.perturb.shard import Source
+
+PACKED = "quantized: perturb refuses it"
+NOT_FINITE = "NaN or Inf: perturb refuses it"
+REFUSED = (PACKED, NOT_FINITE)
+"""Why a tensor keeps perturb from doing anything at all."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    Args:
+        file: that holds it, relative to the checkpoint.
+        why: why perturb leaves it as it is, by default; None if it gets noise.
+        stats: None if not asked for, or if its elements are not read as numbers.
+    """
+
+    file: str
+    tensor: Tensor
+    why: str | None
+    stats: "Stats | None" = None
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint holds.
+
+    Args:
+        tensors: in the order of files and of their bytes.
+        tied: by folder, names that repeat another tensor, and that one's name. Of safetensors only the bytes tell, so
+            that they are looked for with the statistics only.
+        quantized: why perturb refuses the checkpoint, or None.
+        is_measured: whether statistics were asked for.
+        recipe: what made it, if `surgery perturb` did.
+    """
+
+    checkpoint: Checkpoint
+    tensors: tuple[TensorInfo, ...]
+    tied: Mapping[str, Mapping[str, str]]
+    quantized: str | None
+    recipe: Recipe | None
+    is_measured: bool = False
+
+
+def inspect_checkpoint(
+    source: str | Path,
+    *,
+    stats: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | None = None,
+    workers: int | None = None,
+) -> Inspection:
+    """Tell what a checkpoint holds, from its headers; those of a model on the Hub are read without its weights.
+
+    Args:
+        source: Hub id, folder, or .safetensors or PyTorch file.
+        stats: read all weights too, which fetches those on the Hub: mean, std, extremes, NaN and Inf of each tensor.
+        revision: branch, tag or commit; Hub only.
+        variant: as in from_pretrained, such as "fp16".
+        token: Hub token; default: the one stored on this machine.
+        workers: threads; default: one per core, at most 16.
+    Raises:
+        SettingError, SourceError: the checkpoint is missing, malformed or unsafe.
+    """
+    found = locate(source, revision)
+    if not stats and not isinstance(found, Path):
+        from surgery.checkpoint.hub_headers import read_remote
+
+        if remote := read_remote(found[0], revision=found[1], variant=variant, token=token):
+            checkpoint, headers = remote
+            return _describe(checkpoint, [_shard(name, header, {}) for name, header in headers.items()])
+    checkpoint = resolve(source, revision=revision, variant=variant, token=token)
+    with open_all(checkpoint) as sources:
+        shards = [_shard(name, source.header, source.tied) for name, source in sources.items()]
+        described = _describe(checkpoint, shards)
+        return _measure(described, sources, shards, workers) if stats else described
+
+
+@contextmanager
+def open_all(checkpoint: Checkpoint) -> Iterator[dict[str, "Source"]]:
+    """Open every weight file of a checkpoint to read, by name; close them at the end."""
+    with ExitStack() as stack:
+        sources = {}
+        for name in (name for weight_set in checkpoint.layout.weights for name in weight_set.files):
+            sources[name] = open_source(checkpoint, name)
+            stack.callback(sources[name].close)
+        yield sources
+
+
+def components(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the component of each weight file: its folder, and its stem where a folder holds several models."""
+    sets = checkpoint.layout.weights
+    folders = Counter(weight_set.folder for weight_set in sets)
+    return {
+        file: s.folder if folders[s.folder] == 1 else f"{s.folder}/{s.stem}".lstrip("/")
+        for s in sets
+        for file in s.files
+    }
+
+
+def _shard(name: str, header: Header, tied: dict[str, str]) -> ShardPlan:
+    settings = NoisyTune()
+    copied = {}
+    for tensor in header.tensors:
+        why = PACKED if is_packed(tensor) else settings.reason_to_copy(tensor.name, tensor.dtype, tensor.shape)
+        if why:
+            copied[tensor.name] = why
+    return ShardPlan(name, name, header, copied, tied)
+
+
+def _describe(checkpoint: Checkpoint, shards: list[ShardPlan]) -> Inspection:
+    tensors = tuple(
+        TensorInfo(shard.name, tensor, shard.copied.get(tensor.name))
+        for shard in shards
+        for tensor in shard.header.tensors
+    )
+    methods = quantized(checkpoint)
+    why = next((f"quantization_config ({method}) in {config}" for config, method in methods.items()), None)
+    if packed := next((info for info in tensors if info.why == PACKED), None):
+        why = why or f"{packed.tensor.dtype} ({packed.name})"
+    return Inspection(checkpoint, tensors, _by_folder(shards), why, read_recipe(checkpoint))
+
+
+def read_recipe(checkpoint: Checkpoint) -> Recipe | None:
+    """Return the recipe that a checkpoint carries, if it can be read: what cannot is none of this version."""
+    if Path(checkpoint.id).is_file() or not checkpoint.path(RECIPE).is_file():
+        return None
+    try:
+        return Recipe.read(checkpoint.path(RECIPE))
+    except SourceError:
+        return None
+
+
+def _by_folder(shards: list[ShardPlan]) -> dict[str, dict[str, str]]:
+    tied: dict[str, dict[str, str]] = {}
+    for shard in shards:
+        if shard.tied:
+            tied.setdefault(shard.name.rpartition("/")[0], {}).update(shard.tied)
+    return tied
+
+
+def _measure(
+    described: Inspection, sources: dict[str, "Source"], shards: list[ShardPlan], workers: int | None
+) -> Inspection:
+    """Add what only the bytes tell: statistics, and tensors that repeat another one."""
+    from surgery.dtypes import is_measurable
+    from surgery.inspect.scan import scan
+    from surgery.inspect.stats import stats_job
+    from surgery.perturb.ties import find_ties
+    from surgery.threads import computing_workers
+
+    infos = [info for info in described.tensors if is_measurable(info.tensor.dtype)]
+    jobs = [stats_job(sources[info.file], info.tensor) for info in infos]
+    with bar(sum(info.tensor.nbytes for info in infos), "reading") as on_bytes:
+        scan(jobs, workers=workers or computing_workers(), on_bytes=on_bytes)
+    results = {id(info): job.result for info, job in zip(infos, jobs, strict=True)}
+    ties = find_ties(shards, partial(open_source, described.checkpoint))
+    tied = _by_folder([replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in shards])
+    tensors = tuple(_with_stats(info, results.get(id(info))) for info in described.tensors)
+    return replace(described, tensors=tensors, tied=tied, is_measured=True)
+
+
+def _with_stats(info: TensorInfo, stats: "Stats | None") -> TensorInfo:
+    """Add statistics to a tensor, and what they say of the noise it would get."""
+    why = info.why
+    if why is None and stats:
+        why = NOT_FINITE if stats.nan or stats.inf else None if stats.moments.std else NO_SPREAD
+    return replace(info, stats=stats, why=why)

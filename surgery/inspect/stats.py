@@ -1,0 +1,88 @@
+"""What the elements of a tensor are: mean, standard deviation, extremes, NaN and Inf; streamed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from surgery.checkpoint.tensorfile import BITS, Tensor
+from surgery.dtypes import storage, to_numbers
+from surgery.inspect.scan import Job
+from surgery.kernels.sums import Sums, summarize
+from surgery.noisytune import FLOATS, Moments, merge_blocks, pool
+
+if TYPE_CHECKING:
+    from surgery.perturb.shard import Source
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What is known of a tensor's elements, or of several tensors' together.
+
+    Args:
+        moments: count, mean and spread of the finite elements; std is the contract's, to the bit. Not finite where they
+            overflow float64.
+        min, max: of the finite elements; inf and -inf if there are none.
+        nan, inf: how many elements are NaN, and how many are Inf or -Inf.
+    """
+
+    moments: Moments
+    min: float
+    max: float
+    nan: int
+    inf: int
+
+
+def stats_job(source: "Source", tensor: Tensor) -> Job[Sums, Stats]:
+    """Return the work that measures a tensor of a dtype that holds numbers."""
+    shift = first_number(source, tensor)
+    return Job(
+        [(source, tensor)],
+        measure=lambda data: sums_of(data[0], tensor.dtype, shift),
+        merge=lambda parts: merge_sums(parts, tensor.size, shift),
+    )
+
+
+def first_number(source: "Source", tensor: Tensor) -> float:
+    """Return a tensor's first element, from which the contract counts; 0 if it is not finite or there is none."""
+    data = bytearray(BITS[tensor.dtype] // 8 if tensor.size else 0)
+    source.read_into(tensor, 0, memoryview(data))
+    values, _ = to_numbers(storage(memoryview(data), tensor.dtype), tensor.dtype)
+    return next((value for value in values.tolist() if math.isfinite(value)), 0.0)
+
+
+def sums_of(data: memoryview, dtype: str, shift: float) -> Sums:
+    """Sum up a run of a tensor's elements that starts on a block boundary."""
+    w = storage(data, dtype)
+    return summarize(w, dtype, shift) if dtype in FLOATS else summarize(*to_numbers(w, dtype), shift)
+
+
+def merge_sums(parts: Sequence[Sums], size: int, shift: float) -> Stats:
+    """Merge the sums of a tensor's runs, in their order.
+
+    Args:
+        size: number of elements in the tensor.
+        shift: that the sums were taken with.
+    """
+    nan, inf = sum(part.nan for part in parts), sum(part.inf for part in parts)
+    blocks = np.concatenate([np.empty((0, 2)), *(part.blocks for part in parts)])
+    n = size - nan - inf
+    if not np.isfinite(blocks).all():
+        moments = Moments(n, math.nan, math.nan)
+    else:
+        moments = merge_blocks(blocks, n, shift, what="") if n else Moments(0, 0.0, 0.0)
+    low = min((part.low for part in parts), default=math.inf)
+    return Stats(moments, low, max((part.high for part in parts), default=-math.inf), nan, inf)
+
+
+def pool_stats(parts: Sequence[Stats]) -> Stats:
+    """Merge what is known of several tensors into what is known of all their elements together."""
+    return Stats(
+        pool([part.moments for part in parts if part.moments.n]),
+        min((part.min for part in parts), default=math.inf),
+        max((part.max for part in parts), default=-math.inf),
+        sum(part.nan for part in parts),
+        sum(part.inf for part in parts),
+    )

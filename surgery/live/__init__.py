@@ -1,0 +1,1 @@
+"""Perturb a model or a state_dict in memory."""

@@ -1,0 +1,225 @@
+"""The names that a live model's parameters have in its checkpoint, which are the ones that noise is drawn for.
+
+The checkpoint is the one that the model was loaded from. A model of one's own may hold several pretrained parts, each
+with a checkpoint; what is in none of them is new.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from surgery.checkpoint.pickles import DTYPES, PickleFile
+from surgery.checkpoint.resolve import Checkpoint, resolve
+from surgery.checkpoint.tensorfile import read_header
+from surgery.errors import SourceError
+from surgery.live.renames import CheckpointNames, Counterparts, send
+from surgery.noisytune import BUFFER
+
+NEW = "new: not in the checkpoint"
+
+_WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
+_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+
+
+@dataclass(frozen=True)
+class Names:
+    """A model's tensors and their canonical names.
+
+    Args:
+        source: the checkpoint's id, or the model's class where there is none.
+        tensors: parameters and persistent buffers by live name; a tied tensor under each of its names.
+        canonical: the name to draw noise for, by live name.
+        copied: why a tensor is left as it is, by live name.
+        notes: what could not be mapped, in sentences.
+        converted: live names of what has no counterpart of its shape; the checkpoint's shape where only that differs.
+    """
+
+    source: str
+    commit: str | None
+    tensors: dict[str, torch.Tensor]
+    canonical: dict[str, str]
+    copied: dict[str, str]
+    notes: tuple[str, ...] = ()
+    converted: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+
+
+def find_names(model: torch.nn.Module, source: str | Path | Checkpoint | None) -> Names:
+    """Find the canonical names of a model's parameters and persistent buffers. Reads headers only.
+
+    Args:
+        source: the checkpoint; default: what each pretrained part of the model was loaded from, if it is on this
+            machine. Only a `source` that is given may be fetched from the Hub.
+    Raises:
+        SourceError: `source` cannot be used, or names nothing in the model.
+    """
+    model = unwrap(model)
+    tensors, buffers = _tensors(model)
+    what = type(model).__name__
+    parts = list(pretrained_parts(model))
+    names = Names(what, None, tensors, {name: name for name in tensors}, dict.fromkeys(buffers, BUFFER))
+    notes: list[str] = []
+    read: list[CheckpointNames] = []
+    mapped: set[str] = set()
+    for path, part in _choose_parts(model, parts, source):
+        checkpoint = _read_names(_resolve(source)) if source else _local_names(part)
+        members = {name: _inner(name, path) for name in tensors if not path or name.startswith(f"{path}.")}
+        found = (
+            send(part, {inner: tensors[name] for name, inner in members.items()}, checkpoint) if checkpoint else None
+        )
+        mapped |= members.keys()
+        if checkpoint is None or not found:
+            notes.append(_no_checkpoint(part, checkpoint, is_given=source is not None))
+            continue
+        read.append(checkpoint)
+        notes += _apply(found, members, names, checkpoint)
+    if not read:
+        notes = notes or [_no_checkpoint(model, None, is_given=False)]
+        return replace(names, notes=tuple(notes))
+    names.copied.update({name: NEW for name in tensors if name not in mapped and name not in buffers})
+    ids = ", ".join(dict.fromkeys(checkpoint.id for checkpoint in read))
+    commit = read[0].commit if len(read) == 1 else None
+    return replace(names, source=ids, commit=commit, notes=tuple(notes))
+
+
+# -- the live side ------------------------------------------------------------------------------------------------
+
+
+def unwrap(model: Any) -> Any:
+    """Take off torch.compile, DataParallel and DistributedDataParallel."""
+    while hasattr(model, "_orig_mod") or isinstance(model, DataParallel | DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def _tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Return what state_dict would hold, by name, and which of these are buffers."""
+    transient = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in transient}
+    return tensors | buffers, set(buffers)
+
+
+def pretrained_parts(model: torch.nn.Module) -> Iterable[tuple[str, Any]]:
+    """Yield the outermost modules that transformers or diffusers loads, with their paths."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if kinds & {"PreTrainedModel", "ModelMixin"}:
+        yield "", model
+        return
+    for name, child in model.named_children():
+        for path, part in pretrained_parts(child):
+            yield f"{name}.{path}".rstrip("."), part
+
+
+def _choose_parts(
+    model: torch.nn.Module, parts: list[tuple[str, Any]], source: str | Path | Checkpoint | None
+) -> list[tuple[str, Any]]:
+    if source is None:
+        return parts
+    if len(parts) > 1:
+        names = ", ".join(path for path, _ in parts[:3])
+        raise SourceError(
+            f"source: expected a model with one pretrained part, got {len(parts)} ({names}). Take them one at a time."
+        )
+    return parts or [("", model)]
+
+
+def _inner(name: str, path: str) -> str:
+    """Strip what wrappers add to a name: the path to the pretrained part, and the parts of torch.compile and PEFT."""
+    inner = name.removeprefix(f"{path}.") if path else name
+    return _PEFT.sub("", _WRAPPED.sub("", inner))
+
+
+def _apply(found: Counterparts, members: Mapping[str, str], names: Names, checkpoint: CheckpointNames) -> list[str]:
+    """Enter what was found for one part of the model, and return notes on the rest."""
+    converted, cast = [], []
+    for name, inner in members.items():
+        if inner in found.canonical:
+            names.canonical[name] = written = found.canonical[inner]
+            if name not in names.copied and DTYPES.get(names.tensors[name].dtype) != checkpoint.dtypes[written]:
+                cast.append(name)
+        elif name in names.copied:
+            continue
+        elif inner in found.converted:
+            converted.append(name)
+            names.converted[name] = found.converted[inner]
+        else:
+            names.copied[name] = NEW
+    faults = {
+        f"have no counterpart of their shape in {checkpoint.id}: perturbed under their live names": converted,
+        f"have another dtype than in {checkpoint.id}: the same noise, rounded otherwise": cast,
+    }
+    return [f"{len(faulty)} tensors ({_few(faulty)}) {fault}" for fault, faulty in faults.items() if faulty]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _no_checkpoint(part: Any, checkpoint: CheckpointNames | None, *, is_given: bool) -> str:
+    if checkpoint is None:
+        return f"no checkpoint found for {type(part).__name__}: live names were used"
+    fault = f"expected names of {type(part).__name__}, got none in {checkpoint.id}"
+    if is_given:
+        raise SourceError(f"source: {fault}. Name the checkpoint that the model was loaded from.")
+    return f"{fault}: live names were used"
+
+
+# -- the checkpoint side ------------------------------------------------------------------------------------------
+
+
+def _resolve(source: str | Path | Checkpoint) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else resolve(source)
+
+
+def _read_names(checkpoint: Checkpoint) -> CheckpointNames:
+    """Read the headers of a checkpoint's own weights, not those of the components in its folders."""
+    sets = checkpoint.layout.weights
+    chosen = [weights for weights in sets if weights.folder == ""] or list(sets)
+    if len({weights.folder for weights in chosen}) > 1:
+        folders = ", ".join(sorted({weights.folder for weights in chosen})[:3])
+        raise SourceError(f"{checkpoint.id}: expected one model, got several ({folders}). Point at the folder of one.")
+    written: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    for name in (name for weights in chosen for name in weights.files):
+        header, tied = _read_file(checkpoint.path(name))
+        shapes |= {tensor.name: tensor.shape for tensor in header.tensors}
+        dtypes |= {tensor.name: tensor.dtype for tensor in header.tensors}
+        written |= {tensor.name: tensor.name for tensor in header.tensors} | tied
+    return CheckpointNames(checkpoint.id, checkpoint.commit, written, shapes, dtypes)
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return read_header(path, label=str(path)), {}
+    file = PickleFile(path, label=str(path))
+    file.close()
+    return file.header, file.tied
+
+
+def _local_names(part: Any) -> CheckpointNames | None:
+    """Read the names of what a model was loaded from, if that is in a folder or in the Hub's cache."""
+    config = getattr(part, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name:
+        return None
+    try:
+        if Path(name).exists():
+            return _read_names(resolve(Path(name)))
+        from huggingface_hub import snapshot_download
+
+        commit = getattr(config, "_commit_hash", None)
+        folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
+        found = _read_names(resolve(folder))
+        return replace(found, id=name, commit=folder.name)
+    except (SourceError, OSError, ValueError):  # the Hub's "not in the cache" and "not a repository's name" among them
+        return None

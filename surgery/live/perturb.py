@@ -1,0 +1,277 @@
+"""NoisyTune in memory: on a state_dict, or on a live model, with the bits that `surgery perturb` writes to files."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.checkpoint.pickles import DTYPES, ties
+from surgery.errors import SettingError, SourceError
+from surgery.kernels import tensors as kernels
+from surgery.live.names import find_names
+from surgery.noise import key
+from surgery.noisytune import (
+    BUFFER,
+    FLOATS,
+    NO_SPREAD,
+    Effect,
+    Moments,
+    NoisyTune,
+    as_globs,
+    merge_blocks,
+    merge_effect,
+    pool,
+)
+from surgery.recipe import FileRecord, Recipe, TensorRecord, warn_of_vanished
+
+_log = logging.getLogger(__name__)
+_LARGEST_U = 2.5  # the normal distribution's: its quantile at 2^-53 is 8.3, times 1/sqrt(12)
+
+
+@dataclass
+class _Target:
+    """One tensor, under its canonical name, and why it is left as it is, or None if it is perturbed."""
+
+    name: str
+    tensor: torch.Tensor
+    dtype: str
+    copied: str | None
+    moments: Moments | None = None
+    effect: Effect | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def record(self) -> TensorRecord:
+        std = self.moments.std if self.moments else None
+        return TensorRecord(self.name, self.dtype, self.shape, std, self.copied, self.effect)
+
+
+def perturb_state_dict(
+    state_dict: Mapping[str, Any],
+    *,
+    lam: float = 0.15,
+    seed: int = 0,
+    noise: str = "uniform",
+    scale: str = "matrix",
+    rounding: str = "nearest",
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+) -> Recipe:
+    """Add NoisyTune's noise to a state_dict's tensors, in place.
+
+    w' = w + U(-lam/2, lam/2) * std(w): Wu et al., ACL 2022, arXiv 2202.12024, eq. 1. Everything is measured before the
+    first write, so an error leaves all tensors as they were. Tensors that share their storage are perturbed once, under
+    the first of their names. What is not a tensor is passed over.
+
+    Args:
+        state_dict: its names are those that the noise is drawn for: equal names, seed and values give equal bits.
+        lam, seed, noise, scale, rounding, include, exclude: see NoisyTune.
+    Returns:
+        What was done to every tensor.
+    Raises:
+        SettingError: a setting is out of range, or would do nothing.
+        SourceError: a tensor is quantized, distributed, on the meta device, or holds NaN or Inf.
+    """
+    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
+    found = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    targets, tied = _targets(found, {name: name for name in found}, {}, settings)
+    return _perturb(targets, tied, settings, source="state_dict")
+
+
+def perturb_model(
+    model: torch.nn.Module,
+    *,
+    lam: float = 0.15,
+    seed: int = 0,
+    noise: str = "uniform",
+    scale: str = "matrix",
+    rounding: str = "nearest",
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    source: str | Path | None = None,
+) -> Recipe:
+    """Add NoisyTune's noise to a model's parameters, in place: the bits of `surgery perturb` on its checkpoint.
+
+    Parameters stay the same objects, so an optimizer made before still works; gradients, flags, ties and buffers are
+    untouched. Everything is measured before the first write, so an error leaves the model as it was. A parameter that
+    is not in the checkpoint, such as a new head, is not perturbed.
+
+    Args:
+        model: may be wrapped by torch.compile, DDP, PEFT or a module of your own.
+        lam, seed, noise, scale, rounding, include, exclude: see NoisyTune. Globs match the checkpoint's names.
+        source: the checkpoint whose names the noise is drawn for: folder, file or Hub id. Default: the one that the
+            model was loaded from, if it is on this machine; else the model's own names are used, and `notes` says so.
+    Returns:
+        What was done to every parameter and buffer, with `notes` on names that could not be mapped.
+    Raises:
+        SettingError: a setting is out of range, or would do nothing.
+        SourceError: the model is quantized, sharded, on the meta device, or holds NaN or Inf; or `source` is unusable.
+    """
+    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
+    _refuse_quantized(model)
+    refuse_flattened(model)
+    names = find_names(model, source)
+    for note in names.notes:  # the recipe has them too, but it is easily thrown away
+        _log.warning(note)
+    targets, tied = _targets(names.tensors, names.canonical, names.copied, settings)
+    return _perturb(targets, tied, settings, source=names.source, commit=names.commit, notes=names.notes)
+
+
+def _refuse_quantized(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if getattr(module, "is_quantized", None) is True or getattr(config, "quantization_config", None):
+            raise SourceError(
+                f"{name or type(model).__name__}: expected unquantized weights, got a quantized model. "
+                "Perturb the original checkpoint and quantize the result."
+            )
+
+
+def refuse_flattened(model: torch.nn.Module) -> None:
+    """Raise SourceError for a model, or a part of one, whose weights FSDP 1 has flattened: they look like any other."""
+    for name, module in model.named_modules():
+        is_flat = any(hasattr(parameter, "_is_flat_param") for parameter in module._parameters.values())
+        if is_flat or type(module).__name__ == "FullyShardedDataParallel":
+            raise SourceError(
+                f"{name or type(model).__name__}: expected whole weights, got FSDP 1, which flattens them. "
+                "Perturb the model before FSDP, or use fully_shard after it."
+            )
+
+
+def _targets(
+    found: Mapping[str, torch.Tensor], canonical: Mapping[str, str], copied: Mapping[str, str], settings: NoisyTune
+) -> tuple[list[_Target], dict[str, str]]:
+    """Settle what happens to every tensor, as far as that is known without reading it.
+
+    Args:
+        found: by live name, in the model's order.
+        canonical: the name to draw noise for, by live name.
+        copied: why a tensor is left as it is, by live name.
+    Returns:
+        One target for each group of tied tensors, and the canonical names of the others with that of their target.
+    """
+    parameters = {name: tensor for name, tensor in found.items() if copied.get(name) != BUFFER}
+    dtypes = {name: _dtype(name, tensor) for name, tensor in parameters.items()}
+    dtypes |= {name: DTYPES.get(found[name].dtype, str(found[name].dtype)) for name in found.keys() - parameters.keys()}
+    groups: dict[str, list[str]] = {name: [name] for name in found}
+    for name, first in ties({name: t for name, t in parameters.items() if dtypes[name] in FLOATS}, "model").items():
+        groups[first] += groups.pop(name)
+    targets: list[_Target] = []
+    tied: dict[str, str] = {}
+    for members in groups.values():
+        name = next((member for member in members if member not in copied), members[0])
+        tensor, dtype = found[name], dtypes[name]
+        reason = copied.get(name) or settings.reason_to_copy(canonical[name], dtype, tensor.shape)
+        targets.append(_Target(canonical[name], tensor, dtype, reason))
+        tied |= {canonical[other]: canonical[name] for other in members if canonical[other] != canonical[name]}
+    return targets, tied
+
+
+def _dtype(name: str, tensor: torch.Tensor) -> str:
+    """Return the dtype in safetensors' names; refuse what is not simply elements in memory."""
+    kind = type(tensor) if type(tensor.data) is torch.Tensor else type(tensor.data)
+    is_packed = (
+        type(tensor.data) is not torch.Tensor or kind.__module__.startswith("bitsandbytes") or tensor.is_quantized
+    )
+    fault = None
+    if tensor.is_meta:
+        fault, remedy = "one on the meta device", "Load the model without offloading."
+    elif is_packed or (tensor.is_floating_point() and tensor.dtype not in DTYPES):
+        fault, remedy = f"{kind.__name__} of {tensor.dtype}", "Perturb the checkpoint before quantizing or sharding."
+    elif hasattr(tensor, "ds_id"):
+        fault, remedy = "a shard of one", "Perturb the model before DeepSpeed shards it."
+    elif tensor.layout is not torch.strided:
+        fault, remedy = f"{tensor.layout}", "Make it dense."
+    elif any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        fault, remedy = "an expanded view", "Replace it by a .clone()."
+    if fault:
+        raise SourceError(f"{name}: expected a dense tensor in memory, got {fault}. {remedy}")
+    return DTYPES.get(tensor.dtype, str(tensor.dtype))
+
+
+def _perturb(
+    targets: list[_Target],
+    tied: dict[str, str],
+    settings: NoisyTune,
+    *,
+    source: str,
+    commit: str | None = None,
+    notes: Iterable[str] = (),
+) -> Recipe:
+    """Measure everything, check everything, then write."""
+    settings.check_globs([*(target.name for target in targets), *tied] or [""])
+    with kernels.workers() as workers, torch.no_grad():
+        pooled = _measure(targets, settings, workers)
+        _refuse_nothing(targets, settings, source)
+        todo = [target for target in targets if target.copied is None]
+        for target in todo:
+            if _may_overflow(target, settings, pooled):
+                _add_noise(target, target.tensor.detach().clone(), settings, pooled, workers)
+        for target in todo:
+            target.effect = _add_noise(target, target.tensor, settings, pooled, workers)
+    records = tuple(target.record for target in targets)
+    recipe = Recipe(
+        source=source,
+        commit=commit,
+        settings=settings,
+        files=(FileRecord("", "", "", "", records, tied),),
+        pooled_std=pooled,
+        notes=tuple(notes),
+    )
+    warn_of_vanished(recipe)
+    return recipe
+
+
+def _measure(targets: list[_Target], settings: NoisyTune, workers: ThreadPoolExecutor) -> float | None:
+    """Take the moments of what is to be perturbed, and set the flat tensors apart; return the std of scale="global"."""
+    for target in targets:
+        if target.copied is None:
+            sums, shift = kernels.moments(target.tensor, target.dtype, workers)
+            target.moments = merge_blocks(sums, target.tensor.numel(), shift, what=target.name)
+            target.copied = None if target.moments.std else NO_SPREAD
+    spreads = [target.moments for target in targets if target.moments and target.copied is None]
+    return pool(spreads).std if settings.scale == "global" and spreads else None
+
+
+def _refuse_nothing(targets: list[_Target], settings: NoisyTune, source: str) -> None:
+    if settings.lam and all(target.copied for target in targets):
+        reasons = "; ".join(sorted({str(target.copied) for target in targets})) or "no tensors"
+        raise SettingError(
+            f"{source}: expected a tensor to perturb, got {len(targets)} to leave ({reasons}). "
+            "Correct include, exclude or source."
+        )
+
+
+def _scale(target: _Target, settings: NoisyTune, pooled: float | None) -> float:
+    assert target.moments is not None
+    return settings.noise_scale(pooled or target.moments.std, target.dtype)
+
+
+def _may_overflow(target: _Target, settings: NoisyTune, pooled: float | None) -> bool:
+    """Bound the largest |w'| from the moments, for nearly no weight comes near; the rest is tried on a copy."""
+    assert target.moments is not None
+    bound = abs(target.moments.mean) + target.moments.m2**0.5 + _LARGEST_U * _scale(target, settings, pooled)
+    return not bound < 0.99 * torch.finfo(target.tensor.dtype).max
+
+
+def _add_noise(
+    target: _Target, tensor: torch.Tensor, settings: NoisyTune, pooled: float | None, workers: ThreadPoolExecutor
+) -> Effect:
+    assert target.moments is not None
+    sums = kernels.add_noise(
+        tensor,
+        target.dtype,
+        workers,
+        key=key(settings.seed, target.name),
+        scale=_scale(target, settings, pooled),
+        is_normal=settings.noise == "normal",
+        is_stochastic=settings.rounding == "stochastic",
+    )
+    return merge_effect(sums, tensor.numel(), pooled or target.moments.std, what=target.name)

@@ -1,0 +1,1 @@
+"""Write a perturbed checkpoint, and later write it again or check it."""

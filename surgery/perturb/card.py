@@ -1,0 +1,162 @@
+"""The model card, README.md: what was done to which model, how to verify and repeat it, how to load it.
+
+It is written once; what its owner then writes in it stays. Nothing in it depends on the time, the machine or this
+package's version number, so the same run writes the same card.
+"""
+
+import logging
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.repocard_data import ModelCardData  # huggingface_hub.repocard takes 0.1 s to import
+
+from surgery.perturb.plan import perturb_command
+from surgery.recipe import Recipe
+
+_log = logging.getLogger(__name__)
+
+_INHERITED = ("library_name", "license", "license_name", "license_link", "pipeline_tag")
+_FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)  # as the Hub finds it
+_LIBRARIES = {
+    "modules.json": "sentence-transformers",
+    "model_index.json": "diffusers",
+    "adapter_config.json": "peft",
+    "config.json": "transformers",
+}
+"""The library that loads a checkpoint, by the file that it looks for; the first counts."""
+_LOADERS = {
+    "sentence-transformers": ("sentence_transformers", "SentenceTransformer", ""),
+    "diffusers": ("diffusers", "DiffusionPipeline", ".from_pretrained"),
+    "peft": ("peft", "AutoPeftModel", ".from_pretrained"),
+    "transformers": ("transformers", "AutoModel", ".from_pretrained"),
+}
+_PLACE = "ORG/NAME"
+_MAX_DEPTH = 50
+
+
+def make_card(recipe: Recipe, inherited: Mapping[str, Any]) -> str:
+    """Return the text of the card.
+
+    Args:
+        recipe: of the checkpoint that the card describes.
+        inherited: what `read_metadata` found in the source's card.
+    """
+    library = inherited.get("library_name") or _library_of(recipe)
+    metadata = ModelCardData(
+        **{**inherited, "library_name": library},
+        base_model=recipe.source if recipe.commit else None,
+        base_model_relation="finetune" if recipe.commit else None,
+        tags=["noisytune", "model-surgery"],
+    )
+    parts = [f"---\n{metadata.to_yaml()}\n---", _title(recipe), _done(recipe), _repeat(recipe), _load(recipe, library)]
+    return "\n\n".join(parts) + "\n"
+
+
+def read_metadata(card: Path) -> dict[str, Any]:
+    """Return what holds for the perturbed checkpoint too of a card's metadata; a damaged card has none."""
+    try:
+        found = _FRONT_MATTER.match(card.read_text(encoding="utf-8-sig"))
+        metadata = dict(_load_yaml(found[1]) or {}) if found else {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        _log.warning("%s: its metadata is damaged, so its licence and task are not in the new card", card)
+        return {}
+    return {name: metadata[name] for name in _INHERITED if _is_text(metadata.get(name))}
+
+
+def _load_yaml(text: str) -> Any:
+    """Load plain types, in C where that can be: some cards bring a thousand results along."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth = 0
+    for event in yaml.parse(text, loader):  # no recursion yet, which in C would take the process down
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise ValueError("too deep")
+    return yaml.load(text, loader)
+
+
+def _is_text(value: Any) -> bool:
+    """Take a name, or several: some models have two licences."""
+    return bool(value) and all(isinstance(item, str) for item in (value if isinstance(value, list) else [value]))
+
+
+def _library_of(recipe: Recipe) -> str | None:
+    return next((library for file, library in _LIBRARIES.items() if file in recipe.companions), None)
+
+
+def _name(recipe: Recipe) -> str:
+    """Name the source: a folder or file of this machine without where it was."""
+    name = recipe.source if recipe.commit else Path(recipe.source).name
+    return name.encode("utf-8", "replace").decode()  # a path need not be UTF-8
+
+
+def _title(recipe: Recipe) -> str:
+    name = _name(recipe)
+    link = f"[{name}](https://huggingface.co/{name}/tree/{recipe.commit})" if recipe.commit else f"`{name}`"
+    return (
+        f"# {name.rpartition('/')[2]} with NoisyTune's noise\n\n"
+        f"The weights of {link}, with a little noise added to each matrix. Nothing was trained. "
+        "[NoisyTune](https://arxiv.org/abs/2202.12024) (Wu et al., ACL 2022) finds that models fine-tune better from "
+        "such weights."
+    )
+
+
+def _done(recipe: Recipe) -> str:
+    s = recipe.settings
+    perturbed = sum(tensor.copied is None for tensor in recipe.tensors)
+    noise = "U(-lam/2, lam/2)" if s.noise == "uniform" else "N(0, lam^2/12)"
+    spread = "std(w)" if s.scale == "matrix" else "std(all perturbed weights)"
+    facts = {
+        "source": f"`{_name(recipe)}{'@' * bool(recipe.commit)}{recipe.commit or ''}`",
+        "variant": recipe.variant and f"`{recipe.variant}`",
+        "formula": f"`w' = w + {noise} * {spread}`",
+        "lam": f"{s.lam:g}",
+        "seed": str(s.seed),
+        "noise": s.noise,
+        "scale": s.scale,
+        "rounding": s.rounding,
+        "include": ", ".join(f"`{glob}`" for glob in s.include),
+        "exclude": ", ".join(f"`{glob}`" for glob in s.exclude),
+        "tensors": f"{perturbed} perturbed, {len(recipe.tensors) - perturbed} copied",
+    }
+    listed = "\n".join(f"- {label}: {value}" for label, value in facts.items() if value)
+    return (
+        f"## What was done\n\n{listed}\n\n"
+        "`surgery.json` has the rest: every tensor's standard deviation, why some were copied, every file's sha256."
+    )
+
+
+def _repeat(recipe: Recipe) -> str:
+    where = "" if recipe.commit else f" --source {shlex.quote(_name(recipe))}"
+    note = "" if recipe.commit else f"# --source: where {shlex.quote(_name(recipe))} is on your machine\n"
+    again = perturb_command(_name(recipe), recipe.settings, commit=recipe.commit, variant=recipe.variant)
+    return (
+        "## Verify and repeat\n\n"
+        "With the command of model-surgery:\n\n"
+        "```sh\n"
+        f"REPO={_PLACE}  # this repository's id, or the folder that holds it\n"
+        f"{note}"
+        f'surgery verify "$REPO"{where}  # recompute every tensor, and compare it bit for bit\n'
+        f'surgery materialize "$REPO"{where} -o again  # write the same bytes, from the source and surgery.json alone\n'
+        f"{again}  # do the same to the source\n"
+        "```"
+    )
+
+
+def _load(recipe: Recipe, library: str | None) -> str:
+    if loader := _LOADERS.get(library or ""):
+        module, name, method = loader
+        variant = f", variant={recipe.variant!r}" if recipe.variant and method else ""
+        code = (
+            f"from {module} import {name}\n\n"
+            f'model = {name}{method}("{_PLACE}"{variant})  # this repository\'s id, or the folder that holds it'
+        )
+    else:
+        code = f"from safetensors.torch import load_file\n\ntensors = load_file({recipe.files[0].name!r})"
+    return (
+        f"## Load\n\n```python\n{code}\n```\n\n"
+        "If this repository holds only the recipe and no weights, `surgery materialize` writes them."
+    )

@@ -1,0 +1,137 @@
+"""A file compared with what should be in it, while that streams past: nothing is written, and nothing kept but sums."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from surgery.checkpoint.tensorfile import BITS, Header, Tensor, TensorFile
+from surgery.dtypes import storage, to_numbers
+from surgery.errors import some
+
+_RUN = 1 << 15  # elements at a time: their values stay in a core's cache
+
+
+@dataclass
+class Difference:
+    """How one tensor differs from what it should be.
+
+    Args:
+        elements: how many it has.
+        differing: how many of them differ in any bit; -0 and 0 do, equal NaNs do not.
+        not_finite: how many of those are NaN or Inf.
+        max_abs: largest |d| of the others; None if there are none.
+        std: of the source tensor, if it was measured.
+    """
+
+    file: str
+    name: str
+    dtype: str
+    elements: int
+    differing: int = 0
+    not_finite: int = 0
+    max_abs: float | None = None
+    std: float | None = None
+
+    @property
+    def max_over_std(self) -> float | None:
+        return self.max_abs / self.std if self.max_abs is not None and self.std else None
+
+    def add(self, expected: memoryview, found: memoryview) -> None:
+        """Take in a piece in which some bytes differ."""
+        mine, theirs = (np.frombuffer(data, f"<u{BITS[self.dtype] // 8}") for data in (expected, found))
+        for start in range(0, mine.size, _RUN):
+            self._add(mine[start : start + _RUN], theirs[start : start + _RUN])
+
+    def _add(self, expected: np.ndarray, found: np.ndarray) -> None:
+        chosen = expected != found
+        mine, theirs = (_numbers(bits[chosen], self.dtype) for bits in (expected, found))
+        self.differing += mine.size
+        self.not_finite += int((~np.isfinite(theirs)).sum())
+        with np.errstate(invalid="ignore", over="ignore"):
+            d = np.abs(theirs - mine)
+        if (finite := d[np.isfinite(d)]).size:
+            self.max_abs = max(self.max_abs or 0.0, float(finite.max()))
+
+
+def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the values of elements in float64, or complex, of any dtype that `surgery perturb` lets pass."""
+    if dtype == "C64":
+        return bits.view(np.complex64)
+    return to_numbers(storage(bits.data, dtype), dtype)[0].astype(np.float64)
+
+
+class Comparison:
+    """Takes the bytes that a file should hold, front to back, and compares them with those that it holds.
+
+    Where its header is another, each tensor is compared with the one of its name, dtype and shape.
+
+    Args:
+        path: the file.
+        name: its name in faults.
+        header: the one that it should have.
+    Raises:
+        SourceError: it is malformed.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path, name: str, header: Header) -> None:
+        self.differences: dict[str, Difference] = {}
+        self._name = name
+        self._header = header
+        self._file = TensorFile(path, label=name)
+        self._theirs = {tensor.name: tensor for tensor in self._file.header.tensors}
+        self._tensors = iter(header.tensors)
+        self._tensor: Tensor | None = None
+        self._position = 0
+        self._buffer = memoryview(b"")
+
+    def append(self, data: memoryview) -> None:
+        """Compare the next piece: the header, which `faults` compares, or a part of one tensor."""
+        position, self._position = self._position, self._position + len(data)
+        if position < len(self._header.raw):
+            return
+        while self._tensor is None or self._tensor.end <= position:
+            self._tensor = next(self._tensors)
+        tensor, theirs = self._tensor, self._theirs.get(self._tensor.name)
+        if theirs is None or (theirs.dtype, theirs.shape) != (tensor.dtype, tensor.shape):
+            return
+        if len(self._buffer) < len(data):
+            self._buffer = memoryview(bytearray(len(data)))
+        found = self._buffer[: len(data)]
+        self._file.read_into(theirs, position - tensor.begin, found)
+        if not np.array_equal(np.frombuffer(data, np.uint8), np.frombuffer(found, np.uint8)):
+            new = Difference(self._name, tensor.name, tensor.dtype, tensor.size)
+            self.differences.setdefault(tensor.name, new).add(data, found)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def faults(self) -> list[str]:
+        """Say what of the file's header is not as it should be."""
+        if self._file.header.raw == self._header.raw:
+            return []
+        mine = {tensor.name: tensor for tensor in self._header.tensors}
+        faults = []
+        if missing := [repr(name) for name in mine if name not in self._theirs]:
+            faults.append(f"expected {len(missing)} tensors ({some(missing)}), got none of them.")
+        if extra := [repr(name) for name in self._theirs if name not in mine]:
+            faults.append(f"expected its source's tensors, got {len(extra)} others ({some(extra)}).")
+        for name, tensor in mine.items():
+            other = self._theirs.get(name, tensor)
+            if (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
+                faults.append(f"{name!r}: expected {_kind(tensor)}, got {_kind(other)}.")
+        if not faults and list(mine) != list(self._theirs):
+            faults.append("expected its source's order of tensors, got another.")
+        if _metadata(self._header) != _metadata(self._file.header):
+            faults.append(f"expected metadata {_metadata(self._header)}, got {_metadata(self._file.header)}.")
+        return [f"{self._name}: {fault}" for fault in faults or ["expected its source's header, got another spelling."]]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _metadata(header: Header) -> object:
+    return json.loads(header.raw[8:]).get("__metadata__")

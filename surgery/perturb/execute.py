@@ -1,0 +1,201 @@
+"""NoisyTune on checkpoint files: stream every shard into the output folder, then companions, card and recipe."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.digests import sha256_of
+from surgery.checkpoint.layout import CARD, RECIPE
+from surgery.errors import OutputError, SourceError
+from surgery.noise import CONTRACT
+from surgery.noisytune import Moments, NoisyTune, as_globs
+from surgery.perturb import stream
+from surgery.perturb.compare_recipe import file_faults, recipe_faults
+from surgery.perturb.output import OutputFolder, is_finished
+from surgery.perturb.partfile import PartFile
+from surgery.perturb.plan import Plan, ShardPlan, make_plan
+from surgery.perturb.shard import Task
+from surgery.perturb.tasks import Measured, make_record, make_task, measure, with_ties
+from surgery.progress import bar
+from surgery.recipe import FileRecord, Recipe, warn_of_vanished
+from surgery.threads import streaming_workers
+
+
+def perturb_checkpoint(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    lam: float = 0.15,
+    seed: int = 0,
+    noise: str = "uniform",
+    scale: str = "matrix",
+    rounding: str = "nearest",
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> Recipe:
+    """Write a copy of a checkpoint with NoisyTune's noise in every floating-point parameter.
+
+    The source is only read. `out` becomes a folder that transformers loads as it loads the source, with the same
+    shards, names, dtypes and companion files, and `surgery.json`, the recipe. A run that was interrupted is resumed by
+    the same call. w' = w + U(-lam/2, lam/2) * std(w): Wu et al., ACL 2022, arXiv 2202.12024, eq. 1.
+
+    Args:
+        source: Hub id, folder, or .safetensors or PyTorch file.
+        out: folder to write; default: named after source, lam and seed, in the current directory.
+        lam, seed, noise, scale, rounding, include, exclude: see NoisyTune.
+        revision: branch, tag or commit; Hub only.
+        variant: as in from_pretrained, such as "fp16".
+        token: Hub token; default: the one stored on this machine.
+        overwrite: replace what a former run wrote to `out`.
+        workers: threads; default: two per core, at most 16. The bytes written do not depend on it.
+    Returns:
+        What was done to every tensor.
+    Raises:
+        SettingError: a setting is out of range, or would do nothing.
+        SourceError: the source is missing, malformed, unsafe, quantized, or holds NaN or Inf.
+        OutputError: `out` cannot be used, or the disk is full.
+    """
+    settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
+    plan = make_plan(source, out, settings, revision=revision, variant=variant, token=token)
+    recipe = execute(plan, overwrite=overwrite, workers=workers)
+    warn_of_vanished(recipe)
+    return recipe
+
+
+def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) -> Recipe:
+    """Do what the plan says, or finish it, and return the recipe that was written. Raises as perturb_checkpoint."""
+    if not overwrite and (recipe := _already_done(plan)):
+        return recipe
+    workers = workers or streaming_workers()
+    plan = with_ties(plan)
+    folder = OutputFolder(plan.out, _job(plan), plan.command, plan.sizes)
+    with folder.claim(overwrite=overwrite):
+        todo = [shard for shard in plan.shards if shard.name not in folder.finished]
+        by_name = {shard.name: shard for shard in todo}
+        kept = folder.notes.get("measured")
+        measured = Measured.from_json(kept) if kept else measure(plan, workers)
+        if measured.moments and not kept:
+            folder.note("measured", measured.to_json())
+        with bar(sum(shard.nbytes for shard in todo), "perturbing") as on_bytes:
+            stream.run(
+                (make_task(plan, shard, measured, partial(folder.open_part, shard.name)) for shard in todo),
+                plan.settings,
+                workers=workers,
+                on_done=lambda task: _finish_shard(task, plan, by_name[task.name], folder, measured),
+                on_bytes=on_bytes,
+            )
+        companions = _write_companions(plan, folder)
+        recipe = _recipe(plan, folder, companions, measured.pooled)
+        if plan.recorded:
+            _refuse(recipe_faults(plan.recorded, recipe), folder)
+        recipe = _write_card(recipe, plan, folder)
+        folder.finish(recipe.to_json())
+    return recipe
+
+
+def _job(plan: Plan) -> dict[str, Any]:
+    """Describe the run, for a later one to tell whether it is the same; a local source counts by size and time."""
+    checkpoint = plan.checkpoint
+    files: dict[str, list[int]] = {}
+    if checkpoint.commit is None:
+        for shard in plan.shards:
+            stat = checkpoint.path(shard.source).stat()
+            files[shard.source] = [stat.st_size, stat.st_mtime_ns]
+    return {
+        "contract": CONTRACT,
+        "source": {"id": checkpoint.id, "commit": checkpoint.commit, "variant": plan.variant, "files": files},
+        "settings": asdict(plan.settings),
+    }
+
+
+def _finish_shard(task: Task, plan: Plan, shard: ShardPlan, folder: OutputFolder, measured: Measured) -> None:
+    """Give a complete shard its name and note in the journal what was done to it."""
+    record = make_record(task, shard, measured)
+    if plan.recorded:
+        recorded = next(file for file in plan.recorded.files if file.name == record.name)
+        _refuse(file_faults(recorded, record), folder)
+    assert isinstance(task.target, PartFile)
+    size = folder.finish_part(shard.name, task.target)
+    folder.record(shard.name, {"size": size, **record.to_json()})
+
+
+def _refuse(faults: list[str], folder: OutputFolder) -> None:
+    """Leave a repeated run unfinished whose recipe says something else than what comes out."""
+    if faults:
+        raise OutputError(f"{folder.path}: {faults[0]} The recipe was altered or is damaged: fetch it again.")
+
+
+def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
+    """Copy every companion and write the indexes; return their digests, by name."""
+    digests = {}
+    for name in plan.companions:
+        digest = hashlib.sha256()
+        part = folder.open_part(name)
+        with plan.checkpoint.path(name).open("rb") as source:
+            while chunk := source.read(1 << 20):
+                digest.update(chunk)
+                part.append(memoryview(chunk))
+        folder.finish_part(name, part)
+        digests[name] = digest.hexdigest()
+    for name, data in plan.indexes.items():
+        folder.write(name, data)
+        digests[name] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+def _write_card(recipe: Recipe, plan: Plan, folder: OutputFolder) -> Recipe:
+    """Write the card, and note it in the recipe."""
+    from surgery.perturb.card import make_card, read_metadata  # not before it is needed: it takes a while to import
+
+    own = plan.checkpoint.path(CARD) if CARD in plan.checkpoint.layout.companions else None
+    card = make_card(recipe, read_metadata(own) if own else {}).encode()
+    folder.write(CARD, card)
+    return replace(recipe, card=hashlib.sha256(card).hexdigest())
+
+
+def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled: Moments | None) -> Recipe:
+    files = tuple(FileRecord.from_json(folder.finished[shard.name]) for shard in plan.shards)
+    recipe = Recipe(
+        source=plan.checkpoint.id,
+        commit=plan.checkpoint.commit,
+        variant=plan.variant,
+        settings=plan.settings,
+        pooled_std=pooled.std if pooled else None,
+        files=files,
+        companions=companions,
+        left_out=plan.left_out,
+    )
+    if plan.settings.lam and not any(tensor.copied is None for tensor in recipe.tensors):
+        raise SourceError(
+            f"{plan.checkpoint.id}: expected a tensor with spread, got none. There is nothing to perturb."
+        )
+    return recipe
+
+
+def _already_done(plan: Plan) -> Recipe | None:
+    """Return the recipe of `out` if this very run has finished there before."""
+    if not is_finished(plan.out):
+        return None
+    recipe = Recipe.read(plan.out / RECIPE)
+    mine = (plan.checkpoint.id, plan.checkpoint.commit, plan.variant, plan.settings)
+    if (recipe.source, recipe.commit, recipe.variant, recipe.settings) != mine:
+        return None
+    if [file.name for file in recipe.files] != [shard.name for shard in plan.shards]:
+        return None
+    if not all((plan.out / name).is_file() for name in plan.sizes):
+        return None
+    for file, shard in zip(recipe.files, plan.shards, strict=True):
+        path = plan.out / file.name
+        if not path.is_file() or path.stat().st_size != shard.nbytes:
+            return None
+        if plan.checkpoint.commit is None and sha256_of(plan.checkpoint.path(file.source)) != file.source_sha256:
+            return None
+    return None if plan.recorded and recipe_faults(plan.recorded, recipe) else recipe

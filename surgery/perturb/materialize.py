@@ -1,0 +1,86 @@
+"""Write the checkpoint that a recipe describes, from its source: the same bytes that `surgery perturb` wrote."""
+
+import logging
+import os
+import shlex
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from surgery.checkpoint.digests import sha256_of_all
+from surgery.checkpoint.layout import CARD
+from surgery.errors import OutputError
+from surgery.perturb.execute import execute
+from surgery.perturb.plan import Plan, choose_out
+from surgery.perturb.replay import find_recipe, find_source, plan_again, refuse_other
+from surgery.recipe import Recipe
+
+_log = logging.getLogger(__name__)
+
+
+def materialize_checkpoint(
+    recipe: str | Path,
+    out: str | Path | None = None,
+    *,
+    source: str | Path | None = None,
+    token: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> Recipe:
+    """Write the checkpoint that a recipe describes, from the recipe and its source alone.
+
+    The bytes are those that the recipe records: weights, indexes, companions, card, recipe. The source is compared with
+    the recipe before anything is written. A run that was interrupted is resumed by the same call.
+
+    Args:
+        recipe: a surgery.json, a folder that holds one, or a Hub id, of which nothing else is fetched.
+        out: folder to write; default: named as perturb_checkpoint names it.
+        source: where the source is now, if not where it was: Hub id, folder or file.
+        token: Hub token; default: the one stored on this machine.
+        overwrite: replace what a former run wrote to `out`.
+        workers: threads; default: two per core, at most 16.
+    Returns:
+        The recipe, as it was written to `out`.
+    Raises:
+        SourceError: no recipe, one of a live model or a hostile one; or the source is missing or not the recipe's.
+        OutputError: `out` cannot be used, or what comes out is not what the recipe says.
+    """
+    return execute_again(plan_recipe(recipe, out, source=source, token=token), overwrite=overwrite, workers=workers)
+
+
+def plan_recipe(recipe: str | Path, out: str | Path | None, *, source: str | Path | None, token: str | None) -> Plan:
+    """Plan what materialize_checkpoint does, with the source checked. Writes nothing; raises as it does."""
+    path = find_recipe(recipe, token=token)
+    recorded = Recipe.read(path)
+    checkpoint = find_source(recorded, str(recipe), source=source, token=token)
+    named = replace(checkpoint, id=recorded.source, commit=recorded.commit)
+    folder = choose_out(out, checkpoint, recorded.settings, name=named.short_name)
+    if folder.resolve() == path.parent.resolve():
+        raise OutputError(f"{folder}: expected another folder than the recipe's, got that one. Choose another with -o.")
+    plan = plan_again(recorded, checkpoint, folder)
+    _refuse_other_weights(plan, recorded)
+    is_local = Path(os.path.expanduser(recipe)).exists()  # noqa: PTH111
+    words = ["surgery", "materialize", str(path if is_local else recipe), *_source_option(source), "-o", str(folder)]
+    return replace(plan, command=shlex.join(words))
+
+
+def execute_again(plan: Plan, *, overwrite: bool, workers: int | None) -> Recipe:
+    """Do what `plan_recipe` planned. Raises as materialize_checkpoint."""
+    recipe = execute(plan, overwrite=overwrite, workers=workers)
+    if plan.recorded and recipe.card != plan.recorded.card:
+        _log.warning("%s: its text is not the one that the recipe records; all other files are", plan.out / CARD)
+    return recipe
+
+
+def _source_option(source: str | Path | None) -> Iterable[str]:
+    if source is None:
+        return []
+    path = Path(os.path.expanduser(source))  # noqa: PTH111
+    return ["--source", str(path.absolute() if path.exists() else source)]
+
+
+def _refuse_other_weights(plan: Plan, recorded: Recipe) -> None:
+    """Hash the source before anything is written; what is hashed is remembered, so the run does not do it again."""
+    expected = {plan.checkpoint.path(file.source): file.source_sha256 for file in recorded.files}
+    for path, digest in sha256_of_all(expected, "checking the source").items():
+        refuse_other(path, digest, expected[path])

@@ -1,0 +1,268 @@
+"""The output folder: locked, atomic and resumable. What is not finished does not load, and says why.
+
+While a run is under way the folder holds `surgery.unfinished.json`, the journal: the job, and the results of every
+shard that is finished. Shards get their name when they are complete and on the disk; indexes, configs and the other
+companions come after them, so no loader finds a checkpoint before that; card and recipe are last, and the journal goes.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
+from surgery.errors import OutputError
+from surgery.perturb.partfile import PartFile
+
+_PART = ".surgery-part"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class OutputFolder:
+    """One run's hold on its output folder. Make it with `claim`.
+
+    Args:
+        path: the folder.
+        job: what the run does, as JSON; a run resumes another if their jobs are equal.
+        resume: the command that finishes the run.
+        planned: size in bytes of every file the run will write, by name relative to the folder, but for the recipe
+            and the card.
+    """
+
+    def __init__(self, path: Path, job: dict[str, Any], resume: str, planned: dict[str, int]) -> None:
+        self.path = path
+        self.finished: dict[str, Any] = {}
+        self.notes: dict[str, Any] = {}
+        self._job = json.loads(json.dumps(job))
+        self._resume = resume
+        self._planned = planned
+        self._owned: set[str] = set()
+        self._journal_lock = threading.Lock()
+
+    # -- claiming -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def claim(self, *, overwrite: bool) -> Iterator["OutputFolder"]:
+        """Lock the folder and make it ready: new, resumed, or with a former run's files removed.
+
+        Leaves the journal and the finished shards behind when the body raises, and no part of a file.
+
+        Raises:
+            OutputError: in use, not empty, unfinished by another command, not writable, or full.
+        """
+        with _as_output_error(self.path, self._resume):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path, os.O_RDONLY)
+        try:
+            self._lock(lock)
+            with _as_output_error(self.path, self._resume):
+                self._prepare(overwrite=overwrite)
+                try:
+                    yield self
+                finally:
+                    for part in self.path.rglob(f"*{_PART}"):
+                        part.unlink(missing_ok=True)
+        finally:
+            os.close(lock)
+
+    def _lock(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: expected a folder for this run alone, got one that another run is writing to. "
+                "Wait for it, or choose another with -o."
+            ) from error
+
+    def _prepare(self, *, overwrite: bool) -> None:
+        present = {
+            p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir() or p.is_symlink()
+        }
+        former = _read_json(self.path / JOURNAL) or {}
+        recipe = _read_json(self.path / RECIPE)
+        present.discard(JOURNAL + _PART)  # of a run killed as it wrote the journal, which is now written anew
+        owned = set(former.get("owned", ())) or _names_in(recipe or {})
+        self._owned = owned | set(self._planned) | {CARD}
+        is_same = former.get("job") == self._job
+        strangers = sorted(n for n in present if n.removesuffix(_PART) not in owned | {JOURNAL, RECIPE})
+        if former and not is_same and not overwrite:
+            if former.get("resume") == self._resume:
+                raise OutputError(
+                    f"{self.path}: expected the source as it was when this run began, got one that has changed since. "
+                    "Start again with --overwrite."
+                )
+            raise OutputError(
+                f"{self.path}: expected a new or empty folder, got one that another command did not finish. "
+                f"Finish it with `{former.get('resume')}`, or replace it with --overwrite."
+            )
+        if strangers or (present and not former and not (recipe and overwrite)):
+            found = f"{len(strangers or present)} files, such as {(strangers or sorted(present))[0]!r}"
+            hint = "Choose another with -o." if strangers or not recipe else "Replace it with --overwrite, or use -o."
+            raise OutputError(f"{self.path}: expected a new or empty folder, got {found}. {hint}")
+        self._refuse_edited_card(recipe or {})
+        if is_same:
+            self.finished = {n: r for n, r in former["finished"].items() if self._is_whole(n, r)}
+            self.notes = former["notes"]
+        doomed = present - {*self.finished, JOURNAL}
+        self._check_space(sum((self.path / name).lstat().st_size for name in doomed))
+        self._write_journal()
+        # the journal is there: from here on the folder counts as unfinished, so a stale file is never loaded
+        for name in sorted(doomed, key=lambda n: n != RECIPE):
+            (self.path / name).unlink()
+        for folder in sorted({parent for name in doomed for parent in PurePosixPath(name).parents}, reverse=True):
+            with suppress(OSError):  # not empty
+                (self.path / folder).rmdir()
+
+    def _refuse_edited_card(self, recipe: dict[str, Any]) -> None:
+        """Spare a card that its owner has written in: what else is removed here can be made again."""
+        card = self.path / CARD
+        written = recipe.get("card")
+        if written and card.is_file() and hashlib.sha256(card.read_bytes()).hexdigest() != written:
+            raise OutputError(
+                f"{card}: expected the card that was written here, got one edited since. Move it away first."
+            )
+
+    def _is_whole(self, name: str, record: dict[str, Any]) -> bool:
+        path = self.path / name
+        return path.is_file() and not path.is_symlink() and path.stat().st_size == record["size"]
+
+    def _check_space(self, reclaimed: int) -> None:
+        needed = sum(nbytes for name, nbytes in self._planned.items() if name not in self.finished) - reclaimed
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise OutputError(
+                f"{self.path}: expected {_gb(needed)} free on this disk, got {_gb(free)}. "
+                "Free some space, or choose another disk with -o."
+            )
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def open_part(self, name: str) -> PartFile:
+        """Open a file to be written under a temporary name."""
+        path = self.path / (name + _PART)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return PartFile(path)
+
+    def finish_part(self, name: str, part: PartFile) -> int:
+        """Put a complete part on the disk and give it its name; return its size in bytes."""
+        size = part.finish()
+        path = self.path / name
+        path.with_name(path.name + _PART).replace(path)
+        _sync_folder(path.parent)
+        return size
+
+    def record(self, name: str, result: dict[str, Any]) -> None:
+        """Note in the journal that `name` is finished, with what the recipe needs to know about it."""
+        with self._journal_lock:
+            self.finished[name] = result
+            self._write_journal()
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep an intermediate result in the journal, for a run that resumes this one."""
+        self.notes[name] = value
+        self._write_journal()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file, whole or not at all."""
+        part = self.open_part(name)
+        part.append(memoryview(data))
+        self.finish_part(name, part)
+
+    def finish(self, recipe: str) -> None:
+        """Write the recipe, then drop the journal: the checkpoint is complete."""
+        self.write(RECIPE, recipe.encode())
+        (self.path / JOURNAL).unlink()
+        _sync_folder(self.path)
+
+    def _write_journal(self) -> None:
+        journal = {
+            "why": "This checkpoint is not finished: the command that writes it was interrupted or is still running.",
+            "resume": self._resume,
+            "job": self._job,
+            "owned": sorted(self._owned),
+            "finished": self.finished,
+            "notes": self.notes,
+        }
+        self.write(JOURNAL, (json.dumps(journal, indent=1) + "\n").encode())
+
+
+def is_finished(path: Path) -> bool:
+    """Tell whether a run has finished in this folder."""
+    return (path / RECIPE).is_file() and not (path / JOURNAL).exists()
+
+
+def _names_in(recipe: dict[str, Any]) -> set[str]:
+    """Name the files a finished run wrote; none for a surgery.json that is not ours."""
+    try:
+        card = {CARD} if recipe.get("card") else set()
+        return {str(file["name"]) for file in recipe["files"]} | set(recipe["companions"]) | card
+    except (KeyError, TypeError):
+        return set()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        loaded = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return loaded if isinstance(loaded, dict) else None
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _as_output_error(path: Path, resume: str) -> Iterator[None]:
+    """Say what went wrong with the disk in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OutputError(
+                f"{path}: expected room on the disk, got {os.strerror(error.errno)}. Finished shards are kept: "
+                f"free some space and run `{resume}`."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            reason = os.strerror(error.errno)
+            raise OutputError(
+                f"{path}: expected a folder to write to, got {reason}. Choose another with -o."
+            ) from error
+        raise
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
+
+
+def refuse_output(out: Path, source_root: Path) -> None:
+    """Refuse an output folder that is the source, is inside it, holds it, or lies in the Hub's cache.
+
+    Raises:
+        OutputError: any of these.
+    """
+    from huggingface_hub import constants
+
+    out, root = out.resolve(), source_root.resolve()
+    if out == root or out.is_relative_to(root):
+        raise OutputError(
+            f"{out}: expected a folder outside the source, got one inside {root}. Choose another with -o."
+        )
+    if root.is_relative_to(out):  # --overwrite would remove it
+        raise OutputError(
+            f"{out}: expected a folder outside the source, got one that holds it. Choose another with -o."
+        )
+    cache = Path(constants.HF_HUB_CACHE).resolve()
+    if out.is_relative_to(cache) or ("snapshots" in out.parts and any(p.startswith("models--") for p in out.parts)):
+        raise OutputError(f"{out}: expected a folder of your own, got one in the Hub's cache. Choose another with -o.")

@@ -1,0 +1,241 @@
+"""What `surgery perturb` will do, settled from headers alone."""
+
+import json
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.checkpoint.layout import CARD, WeightSet
+from surgery.checkpoint.resolve import Checkpoint, read_weight_map, refuse_quantized, resolve
+from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
+from surgery.errors import SettingError, SourceError
+from surgery.noisytune import FLOATS, NoisyTune
+from surgery.perturb.output import refuse_output
+from surgery.recipe import Recipe
+
+if TYPE_CHECKING:
+    from surgery.perturb.shard import Source
+
+_PACKED_NAMES = (".qweight", ".qzeros", ".absmax", ".weight_packed")  # GPTQ and AWQ, bitsandbytes, compressed-tensors
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One weight file: where it comes from, what it becomes, and why tensors are copied.
+
+    Args:
+        source: name relative to the source.
+        name: name relative to the output.
+        header: of the file to write.
+        copied: reason by tensor name, for the tensors that will be copied.
+        tied: names that repeat another tensor, and that tensor's name.
+    """
+
+    source: str
+    name: str
+    header: Header
+    copied: dict[str, str]
+    tied: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return self.header.file_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, before it does anything.
+
+    Args:
+        indexes: to write, by name.
+        command: the shell command that does this.
+        recorded: the recipe that the run repeats, if it does; what it writes must be what that says.
+    """
+
+    checkpoint: Checkpoint
+    settings: NoisyTune
+    out: Path
+    shards: tuple[ShardPlan, ...]
+    indexes: dict[str, bytes]
+    variant: str | None
+    command: str
+    recorded: Recipe | None = None
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Files to copy: the source's own card describes other weights."""
+        return tuple(name for name in self.checkpoint.layout.companions if name != CARD)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files of the source that are not copied, with the reason."""
+        layout = self.checkpoint.layout
+        replaced = {CARD: "replaced by a card of its own"} if CARD in layout.companions else {}
+        return dict(layout.left_out) | replaced
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file that will be written, by name."""
+        sizes = {shard.name: shard.nbytes for shard in self.shards}
+        sizes |= {name: len(data) for name, data in self.indexes.items()}
+        return sizes | {name: self.checkpoint.path(name).stat().st_size for name in self.companions}
+
+
+def perturb_command(
+    source: str, settings: NoisyTune, *, commit: str | None, variant: str | None, out: Path | None = None
+) -> str:
+    """Return the shell command that perturbs a source."""
+    s = settings
+    lam = f"{s.lam:g}" if float(f"{s.lam:g}") == s.lam else repr(s.lam)
+    words = ["surgery", "perturb", source, "--lam", lam, "--seed", str(s.seed)]
+    words += ["--revision", commit] if commit else []
+    words += ["--variant", variant] if variant else []
+    for option, value, default in (
+        ("--noise", s.noise, "uniform"),
+        ("--scale", s.scale, "matrix"),
+        ("--rounding", s.rounding, "nearest"),
+    ):
+        words += [option, value] if value != default else []
+    for option, globs in (("--include", s.include), ("--exclude", s.exclude)):
+        words += [word for glob in globs for word in (option, glob)]
+    return shlex.join([*words, *(["-o", str(out)] if out else [])])
+
+
+def make_plan(
+    source: str | Path,
+    out: str | Path | None,
+    settings: NoisyTune,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | None = None,
+) -> Plan:
+    """Read the source's headers and settle what happens to every tensor. Writes nothing.
+
+    Raises:
+        SettingError, SourceError, OutputError: as perturb_checkpoint.
+    """
+    checkpoint = resolve(source, revision=revision, variant=variant, token=token)
+    out = choose_out(out, checkpoint, settings, name=checkpoint.short_name)
+    return plan_checkpoint(checkpoint, out, settings, variant=variant)
+
+
+def choose_out(out: str | Path | None, checkpoint: Checkpoint, settings: NoisyTune, *, name: str) -> Path:
+    """Return the folder to write, by default one named after the source, lam and seed.
+
+    Raises:
+        OutputError: it may not be written to.
+    """
+    named = out or f"{name}-noisytune-lam{settings.lam:g}-seed{settings.seed}"
+    out = Path(os.path.expanduser(named))  # noqa: PTH111  (Path fails for an unknown ~user)
+    refuse_output(out, Path(checkpoint.id) if Path(checkpoint.id).is_file() else checkpoint.root)
+    return out.absolute()
+
+
+def plan_checkpoint(checkpoint: Checkpoint, out: Path, settings: NoisyTune, *, variant: str | None) -> Plan:
+    """Settle what happens to every tensor of a checkpoint.
+
+    Raises:
+        SettingError, SourceError: as perturb_checkpoint.
+    """
+    refuse_quantized(checkpoint)
+    shards: list[ShardPlan] = []
+    indexes: dict[str, bytes] = {}
+    for weight_set in checkpoint.layout.weights:
+        members = [_plan_shard(checkpoint, weight_set, name, settings) for name in weight_set.files]
+        indexes |= _plan_index(checkpoint, weight_set, members)
+        shards += members
+    names = [tensor.name for shard in shards for tensor in shard.header.tensors]
+    if not names:
+        raise SourceError(f"{checkpoint.id}: expected tensors, got weight files without any. Fetch it again.")
+    settings.check_globs(names)
+    if settings.lam and not any(len(shard.copied) < len(shard.header.tensors) for shard in shards):
+        reasons = sorted({reason for shard in shards for reason in shard.copied.values()})
+        raise SettingError(
+            f"{checkpoint.id}: expected a tensor to perturb, got {len(names)} to copy ({'; '.join(reasons)}). "
+            "Correct --include and --exclude."
+        )
+    command = perturb_command(checkpoint.id, settings, commit=checkpoint.commit, variant=variant, out=out)
+    return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command)
+
+
+def open_source(checkpoint: Checkpoint, name: str) -> "Source":
+    """Open one weight file of a checkpoint to read.
+
+    Raises:
+        SourceError: it cannot be read, or is malformed.
+    """
+    path = checkpoint.path(name)
+    try:
+        if path.suffix == ".safetensors":
+            return TensorFile(path, label=str(path))
+        from surgery.checkpoint.pickles import PickleFile
+
+        return PickleFile(path, label=str(path))
+    except OSError as error:
+        raise SourceError(f"{path}: expected a file to read, got {error.strerror}. Check its permissions.") from error
+
+
+def _plan_shard(checkpoint: Checkpoint, weight_set: WeightSet, name: str, settings: NoisyTune) -> ShardPlan:
+    source = open_source(checkpoint, name)
+    source.close()
+    header = source.header
+    copied: dict[str, str] = {}
+    for tensor in header.tensors:
+        if is_packed(tensor):
+            raise SourceError(
+                f"{checkpoint.path(name)}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
+                "Perturb the original checkpoint and quantize the result."
+            )
+        if reason := settings.reason_to_copy(tensor.name, tensor.dtype, tensor.shape):
+            copied[tensor.name] = reason
+    return ShardPlan(name, _output_name(weight_set, name), header, copied, source.tied)
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Tell whether a tensor's dtype or name is one of quantized weights, which are refused."""
+    return (tensor.dtype.startswith("F") and tensor.dtype not in FLOATS) or tensor.name.endswith(_PACKED_NAMES)
+
+
+def _output_name(weight_set: WeightSet, name: str) -> str:
+    """Name the safetensors file as save_pretrained would."""
+    if not weight_set.is_pickle:
+        return name
+    folder, slash, base = name.rpartition("/")
+    stem = base.removesuffix(weight_set.suffix)
+    if weight_set.suffix != ".bin":
+        stem = "model"
+    return f"{folder}{slash}{re.sub(r'^pytorch_model', 'model', stem)}.safetensors"
+
+
+def _plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[ShardPlan]) -> dict[str, bytes]:
+    """Check a set's index against its shards, and return the index to write, by name."""
+    where: dict[str, ShardPlan] = {}
+    for shard in members:
+        for tensor in shard.header.tensors:
+            if other := where.get(tensor.name):
+                raise SourceError(
+                    f"{checkpoint.path(shard.source)}: expected each tensor in one shard, got {tensor.name!r} also in "
+                    f"{other.source}. Remove the stale one."
+                )
+            where[tensor.name] = shard
+    if not weight_set.index:
+        return {}
+    index = checkpoint.path(weight_set.index)
+    weight_map = read_weight_map(index)
+    tied = {name for shard in members for name in shard.tied}
+    for name, file in weight_map.items():
+        found = where.get(name)
+        if name not in tied and (found is None or found.source.rpartition("/")[2] != file.rpartition("/")[2]):
+            raise SourceError(
+                f"{index}: expected tensor {name!r} in {file}, got no such tensor. Fetch the checkpoint again."
+            )
+    if not weight_set.is_pickle:
+        return {weight_set.index: index.read_bytes()}
+    document = json.loads(index.read_bytes())
+    document["weight_map"] = {name: shard.name.rpartition("/")[2] for name, shard in sorted(where.items())}
+    name = re.sub(r"pytorch_model(.*)\.bin\.index", r"model\1.safetensors.index", weight_set.index)
+    return {name: (json.dumps(document, indent=2) + "\n").encode()}

@@ -1,0 +1,135 @@
+"""A run that a recipe describes, planned again from its source: what `materialize` and `verify` have in common."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from surgery.checkpoint.digests import sha256_of
+from surgery.checkpoint.layout import CARD, RECIPE
+from surgery.checkpoint.resolve import REPO_ID, Checkpoint, refuse_unfinished, resolve
+from surgery.errors import SourceError, some
+from surgery.perturb.plan import Plan, plan_checkpoint
+from surgery.recipe import Recipe
+
+
+def find_recipe(where: str | Path, *, token: str | None) -> Path:
+    """Return the path of a surgery.json, fetching it and nothing else if `where` is on the Hub.
+
+    Args:
+        where: a surgery.json, a folder that holds one, or a Hub id, which may end in `@revision`.
+    Raises:
+        SourceError: there is none.
+    """
+    path = Path(os.path.expanduser(where))  # noqa: PTH111  (Path's own fails for an unknown ~user)
+    if str(where) and path.is_dir():
+        refuse_unfinished(path)
+        path /= RECIPE
+    if path.is_file() and path.suffix == ".json":
+        return path.absolute()
+    repo_id, _, revision = str(where).partition("@")
+    if path.exists() or path.name == RECIPE or not REPO_ID.fullmatch(repo_id) or isinstance(where, Path):
+        raise SourceError(
+            f"{where}: expected a {RECIPE}, a folder that holds one, or a Hub id, got none of them. Check the name."
+        )
+    return _fetch_recipe(repo_id, revision or None, token)
+
+
+def _fetch_recipe(repo_id: str, revision: str | None, token: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from surgery.checkpoint.hub_errors import FETCH, one_line
+
+    what = f"{repo_id}@{revision}" if revision else repo_id
+    with one_line(what, repo_id, FETCH):
+        try:
+            return Path(hf_hub_download(repo_id, RECIPE, revision=revision, token=token))
+        except LocalEntryNotFoundError:  # offline: an EntryNotFoundError too
+            raise
+        except EntryNotFoundError as error:
+            raise SourceError(
+                f"{what}: expected a repository with {RECIPE}, got one without. Name one that `surgery push` wrote."
+            ) from error
+
+
+def find_source(recipe: Recipe, what: str, *, source: str | Path | None, token: str | None) -> Checkpoint:
+    """Find the checkpoint that a recipe was made from, on the Hub or where it was on this machine.
+
+    Args:
+        what: the recipe's name in errors.
+        source: where it is now, if that is elsewhere.
+    Raises:
+        SourceError: it is not there, or the recipe is not one of a checkpoint.
+    """
+    if not all(file.name for file in recipe.files):
+        raise SourceError(
+            f"{what}: expected the recipe of a checkpoint, got that of a live model, {recipe.source}. "
+            "Call perturb_model with its settings."
+        )
+    if source is None and recipe.commit:
+        source = f"{recipe.source}@{recipe.commit}"
+    elif source is None:
+        source = Path(recipe.source)
+        if not source.is_absolute() or not source.exists():
+            raise SourceError(
+                f"{what}: expected its source, {recipe.source}, on this machine, got no such path. "
+                "Say with --source where it is."
+            )
+    return resolve(source, variant=recipe.variant, token=token)
+
+
+def plan_again(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
+    """Plan a recipe's run on its source, under the name that the source had.
+
+    Raises:
+        SourceError: the source has other weight files or other companions than the recipe's.
+    """
+    layout = checkpoint.layout
+    known = replace(
+        layout,
+        companions=tuple(name for name in layout.companions if name in recipe.companions or name == CARD),
+        left_out=tuple(recipe.left_out.items()),
+    )
+    checkpoint = replace(checkpoint, layout=known)
+    plan = plan_checkpoint(checkpoint, out, recipe.settings, variant=recipe.variant)
+    _refuse_other_files(plan, {file.name: file.source for file in recipe.files})
+    _refuse_other_companions(plan, recipe.companions)
+    return replace(plan, checkpoint=replace(checkpoint, id=recipe.source, commit=recipe.commit), recorded=recipe)
+
+
+def _refuse_other_files(plan: Plan, recorded: Mapping[str, str]) -> None:
+    found = {shard.name: shard.source for shard in plan.shards}
+    if found != recorded:
+        expected, got = (some(sorted(files.values())) for files in (recorded, found))
+        raise SourceError(
+            f"{plan.checkpoint.id}: expected the weight files that the recipe was made from ({expected}), got others "
+            f"({got}). Say with --source where the right ones are."
+        )
+
+
+def _refuse_other_companions(plan: Plan, recorded: Mapping[str, str]) -> None:
+    for name, sha256 in recorded.items():
+        path = plan.checkpoint.path(name)
+        if name in plan.indexes:
+            refuse_other(path, hashlib.sha256(plan.indexes[name]).hexdigest(), sha256)
+        elif name in plan.companions:
+            refuse_other(path, sha256_of(path), sha256)
+        else:
+            raise SourceError(
+                f"{path}: expected a file of the recipe's source, got none. Say with --source where the right one is."
+            )
+
+
+def refuse_other(path: Path, sha256: str, expected: str) -> None:
+    """Refuse a file of the source that is not the one a recipe was made from.
+
+    Raises:
+        SourceError: their sha256 differ.
+    """
+    if sha256 != expected:
+        raise SourceError(
+            f"{path}: expected the recipe's source (sha256 {expected[:12]}...), got another file ({sha256[:12]}...). "
+            "Say with --source where the right one is."
+        )

@@ -1,0 +1,135 @@
+"""Stream shards through memory with a few threads that share the pieces of one shard after another.
+
+Memory is one piece per thread, whatever the size of a tensor or a checkpoint.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from surgery.noisytune import NoisyTune
+from surgery.perturb.shard import PIECE, Piece, Shard, StoppedError, Task
+
+
+def run(
+    tasks: Iterable[Task],
+    settings: NoisyTune,
+    *,
+    workers: int,
+    on_done: Callable[[Task], None],
+    on_bytes: Callable[[int], object],
+) -> None:
+    """Do all tasks with `workers` threads; call `on_done` from a worker as each task ends, `on_bytes` as bytes pass.
+
+    A shard is bound by its sequential digests, so there are two threads to a shard and as many shards at once as that
+    allows. The first error of any thread stops all of them and is raised; so is KeyboardInterrupt.
+    """
+    crew = _Crew(tasks, settings, workers, on_done, on_bytes)
+    threads: list[threading.Thread] = []
+    try:
+        for i in range(workers):
+            thread = threading.Thread(target=crew.work, args=(i,), daemon=True, name=f"surgery-{i}")
+            thread.start()
+            threads.append(thread)
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.5)  # a join without a timeout would hold up Ctrl-C
+    finally:
+        crew.stop.set()
+        deadline = time.monotonic() + 0.5
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if not any(thread.is_alive() for thread in threads):
+            crew.abandon()  # else a straggler would write to whatever file gets its descriptor next
+    if crew.error:
+        raise crew.error
+
+
+class _Crew:
+    """The threads' common state: the tasks to take, the first error, and the signal to stop."""
+
+    def __init__(
+        self,
+        tasks: Iterable[Task],
+        settings: NoisyTune,
+        workers: int,
+        on_done: Callable[[Task], None],
+        on_bytes: Callable[[int], object],
+    ) -> None:
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self._tasks = iter(tasks)
+        self._settings = settings
+        self._on_done = on_done
+        self._on_bytes = on_bytes
+        self._open: list[Shard] = []
+        self._lock = threading.Lock()
+        self._lanes = [_Lane(self) for _ in range(max(1, workers // 2))]
+
+    def next_task(self) -> Task | None:
+        with self._lock:
+            return next(self._tasks, None)
+
+    def start(self, task: Task) -> Shard:
+        shard = Shard(task, self._settings, self.stop)
+        with self._lock:
+            self._open.append(shard)
+        return shard
+
+    def close(self, shard: Shard) -> None:
+        """Hand on a shard whose pieces are all done."""
+        shard.finish()
+        with self._lock:
+            self._open.remove(shard)
+        self._on_done(shard.task)
+
+    def abandon(self) -> None:
+        """Release the files of shards that were not finished."""
+        for shard in self._open:
+            shard.abandon()
+
+    def _next_piece(self, number: int) -> Piece | None:
+        """Take a piece of the thread's own lane, or help out in another when there is none left."""
+        n = len(self._lanes)
+        lanes = (self._lanes[(number + i) % n] for i in range(n))
+        return next((piece for lane in lanes if (piece := lane.next_piece())), None)
+
+    def work(self, number: int) -> None:
+        """Take pieces until there are none left. The body of every thread."""
+        buffer = memoryview(bytearray(PIECE))
+        try:
+            while not self.stop.is_set() and (piece := self._next_piece(number)):
+                piece.shard.process(piece, buffer)
+                if piece.write_turn is not None or not piece.shard.task.open_target:
+                    self._on_bytes(piece.nbytes)
+                with piece.shard.lock:
+                    piece.shard.left -= 1
+                    is_last = piece.shard.left == 0
+                if is_last:
+                    self.close(piece.shard)
+        except StoppedError:
+            pass
+        except BaseException as error:
+            with self._lock:
+                self.error = self.error or error
+            self.stop.set()
+
+
+class _Lane:
+    """The pieces of one shard after another, for the threads that share them."""
+
+    def __init__(self, crew: _Crew) -> None:
+        self._lock = threading.Lock()
+        self._pieces = self._all(crew)
+
+    def _all(self, crew: _Crew) -> Iterator[Piece]:
+        while task := crew.next_task():
+            shard = crew.start(task)
+            pieces = shard.pieces()
+            if not pieces:
+                crew.close(shard)
+            yield from pieces
+
+    def next_piece(self) -> Piece | None:
+        with self._lock:
+            return next(self._pieces, None)

@@ -1,0 +1,98 @@
+"""From a plan to the tasks that stream its shards, and from what these measured to the recipe's records."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from surgery.noisytune import NO_SPREAD, Moments, pool
+from surgery.perturb import stream
+from surgery.perturb.plan import Plan, ShardPlan, open_source
+from surgery.perturb.shard import Target, Task
+from surgery.perturb.ties import find_ties
+from surgery.progress import bar
+from surgery.recipe import FileRecord, TensorRecord
+
+
+def with_ties(plan: Plan) -> Plan:
+    """Add the tensors that repeat another one, which only their bytes tell."""
+    ties = find_ties(plan.shards, partial(open_source, plan.checkpoint))
+    shards = [replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in plan.shards]
+    return replace(plan, shards=tuple(shards))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What scale="global" has to know of all shards before the first is perturbed; for other scales, nothing.
+
+    Args:
+        sha256: of each shard's source, by the shard's name.
+        moments: of each tensor that may be perturbed, by shard and name.
+    """
+
+    sha256: dict[str, str] = field(default_factory=dict)
+    moments: dict[str, dict[str, Moments]] = field(default_factory=dict)
+
+    @property
+    def pooled(self) -> Moments | None:
+        """Moments of all perturbed elements together, or None if nothing was measured."""
+        spreads = [m for shard in self.moments.values() for m in shard.values() if m.std]
+        return pool(spreads) if self.moments else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            name: {
+                "source_sha256": self.sha256[name],
+                "moments": {tensor: [m.n, m.mean, m.m2] for tensor, m in moments.items()},
+            }
+            for name, moments in self.moments.items()
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Measured":
+        sha256 = {name: entry["source_sha256"] for name, entry in document.items()}
+        moments = {name: {t: Moments(*m) for t, m in entry["moments"].items()} for name, entry in document.items()}
+        return cls(sha256, moments)
+
+
+def measure(plan: Plan, workers: int) -> Measured:
+    """Read everything once, if the plan's scale is "global"."""
+    measured = Measured()
+    if plan.settings.scale != "global":
+        return measured
+
+    def keep(task: Task) -> None:
+        measured.sha256[task.name], measured.moments[task.name] = task.source_sha256, task.moments
+
+    with bar(sum(shard.nbytes for shard in plan.shards), "measuring") as on_bytes:
+        tasks = (make_task(plan, shard, Measured(), None) for shard in plan.shards)
+        stream.run(tasks, plan.settings, workers=workers, on_done=keep, on_bytes=on_bytes)
+    return measured
+
+
+def make_task(plan: Plan, shard: ShardPlan, measured: Measured, open_target: Callable[[], Target] | None) -> Task:
+    """Make the task that hands one shard to what `open_target` opens, or only measures it."""
+    flat = {name for name, moments in measured.moments.get(shard.name, {}).items() if not moments.std}
+    pooled = measured.pooled
+    return Task(
+        name=shard.name,
+        label=str(plan.checkpoint.path(shard.source)),
+        open_source=partial(open_source, plan.checkpoint, shard.source),
+        open_target=open_target,
+        copied=frozenset(shard.copied.keys() | flat),
+        tied=shard.tied,
+        pooled_std=pooled.std if pooled else None,
+        source_sha256=measured.sha256.get(shard.name, ""),
+    )
+
+
+def make_record(task: Task, shard: ShardPlan, measured: Measured) -> FileRecord:
+    """Say what a task that is done did to its shard."""
+    moments = measured.moments.get(shard.name, task.moments)
+    tensors = []
+    for tensor in shard.header.tensors:
+        std = moments[tensor.name].std if tensor.name in moments else None
+        reason = shard.copied.get(tensor.name) or (None if std else NO_SPREAD)
+        effect = task.effects.get(tensor.name)
+        tensors.append(TensorRecord(tensor.name, tensor.dtype, tensor.shape, std, reason, effect))
+    return FileRecord(shard.name, task.sha256, shard.source, task.source_sha256, tuple(tensors), shard.tied)

@@ -1,0 +1,172 @@
+"""Whether a checkpoint is what its recipe says: all of it is computed again from the source, and compared."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from surgery.checkpoint.digests import sha256_of
+from surgery.checkpoint.layout import CARD, RECIPE, is_weight
+from surgery.checkpoint.resolve import resolve
+from surgery.checkpoint.tensorfile import read_header
+from surgery.errors import NoWeightsError, SourceError
+from surgery.perturb import stream
+from surgery.perturb.compare_file import Comparison, Difference
+from surgery.perturb.compare_recipe import recipe_faults
+from surgery.perturb.plan import Plan, ShardPlan
+from surgery.perturb.replay import find_recipe, find_source, plan_again, refuse_other
+from surgery.perturb.shard import Task
+from surgery.perturb.tasks import make_record, make_task, measure, with_ties
+from surgery.progress import bar
+from surgery.recipe import FileRecord, Recipe
+from surgery.threads import streaming_workers
+
+_OWNERS = (CARD, ".gitattributes")  # the card is its owner's to edit, and the Hub adds to .gitattributes
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_checkpoint` found.
+
+    Args:
+        folder: what was verified, as it was named.
+        source, commit: of the recipe.
+        tensors: how many were compared.
+        nbytes: size of the weight files that were compared.
+        differences: tensors with other bits than they should have, the worst first.
+        faults: everything else that is not as it should be, a sentence each.
+    """
+
+    folder: str
+    source: str
+    commit: str | None
+    tensors: int
+    nbytes: int
+    differences: tuple[Difference, ...]
+    faults: tuple[str, ...]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the checkpoint is, bit for bit, what its recipe says."""
+        return not self.differences and not self.faults
+
+
+def verify_checkpoint(
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    token: str | None = None,
+    workers: int | None = None,
+) -> Verification:
+    """Compute a perturbed checkpoint again, from its source and its recipe, and compare. Writes nothing.
+
+    Args:
+        folder: what `surgery perturb` wrote, or a Hub id, which may end in `@revision`.
+        source: where the source is now, if not where the recipe says: Hub id, folder or file.
+        token: Hub token; default: the one stored on this machine.
+        workers: threads; default: two per core, at most 16.
+    Returns:
+        What differs, if anything does.
+    Raises:
+        SourceError: there is no recipe, or the source is missing or not the one that the recipe was made from.
+    """
+    root, names, recipe = _find(folder, token)
+    checkpoint = find_source(recipe, str(folder), source=source, token=token)
+    plan = with_ties(plan_again(recipe, checkpoint, root))
+    damaged = list(_header_faults(plan, names))
+    todo = [shard for shard in plan.shards if shard.name in names and shard.name not in dict(damaged)]
+    faults = [*_companion_faults(recipe, root), *_weight_file_faults(recipe, names), *(fault for _, fault in damaged)]
+    differences, wrong = _compare(plan, recipe, todo, workers or streaming_workers())
+    return Verification(
+        folder=str(folder),
+        source=recipe.source,
+        commit=recipe.commit,
+        tensors=sum(len(shard.header.tensors) for shard in todo),
+        nbytes=sum(shard.nbytes for shard in todo),
+        differences=tuple(sorted(differences, key=_badness, reverse=True)),
+        faults=(*faults, *wrong),
+    )
+
+
+def _badness(difference: Difference) -> tuple[bool, float, int]:
+    size = difference.max_over_std if difference.std else difference.max_abs
+    return difference.not_finite > 0, size or 0.0, difference.differing
+
+
+def _find(folder: str | Path, token: str | None) -> tuple[Path, set[str], Recipe]:
+    """Return where the checkpoint is on this machine, the names of its files, and its recipe."""
+    path = find_recipe(folder, token=token)
+    recipe = Recipe.read(path)
+    if Path(folder).expanduser().exists():
+        root = path.parent
+        return root, {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}, recipe
+    try:
+        found = resolve(f"{str(folder).partition('@')[0]}@{path.parent.name}", variant=recipe.variant, token=token)
+    except NoWeightsError as error:
+        raise SourceError(
+            f"{folder}: expected the weights that {RECIPE} names, got a repository without any. "
+            f"`surgery materialize {folder}` writes them."
+        ) from error
+    layout = found.layout
+    weights = [name for weight_set in layout.weights for name in weight_set.files]
+    return found.root, {*weights, *layout.companions, *(name for name, _ in layout.left_out)}, recipe
+
+
+def _companion_faults(recipe: Recipe, root: Path) -> Iterator[str]:
+    for name, sha256 in recipe.companions.items():
+        if name in _OWNERS:
+            continue
+        found = sha256_of(root / name) if (root / name).is_file() else ""
+        if found != sha256:
+            what = f"another ({found[:12]}...)" if found else "none"
+            yield f"{name}: expected the source's file (sha256 {sha256[:12]}...), got {what}."
+
+
+def _weight_file_faults(recipe: Recipe, names: set[str]) -> Iterator[str]:
+    recorded = {file.name for file in recipe.files}
+    for name in sorted(recorded - names):
+        yield f"{name}: expected a weight file, got none."
+    for name in sorted(name for name in names - recorded - recipe.companions.keys() if is_weight(name)):
+        yield f"{name}: expected no weights but the recipe's, got a file that a loader may take for them."
+
+
+def _header_faults(plan: Plan, names: set[str]) -> Iterator[tuple[str, str]]:
+    """Name the files that are no safetensors, and say why."""
+    for shard in plan.shards:
+        if shard.name in names:
+            try:
+                read_header(plan.out / shard.name, label=shard.name)
+            except SourceError as error:
+                yield shard.name, str(error)
+
+
+def _compare(
+    plan: Plan, recipe: Recipe, shards: Sequence[ShardPlan], workers: int
+) -> tuple[list[Difference], list[str]]:
+    """Stream shards past the files that they should be; return differences, and faults of headers and the recipe."""
+    by_name = {shard.name: shard for shard in shards}
+    recorded = {file.name: file for file in recipe.files}
+    measured = measure(plan, workers)
+    made: dict[str, FileRecord] = {}
+    differences: list[Difference] = []
+    faults: list[str] = []
+
+    def settle(task: Task) -> None:
+        path, expected = plan.checkpoint.path(by_name[task.name].source), recorded[task.name].source_sha256
+        refuse_other(path, task.source_sha256, expected)
+        assert isinstance(task.target, Comparison)
+        record = made[task.name] = make_record(task, by_name[task.name], measured)
+        stds = {tensor.name: tensor.std for tensor in record.tensors}
+        differences.extend(replace(d, std=stds[d.name]) for d in task.target.differences.values())
+        faults.extend(task.target.faults())
+        task.target.close()
+
+    tasks = (
+        make_task(plan, shard, measured, partial(Comparison, plan.out / shard.name, shard.name, shard.header))
+        for shard in shards
+    )
+    with bar(sum(shard.nbytes for shard in shards), "verifying") as on_bytes:
+        stream.run(tasks, plan.settings, workers=workers, on_done=settle, on_bytes=on_bytes)
+    pooled = measured.pooled.std if measured.pooled else None
+    again = replace(recipe, pooled_std=pooled, files=tuple(made[shard.name] for shard in shards))
+    return differences, faults + [f"{RECIPE}: {fault}" for fault in recipe_faults(recipe, again)]

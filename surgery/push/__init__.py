@@ -1,0 +1,1 @@
+"""Put a perturbed checkpoint on the Hub."""

@@ -1,0 +1,258 @@
+"""Push an output folder to the Hub: look what is there, send what is not, in one commit that holds all or nothing."""
+
+import logging
+import re
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from surgery.checkpoint.hub_errors import PUSH, HttpLibraryError, one_line, wait_before_retry
+from surgery.errors import OutputError, SettingError
+from surgery.push.contents import Parcel, pack
+from surgery.push.remote import Remote, Shipment, look, make_shipment
+
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to push where, as asked for.
+
+    Args:
+        folder: an output folder.
+        repo_id: of a model; without `name/`, one of the user's own.
+        private: if the repository is new.
+        revision: branch, made if need be.
+        token: None for the one stored on this machine.
+        recipe_only: without the weights.
+    """
+
+    folder: Path
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+    token: str | None = field(default=None, repr=False)
+    recipe_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.create_pr and self.revision not in (None, constants.DEFAULT_REVISION):
+            raise SettingError(
+                f"--create-pr: expected no --revision with it, got {self.revision}. "
+                "A pull request is opened against main: leave one of them out."
+            )
+
+    @property
+    def is_logged_in(self) -> bool:
+        return bool(self.token or get_token())
+
+    @property
+    def command(self) -> str:
+        """The command that does this, without the token."""
+        options = {"--revision": self.revision, "--commit-message": self.commit_message}
+        flags = {"--private": self.private, "--create-pr": self.create_pr, "--recipe-only": self.recipe_only}
+        given = [part for option, value in options.items() if value for part in (option, value)]
+        parts = ["surgery", "push", str(self.folder), self.repo_id, *(flag for flag, on in flags.items() if on), *given]
+        return shlex.join(parts)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Args:
+        url: of the commit or the pull request.
+        commit: sha of the commit that holds the checkpoint.
+        shipment: what was sent, and what was there already.
+        notes: what the Hub remarked.
+    """
+
+    url: str
+    commit: str
+    shipment: Shipment
+    notes: tuple[str, ...] = ()
+
+
+def push_checkpoint(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    recipe_only: bool = False,
+) -> Pushed:
+    """Push what `perturb_checkpoint` wrote to a model repository on the Hub, in one commit.
+
+    Sent are the files that surgery.json names, README.md and surgery.json itself, in which a local source keeps its
+    name but not its path. Weights that a former push left there and this one does not replace are deleted in the same
+    commit. What is there already is not sent again: the same call resumes a push that failed.
+
+    Args:
+        folder: an output folder, finished and unaltered; README.md may be edited.
+        repo_id: `name/model`, made if need be.
+        private: make it private, if it is new.
+        revision: branch, made if need be; default: main.
+        create_pr: open a pull request, or go on with the one that a former call opened.
+        commit_message: default: names source, lam and seed.
+        token: default: the one stored on this machine. It is kept nowhere.
+        recipe_only: leave the weights out: `surgery materialize` makes them again.
+    Returns:
+        The URL, the commit, and what was sent.
+    Raises:
+        SettingError: create_pr with a branch.
+        SourceError: surgery.json is no recipe.
+        OutputError: the folder is altered or unfinished, other weights are there, no access, or the Hub failed.
+    """
+    order = Order(
+        Path(folder),
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        token=token,
+        recipe_only=recipe_only,
+    )
+    refuse_without_token(order)
+    return execute(order, pack(order.folder, recipe_only=recipe_only))
+
+
+def plan(order: Order, parcel: Parcel) -> Shipment:
+    """Return what would be sent, from what is there; changes nothing on the Hub. Raises as push_checkpoint."""
+    with _quiet(), one_line(order.repo_id, order.repo_id, PUSH):
+        return _plan(HfApi(token=order.token), order, parcel)
+
+
+def check(order: Order) -> None:
+    """Refuse what can be told before there is anything to push: no access, no branch. Raises as push_checkpoint."""
+    refuse_without_token(order)
+    with _quiet(), one_line(order.repo_id, order.repo_id, PUSH):
+        _look(HfApi(token=order.token), order)
+
+
+def refuse_without_token(order: Order) -> None:
+    """Refuse to push with no token at all, before any work is done."""
+    if not order.is_logged_in:
+        raise OutputError("--token: expected a token to push with, got none. `hf auth login`, or give --token.")
+
+
+def execute(order: Order, parcel: Parcel) -> Pushed:
+    """Push, trying again where that may help. Raises as push_checkpoint; the message has the command that resumes."""
+    try:
+        with _quiet() as remarks, one_line(order.repo_id, order.repo_id, PUSH):
+            pushed = _try_often(order, parcel)
+    except OutputError as error:
+        again = ", and --token again" if order.token else ""
+        raise OutputError(f"{error} Resume with `{order.command}`{again}.") from error
+    return replace(pushed, notes=tuple(dict.fromkeys(remarks)))
+
+
+def _try_often(order: Order, parcel: Parcel) -> Pushed:
+    """Look and send, again after a failure that passes.
+
+    Each try looks at the Hub anew, so one whose answer was lost is found there, and neither committed nor opened as a
+    pull request twice.
+    """
+    api = HfApi(token=order.token)
+    first: Shipment | None = None
+    for attempt in range(_TRIES):
+        try:
+            shipment = _plan(api, order, parcel)
+            first = first or shipment
+            return replace(_send(api, order, shipment), shipment=first)
+        except (OSError, ValueError, RuntimeError, HttpLibraryError) as error:
+            wait = wait_before_retry(error, attempt)
+            if wait is None or attempt == _TRIES - 1:
+                raise
+            time.sleep(wait)
+    raise AssertionError
+
+
+def _look(api: HfApi, order: Order) -> Remote:
+    return look(api, order.repo_id, revision=order.revision, private=order.private)
+
+
+def _plan(api: HfApi, order: Order, parcel: Parcel) -> Shipment:
+    title = order.commit_message or parcel.title
+    return make_shipment(api, _look(api, order), parcel, pull_title=title if order.create_pr else None)
+
+
+def _send(api: HfApi, order: Order, shipment: Shipment) -> Pushed:
+    """Make what is missing: repository, branch, large files, then one commit.
+
+    Not upload_folder: it takes files as they lie in a folder, where the recipe to push differs, and with hf_xet it
+    makes several commits, between which the repository holds half a checkpoint.
+    """
+    if shipment.remote.head is None:
+        api.create_repo(shipment.remote.repo_id, private=order.private or None, exist_ok=True)
+        shipment = _plan(api, order, shipment.parcel)
+    remote = shipment.remote
+    if remote.is_new_branch:
+        api.create_branch(remote.repo_id, branch=remote.revision, exist_ok=True)
+    if not shipment.changed and not shipment.deleted:
+        return Pushed(shipment.url, str(remote.head), shipment)
+    return _commit(api, order, shipment)
+
+
+def _commit(api: HfApi, order: Order, shipment: Shipment) -> Pushed:
+    remote = shipment.remote
+    additions = [CommitOperationAdd(item.name, item.content) for item in shipment.changed]
+    for addition, item in zip(additions, shipment.changed, strict=True):
+        addition.upload_info.sha256 = bytes.fromhex(item.sha256)  # it was checked, and need not be read once more
+    opens_pull = order.create_pr and remote.pull is None
+    where: dict[str, Any] = {"revision": remote.revision, "create_pr": opens_pull}
+    api.preupload_lfs_files(remote.repo_id, additions, free_memory=False, **where)
+    done = api.create_commit(
+        remote.repo_id,
+        [*additions, *(CommitOperationDelete(name, is_folder=False) for name in shipment.deleted)],
+        commit_message=order.commit_message or shipment.parcel.title,
+        parent_commit=remote.head,
+        **where,
+    )
+    there = remote.at(api, done.oid)
+    if ignored := [item.name for item in shipment.changed if not there.holds(item)]:
+        raise OutputError(
+            f"{remote.repo_id}: expected {ignored[0]} in the commit, got it left out by the .gitignore there. "
+            "Correct that file."
+        )
+    return Pushed(str(done.pr_url or shipment.pull_url or done.commit_url), done.oid, shipment)
+
+
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Keep what huggingface_hub logs and warns of from stderr, and its bars unless that is a terminal.
+
+    Yields:
+        What it warned of, such as a card without metadata, as the body goes on.
+    """
+    logger = logging.getLogger("huggingface_hub")
+    level, had_bars = logger.level, not are_progress_bars_disabled()
+    remarks: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)  # of its HTTP library, to itself
+        if level == logging.WARNING:  # its default; HF_DEBUG=1 is left alone
+            logger.setLevel(logging.ERROR)
+        if had_bars and not sys.stderr.isatty():
+            disable_progress_bars()
+        try:
+            yield remarks
+        finally:
+            logger.setLevel(level)
+            if had_bars:
+                enable_progress_bars()
+            lines = (str(warning.message) for warning in caught if warning.category is UserWarning)
+            remarks += (" ".join(re.sub(r"\s-\s", " ", line).split()) for line in lines)

@@ -1,0 +1,176 @@
+"""What `surgery run` is asked for: checked, and carried to every process by variables."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from surgery.errors import SettingError
+from surgery.hooks.run import RUN_DIR
+from surgery.hooks.run.options import Order, read_order
+from surgery.hooks.settings import Anchor, Mixout, RDrop
+
+EVERYTHING = Order(
+    noisytune=0.15,
+    mixout=0.7,
+    rdrop=1.0,
+    anchor=1e-05,
+    rdrop_every=3,
+    mixout_granularity="element",
+    seed=2**64 - 1,
+    include=("*.layer.*", 'it\'s a "glob"', "Bert*"),
+    exclude=("**.bias",),
+    w_pre="original",
+    report="/tmp/a report.json",
+    allow_inactive=True,
+)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        EVERYTHING,
+        Order(mixout=0.7),
+        Order(mixout=0.0, rdrop=0.0, anchor=0.0),
+        Order(noisytune=0.1, seed=0),
+        Order(rdrop=1.0, allow_inactive=True),
+        Order(mixout=0.1 + 0.2, include=("",)),
+    ],
+    ids=["all", "one", "zeros", "seed-0", "flag", "digits"],
+)
+def test_order_survives_the_environment(order):
+    assert read_order(order.variables) == order
+
+
+def test_order_survives_a_shell():
+    names = " ".join(f'"${name}"' for name in EVERYTHING.variables)
+    shell = subprocess.run(
+        ["sh", "-c", f"printf '%s\\0' {names}"], env=EVERYTHING.variables, capture_output=True, text=True, check=True
+    )
+    assert read_order(dict(zip(EVERYTHING.variables, shell.stdout.split("\0")[:-1], strict=True))) == EVERYTHING
+
+
+def test_order_is_written_as_plain_text():
+    assert Order(mixout=0.7, seed=None, allow_inactive=True, include=("a", "b c")).variables == {
+        "SURGERY_MIXOUT": "0.7",
+        "SURGERY_INCLUDE": "a 'b c'",
+        "SURGERY_ALLOW_INACTIVE": "1",
+    }
+
+
+def test_no_variables_are_no_order():
+    assert read_order({}) is None
+    assert read_order({"PATH": "/bin", RUN_DIR: "/tmp", "SURGERY_MIXOUT": ""}) is None
+
+
+def test_flags_win_over_variables():
+    variables = {"SURGERY_MIXOUT": "0.7", "SURGERY_RDROP": "1", "SURGERY_INCLUDE": "a b"}
+    flags = {"mixout": 0.0, "rdrop": None, "include": ("c",), "exclude": (), "allow_inactive": False}
+    assert read_order(variables, flags) == Order(mixout=0.0, rdrop=1.0, include=("c",))
+
+
+def test_order_makes_the_settings_of_patch_model():
+    assert EVERYTHING.mixout_setting == Mixout(0.7, "element")
+    assert EVERYTHING.rdrop_setting == RDrop(1.0, 3)
+    assert EVERYTHING.anchor_setting == Anchor(1e-05)
+    alone = Order(noisytune=0.15)
+    assert (alone.mixout_setting, alone.rdrop_setting, alone.anchor_setting) == (None, None, None)
+    assert Order(mixout=0.9).mixout_setting == Mixout(0.9)
+    assert Order(rdrop=0.5).rdrop_setting == RDrop(0.5)
+
+
+def test_asked_names_what_is_asked_for():
+    assert EVERYTHING.asked == ("noisytune", "mixout", "rdrop", "anchor")
+    assert Order(rdrop=0.0).asked == ("rdrop",)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "regularizer: expected noisytune, mixout, rdrop or anchor, got none. Give one, such as --mixout 0.7."),
+        (
+            {"noisytune": 0.0},
+            "noisytune: expected a lam above 0, up to 1, got 0. The paper uses 0.1 to 0.15.",
+        ),
+        ({"noisytune": math.nan}, "noisytune: expected a lam above 0, up to 1, got nan. The paper uses 0.1 to 0.15."),
+        ({"noisytune": 1.5}, "noisytune: expected a lam above 0, up to 1, got 1.5. The paper uses 0.1 to 0.15."),
+        ({"mixout": 1.5}, "mixout: expected a probability p in [0, 1], got 1.5. Give one such as 0.7."),
+        ({"mixout": math.nan}, "mixout: expected a probability p in [0, 1], got nan. Give one such as 0.7."),
+        ({"rdrop": -1.0}, "rdrop: expected an alpha of at least 0, got -1.0. Give one such as 1.0."),
+        ({"anchor": math.inf}, "anchor: expected a weight of at least 0, got inf. Give one such as 0.01."),
+        (
+            {"rdrop": 1.0, "rdrop_every": 0},
+            "every: expected a whole number of at least 1, got 0. Give one such as 1.",
+        ),
+        (
+            {"mixout": 0.7, "mixout_granularity": "row"},
+            "granularity: expected neuron or element, got 'row'. Choose one of them.",
+        ),
+        (
+            {"noisytune": 0.1, "seed": -1},
+            "seed: expected an integer from 0 to 2^64 - 1, got -1. Choose another.",
+        ),
+        (
+            {"noisytune": 0.1, "seed": 2**64},
+            "seed: expected an integer from 0 to 2^64 - 1, got 18446744073709551616. Choose another.",
+        ),
+        (
+            {"noisytune": 0.1, "mixout": 0.7, "w_pre": "new"},
+            "w_pre: expected perturbed or original, got 'new'. Choose one of them.",
+        ),
+        (
+            {"mixout": 0.7, "rdrop_every": 2},
+            "rdrop_every: expected rdrop with it, got none. Add it, or leave rdrop_every out.",
+        ),
+        (
+            {"rdrop": 1.0, "mixout_granularity": "neuron"},
+            "mixout_granularity: expected mixout with it, got none. Add it, or leave mixout_granularity out.",
+        ),
+        ({"mixout": 0.7, "seed": 0}, "seed: expected noisytune with it, got none. Add it, or leave seed out."),
+        (
+            {"noisytune": 0.1, "w_pre": "original"},
+            "w_pre: expected noisytune and mixout with it, got none. Add it, or leave w_pre out.",
+        ),
+        (
+            {"anchor": 0.1, "w_pre": "original"},
+            "w_pre: expected noisytune and anchor with it, got none. Add it, or leave w_pre out.",
+        ),
+    ],
+)
+def test_order_refuses(values, message):
+    with pytest.raises(SettingError) as raised:
+        Order(**values)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MIXOUT", "much", "SURGERY_MIXOUT: expected a number, got 'much'. Correct it."),
+        ("NOISYTUNE", "nan", "SURGERY_NOISYTUNE: expected a number, got 'nan'. Correct it."),
+        ("RDROP_EVERY", "1.5", "SURGERY_RDROP_EVERY: expected a whole number, got '1.5'. Correct it."),
+        ("SEED", "x", "SURGERY_SEED: expected a whole number, got 'x'. Correct it."),
+        ("ALLOW_INACTIVE", "yes", "SURGERY_ALLOW_INACTIVE: expected 1 or 0, got 'yes'. Choose one of them."),
+        ("INCLUDE", "'a", 'SURGERY_INCLUDE: expected globs with spaces between, got "\'a". Mend the quotes.'),
+        (
+            "MIXUP",
+            "0.7",
+            "SURGERY_MIXUP: expected one of SURGERY_NOISYTUNE, SURGERY_MIXOUT, SURGERY_RDROP, SURGERY_ANCHOR, "
+            "SURGERY_RDROP_EVERY, SURGERY_MIXOUT_GRANULARITY, SURGERY_SEED, SURGERY_INCLUDE, SURGERY_EXCLUDE, "
+            "SURGERY_W_PRE, SURGERY_REPORT, SURGERY_ALLOW_INACTIVE, got an unknown variable. Correct its name.",
+        ),
+    ],
+)
+def test_variables_are_refused(name, value, message):
+    with pytest.raises(SettingError) as raised:
+        read_order({"SURGERY_MIXOUT": "0.7", f"SURGERY_{name}": value})
+    assert str(raised.value) == message
+
+
+def test_reading_an_order_takes_nothing_heavy(tmp_path):
+    code = (
+        "import sys, surgery.hooks.run.options\nprint({'torch', 'numpy', 'transformers', 'click'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
