@@ -1,7 +1,7 @@
 """R-Drop on a live model: two passes for each training forward, and one loss of both."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_map
 from surgery.errors import SettingError, SourceError
 
 from ..compiling import between_graphs, eagerly, run_uncompiled, trace_cross_entropy
-from ..lifecycle import PATCH, Patch
-from ..lookout import Lookout
-from ..settings import RDrop
+from ..marks import PATCH
+from ..regularizer import Handle, Regularizer, Settings
+from ..steps import Activity, AuditedRegularizer
+from ..weights.chosen import ChosenWeights
 from . import divergence, doubling
 from .divergence import Blend, Joined
 from .interception import Hearing, LossMode, calls_of
@@ -27,17 +28,14 @@ from .metrics import Measured
 from .paired import Ticket, Twin, pair, part, tickets_of
 from .randomness import Randomness
 from .schedule import Schedule
+from .settings import RDrop
 
 
-class Drop(Lookout):
+class RDropRegularizer(AuditedRegularizer):
     """R-Drop on one model.
 
     The first pass is made before the forward that the script has called, which is the second. Losses that the model
     calls are heard; those outside are reached by what the outputs carry.
-
-    Args:
-        settings: what was asked for.
-        is_mixed: Mixout draws one mask for a whole batch, so that it takes two passes.
     """
 
     idle = (
@@ -46,7 +44,7 @@ class Drop(Lookout):
     )
     is_strict = True
 
-    def __init__(self, settings: RDrop, *, is_mixed: bool) -> None:
+    def __init__(self, settings: RDrop, weights: ChosenWeights | None, others: Sequence[Settings]) -> None:  # noqa: ARG002
         super().__init__()
         self.settings = settings
         self.measured = Measured()
@@ -56,11 +54,11 @@ class Drop(Lookout):
         )
         self.schedule = Schedule(settings.every)
         self._spared = 0
-        self._is_mixed = is_mixed
+        self._is_drawn_per_batch = any(one.is_per_batch for one in others)
         self._mode = LossMode()
         self._randomness = Randomness()
 
-    def attach(self, root: nn.Module) -> list[Any]:
+    def attach(self, root: nn.Module) -> list[Handle]:
         """Put R-Drop on the model; return the handles of its hooks."""
         run_uncompiled(Twin, LogProbs, JoinedRows)
         trace_cross_entropy()
@@ -88,7 +86,7 @@ class Drop(Lookout):
                 "rdrop: expected a backward pass of autograd's, got torch.func, whose tensors hide that they want a "
                 "gradient. Use loss.backward(), or train without rdrop."
             )
-        self.close()  # a KeyboardInterrupt has left it open
+        self.abort()  # a KeyboardInterrupt has left it open
         self.schedule.count(root)
         if not self.schedule.is_due:
             self._spared += 1
@@ -120,7 +118,7 @@ class Drop(Lookout):
         hearing = self._mode.hearing
         if hearing is None or hearing.root is not root or calls_of(root) > 1:
             return None
-        self.close()
+        self.abort()
         if output is None:
             return None
         hearing.refuse_missing()
@@ -134,14 +132,14 @@ class Drop(Lookout):
         """Tell whether the model calls itself."""
         return self._mode.hearing is not None and calls_of(root) > 1
 
-    def close(self) -> None:
+    def abort(self) -> None:
         """Listen no more."""
         self._mode.close()
 
     def _doubles(self, root: nn.Module, arguments: doubling.Arguments) -> bool:
         is_paired = bool(tickets_of(arguments))  # each pass has inputs of its own
         if self.settings.passes == "auto":
-            return not self._is_mixed and not is_paired and doubling.is_known(root, arguments)
+            return not self._is_drawn_per_batch and not is_paired and doubling.is_known(root, arguments)
         if self.settings.passes == "doubled" and is_paired:
             raise SettingError(f"passes: expected inputs without R-Drop, got outputs of a patched model. {WAY_OUT}")
         return self.settings.passes == "doubled"
@@ -210,12 +208,37 @@ class Drop(Lookout):
     def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
         return self.schedule.held(optimizer)
 
-    def acts(self) -> tuple[int, ...]:
+    def resume(self, steps: int) -> None:
+        """Go on with `every` where a saved run was."""
+        self.schedule.resume(steps)
+
+    def activity(self) -> Activity:
         """Return what changes with each forward that R-Drop is in, or leaves out for `every`."""
         fired = self.measured.fired
         if not fired and (self.schedule.is_due or not self._spared):
-            return ()
-        return fired, self._spared
+            return Activity()
+        return Activity((fired, self._spared))
+
+    # -- what came of it ------------------------------------------------------------------------------------------
+
+    @property
+    def has_acted(self) -> bool:
+        return self.measured.fired > 0
+
+    def facts(self, root: nn.Module) -> dict[str, Any]:  # noqa: ARG002
+        return {"fired": self.measured.fired, "missed": self.missed, "unjoined": tuple(sorted(self.unjoined))}
+
+    def figures(self) -> dict[str, Any]:
+        return self.measured.read()
+
+    def report(self) -> dict[str, Any]:
+        return self.measured.last()
+
+    def logs(self, root: nn.Module) -> dict[str, float]:  # noqa: ARG002
+        figures = self.measured.read()
+        if figures["kl_mean"] is None:
+            return {}
+        return {"rdrop_kl": figures["kl_mean"], "rdrop_ce": figures["ce_mean"]}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "measured": Measured(), "_randomness": Randomness(), "_spared": 0}
@@ -225,25 +248,31 @@ class Drop(Lookout):
 @between_graphs
 def _begin_passes(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make the first pass; the last of the root's forward pre-hooks."""
-    patch: Patch = root.__dict__[PATCH]
-    assert patch.drop is not None
-    first, arguments = patch.drop.begin(root, (args, kwargs))
+    own = _own(root)
+    assert own is not None
+    first, arguments = own.begin(root, (args, kwargs))
     if first is not None:
         try:
             output = root.forward(*first[0], **first[1])
         except BaseException:
-            patch.drop.close()
+            own.abort()
             raise
-        patch.drop.turn(output)
-        patch.renew()
+        own.turn(output)
+        root.__dict__[PATCH].next_pass()
     return arguments
 
 
 @between_graphs
 def _end_passes(root: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
     """Pair the outputs; the first of the root's forward hooks, also called when forward raises."""
-    patch: Patch = root.__dict__[PATCH]
-    return patch.drop.end(root, output) if patch.drop is not None else None
+    own = _own(root)
+    return own.end(root, output) if own is not None else None
+
+
+def _own(root: nn.Module) -> RDropRegularizer | None:
+    """Return the R-Drop of a patched model: hooks are functions of a module, which copies of a model share."""
+    at_work: tuple[Regularizer, ...] = root.__dict__[PATCH].regularizers
+    return next((one for one in at_work if isinstance(one, RDropRegularizer)), None)
 
 
 def _fresh(arguments: Any) -> Any:
