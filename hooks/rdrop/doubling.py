@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from surgery.errors import SettingError
 
-from .kvcache import is_cache, map_cache
-from .outputs import map_output
+from .outputs import is_kv_cache, map_kv_cache, map_output
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the named arguments of a forward."""
@@ -159,8 +158,8 @@ def _take(output: Any, *, half: int, rows: tuple[int, ...]) -> Any:
 
 
 def _take_leaf(leaf: Any, *, half: int, rows: tuple[int, ...]) -> Any:
-    if is_cache(leaf):
-        return map_cache(leaf, partial(_take, half=half, rows=rows))
+    if is_kv_cache(leaf):
+        return map_kv_cache(leaf, partial(_take, half=half, rows=rows))
     if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] in [2 * size for size in rows]:
         return leaf.chunk(2)[half]
     return leaf

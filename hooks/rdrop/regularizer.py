@@ -20,10 +20,10 @@ from ..settings import RDrop
 from . import divergence, doubling
 from .divergence import Blend, Joined
 from .interception import Hearing, LossMode, calls_of
-from .kvcache import is_cache, map_cache
 from .logprobs import JoinedRows, LogProbs, as_log_probs, mark_joined
 from .loss_calls import WAY_OUT, LossCall, join, join_halves, read_call, refuse_unhalved
 from .metrics import Measured
+from .outputs import is_kv_cache, map_kv_cache
 from .paired import Ticket, Twin, pair, part, tickets_of
 from .randomness import Randomness
 from .schedule import Schedule
@@ -254,7 +254,7 @@ def _fresh(arguments: Any) -> Any:
 def _fresh_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Mapping):
         return copy.copy(leaf)
-    return map_cache(leaf, torch.clone) if is_cache(leaf) else leaf
+    return map_kv_cache(leaf, torch.clone) if is_kv_cache(leaf) else leaf
 
 
 def _refuse_unreached(output: Any, ticket: Ticket) -> None:
