@@ -12,14 +12,13 @@ from torch.nn import functional as F  # noqa: N812
 from surgery.errors import SettingError
 
 from .divergence import (
-    Blend,
-    Joined,
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
     cross_entropy,
     mse_loss,
     nll_loss,
 )
+from .objective import Objective, RDropLoss
 
 
 def _log_softmax(input: torch.Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> None:
@@ -53,7 +52,7 @@ UNKNOWN = frozenset(
 )
 """Losses that R-Drop has no formula for."""
 
-_Difference = Callable[["LossCall", "LossCall", Blend], Joined]
+_Difference = Callable[["LossCall", "LossCall", Objective], RDropLoss]
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def is_trained(args: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
 
 
-def join(first: LossCall, second: LossCall, blend: Blend) -> Joined:
+def two_pass_loss(first: LossCall, second: LossCall, objective: Objective) -> RDropLoss:
     """Return R-Drop's loss for one call in each pass, of the same function.
 
     Raises:
@@ -115,16 +114,16 @@ def join(first: LossCall, second: LossCall, blend: Blend) -> Joined:
             f"{tuple(second.input.shape)} in {second.name}. The model must take the same way twice."
         )
     refuse_misfit(second)
-    return _JOINS[second.name](first, second, blend)
+    return _JOINS[second.name](first, second, objective)
 
 
-def join_halves(call: LossCall, blend: Blend) -> Joined:
+def doubled_batch_loss(call: LossCall, objective: Objective) -> RDropLoss:
     """Return R-Drop's loss where one call has both passes, one after the other, in its first dimension."""
     if call.name == "cross_entropy":
-        return cross_entropy(call.input, None, call.arguments["target"], blend, **_options(call))
+        return cross_entropy(call.input, None, call.arguments["target"], objective, **_options(call))
     first, second = _split(call.arguments, call.input)
-    return join(
-        LossCall(call.name, {**call.arguments, **first}), LossCall(call.name, {**call.arguments, **second}), blend
+    return two_pass_loss(
+        LossCall(call.name, {**call.arguments, **first}), LossCall(call.name, {**call.arguments, **second}), objective
     )
 
 
@@ -187,16 +186,16 @@ def refuse_misfit(call: LossCall) -> None:
         )
 
 
-def _classify(function: Callable[..., Joined]) -> _Difference:
-    def apply(first: LossCall, second: LossCall, blend: Blend) -> Joined:
-        return function(first.input, second.input, second.arguments["target"], blend, **_options(second))
+def _classify(function: Callable[..., RDropLoss]) -> _Difference:
+    def apply(first: LossCall, second: LossCall, objective: Objective) -> RDropLoss:
+        return function(first.input, second.input, second.arguments["target"], objective, **_options(second))
 
     return apply
 
 
-def _regress(first: LossCall, second: LossCall, blend: Blend) -> Joined:
+def _regress(first: LossCall, second: LossCall, objective: Objective) -> RDropLoss:
     return mse_loss(
-        first.input, second.input, first.arguments["target"], second.arguments["target"], blend, **_options(second)
+        first.input, second.input, first.arguments["target"], second.arguments["target"], objective, **_options(second)
     )
 
 

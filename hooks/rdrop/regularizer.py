@@ -18,11 +18,11 @@ from ..lifecycle import PATCH, Patch
 from ..lookout import Lookout
 from ..settings import RDrop
 from . import divergence, doubling
-from .divergence import Blend, Joined
 from .interception import Hearing, LossMode, calls_of
 from .logprobs import JoinedRows, LogProbs, as_log_probs, mark_joined
-from .loss_calls import WAY_OUT, LossCall, join, join_halves, read_call, refuse_unhalved
+from .loss_calls import WAY_OUT, LossCall, doubled_batch_loss, read_call, refuse_unhalved, two_pass_loss
 from .metrics import Measured
+from .objective import Objective, RDropLoss
 from .outputs import is_kv_cache, map_kv_cache
 from .paired import Ticket, Twin, pair, part, tickets_of
 from .randomness import Randomness
@@ -51,7 +51,7 @@ class Drop(Lookout):
         self.settings = settings
         self.measured = Measured()
         self.unjoined: set[str] = set()
-        self._blend = Blend(
+        self._objective = Objective(
             float(settings.alpha), 2.0 if settings.scale == "paper" else 1.0, settings.kl_reduction == "sum"
         )
         self.schedule = Schedule(settings.every)
@@ -156,7 +156,7 @@ class Drop(Lookout):
     def _join_unheard(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
         if first is None:
             refuse_unhalved(second, is_new=not self.measured.fired)
-        if self._blend.alpha:
+        if self._objective.alpha:
             a, b = (first.prediction, second.prediction) if first is not None else second.prediction.chunk(2)
             self._randomness.check(a.detach(), b.detach(), steps=self.schedule.steps)
         if second.name == "log_softmax":
@@ -164,13 +164,13 @@ class Drop(Lookout):
             return self._log_probs(first, second, reach)
         reach()
         if first is not None:
-            loss = self._note(join(first, second, self._blend))
+            loss = self._note(two_pass_loss(first, second, self._objective))
             return mark_joined(loss) if second.arguments["reduction"] == "none" else loss
-        if self._blend.alpha:
-            return self._note(join_halves(second, self._blend))
+        if self._objective.alpha:
+            return self._note(doubled_batch_loss(second, self._objective))
         with torch.no_grad():
-            self._note(join_halves(second, self._blend))
-        return self._blend.factor * second.repeat()  # to the bit what the doubled batch gives without R-Drop
+            self._note(doubled_batch_loss(second, self._objective))
+        return self._objective.factor * second.repeat()  # to the bit what the doubled batch gives without R-Drop
 
     def _log_probs(self, first: LossCall, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
         dim = second.arguments["dim"]
@@ -187,11 +187,11 @@ class Drop(Lookout):
         def join_any() -> torch.Tensor:
             reach()
             with torch._C.DisableTorchFunction():
-                return divergence.log_softmax(a, b, dim, self._blend, self.measured.add)
+                return divergence.log_softmax(a, b, dim, self._objective, self.measured.add)
 
         return as_log_probs(log_q, join_nll, cache(join_any))  # one for all that the loss takes of it, for its figures
 
-    def _note(self, joined: Joined) -> torch.Tensor:
+    def _note(self, joined: RDropLoss) -> torch.Tensor:
         self.measured.add(joined.ce, joined.kl)
         return joined.loss
 

@@ -45,12 +45,12 @@ def compare_rows(
     return torch.where(valid, nll, 0), torch.where(valid, s, 0)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to accumulate in."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def is_fused(a: torch.Tensor) -> bool:
+def uses_triton(a: torch.Tensor) -> bool:
     """Tell whether the Triton kernel takes these logits."""
     return a.is_cuda and a.dtype != torch.float64 and _has_triton()
 
@@ -66,7 +66,7 @@ class _Compare(torch.autograd.Function):
         ctx: Any, a: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor | None, is_log: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         left, right = _halves(a, b)
-        rows = _rows_fused(left, right) if not is_log and is_fused(left) else _rows(left, right, is_log=is_log)
+        rows = _rows_fused(left, right) if not is_log and uses_triton(left) else _rows(left, right, is_log=is_log)
         ctx.save_for_backward(a, b, target, rows)
         ctx.is_log = is_log
         m_a, log_a, m_b, log_b, _, s = rows
@@ -89,7 +89,7 @@ class _Compare(torch.autograd.Function):
         ]
         into = _halves(*grads) if b is None else grads
         weights = torch.stack([0.5 * grad_nll, 0.5 * grad_s])
-        if not ctx.is_log and is_fused(a):
+        if not ctx.is_log and uses_triton(a):
             _gradients_fused(_halves(a, b), target, rows, weights, into)
         else:
             _gradients(_halves(a, b), target, rows, weights, into, is_log=ctx.is_log)
@@ -118,7 +118,7 @@ def _gradients_fused(*args: Any) -> None:
 
 def _rows(a: torch.Tensor, b: torch.Tensor, *, is_log: bool) -> torch.Tensor:
     """Return for each row max a, log sum exp(a - max a), the same of b, E_p d and S: (6, N) or (6, N, D)."""
-    rows = a.new_zeros(6, len(a), *a.shape[2:], dtype=wide(a.dtype))
+    rows = a.new_zeros(6, len(a), *a.shape[2:], dtype=accumulation_dtype(a.dtype))
     work = _Work(a)
     for at, row in _chunks(a):
         x, y, p, q = work.like(a[at])
@@ -206,7 +206,7 @@ class _Work:
 
     def __init__(self, a: torch.Tensor) -> None:
         size = max([0, *(a[at].numel() for at, _ in _chunks(a))])
-        self.flat = a.new_empty(4, size, dtype=wide(a.dtype))
+        self.flat = a.new_empty(4, size, dtype=accumulation_dtype(a.dtype))
 
     def like(self, chunk: torch.Tensor) -> Iterator[torch.Tensor]:
         return (flat[: chunk.numel()].view(chunk.shape) for flat in self.flat)
