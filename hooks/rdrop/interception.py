@@ -15,10 +15,18 @@ from surgery.errors import SettingError, SourceError
 
 from ..compiling import eagerly
 from .logprobs import JoinedRows, LogProbs, as_log_probs
-from .loss_calls import JOINED, UNKNOWN, WAY_OUT, LossCall, is_trained, read_call, refuse_misfit
+from .loss_calls import (
+    SUPPORTED,
+    UNSUPPORTED,
+    USE_TWO_PASSES,
+    LossCall,
+    any_requires_grad,
+    check_target_shape,
+    read_call,
+)
 from .paired import Ticket
 
-_HEARD = JOINED | UNKNOWN
+_HEARD = SUPPORTED | UNSUPPORTED
 _HEARD_ONE_BY_ONE = tuple(_HEARD)
 
 
@@ -48,19 +56,20 @@ class Hearing:
         """
         values = [*args, *kwargs.values()]
         is_joined = any(isinstance(value, LogProbs | JoinedRows) for value in values)
-        if is_joined or not is_trained(values) or calls_of(self.root) == 0:
+        if is_joined or not any_requires_grad(values) or calls_of(self.root) == 0:
             return func(*args, **kwargs)
-        if func in UNKNOWN:
+        if func in UNSUPPORTED:
             if self.rows is not None:
-                raise SettingError(f"passes: expected losses that can be halved, got {func.__name__}. {WAY_OUT}")
+                raise SettingError(f"passes: expected losses that can be halved, got {func.__name__}. {USE_TWO_PASSES}")
             self.ticket.pass_by(func.__name__)
             return func(*args, **kwargs)
         call = read_call(func, args, kwargs)
-        refuse_misfit(call)
+        check_target_shape(call)
         if self.rows is not None:
             if call.name == "log_softmax" or call.arguments["reduction"] == "none":
                 raise SettingError(
-                    f"passes: expected a loss that is reduced on a doubled batch, got {call.name} without. {WAY_OUT}"
+                    f"passes: expected a loss that is reduced on a doubled batch, got {call.name} without. "
+                    f"{USE_TWO_PASSES}"
                 )
             return self.ticket.meet(None, call)
         if not self._is_second:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 from surgery.errors import SourceError
 
 from ..compiling import eagerly
-from .loss_calls import JOINED, UNKNOWN, LossCall, is_trained, read_call
+from .loss_calls import SUPPORTED, UNSUPPORTED, LossCall, any_requires_grad, read_call
 from .outputs import map_output
 from .transparent import Plain
 
@@ -168,13 +168,13 @@ def tickets_of(tree: Any) -> frozenset[Ticket]:
 
 @eagerly  # a function that is compiled as a whole runs these one by one
 def _apply_to_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func in JOINED and is_trained([*args, *kwargs.values()]):
+    if func in SUPPORTED and any_requires_grad([*args, *kwargs.values()]):
         return _join(func, args, kwargs)
     (others, other_kwargs), (seconds, second_kwargs) = part((args, kwargs))
     if func is _BASE:
         return func(*seconds)
     tickets = tickets_of((args, kwargs))
-    if func in UNKNOWN and is_trained([*args, *kwargs.values()]):
+    if func in UNSUPPORTED and any_requires_grad([*args, *kwargs.values()]):
         for ticket in tickets:
             ticket.pass_by(func.__name__)
     if func is torch.Tensor.backward:

@@ -20,7 +20,7 @@ from ..settings import RDrop
 from . import divergence, doubling
 from .interception import Hearing, LossMode, calls_of
 from .logprobs import JoinedRows, LogProbs, as_log_probs, mark_joined
-from .loss_calls import WAY_OUT, LossCall, doubled_batch_loss, read_call, refuse_unhalved, two_pass_loss
+from .loss_calls import USE_TWO_PASSES, LossCall, check_is_doubled, doubled_batch_loss, read_call, two_pass_loss
 from .metrics import Measured
 from .objective import Objective, RDropLoss
 from .outputs import is_kv_cache, map_kv_cache
@@ -143,7 +143,9 @@ class Drop(Lookout):
         if self.settings.passes == "auto":
             return not self._is_mixed and not is_paired and doubling.is_known(root, arguments)
         if self.settings.passes == "doubled" and is_paired:
-            raise SettingError(f"passes: expected inputs without R-Drop, got outputs of a patched model. {WAY_OUT}")
+            raise SettingError(
+                f"passes: expected inputs without R-Drop, got outputs of a patched model. {USE_TWO_PASSES}"
+            )
         return self.settings.passes == "doubled"
 
     # -- the loss -------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ class Drop(Lookout):
 
     def _join_unheard(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
         if first is None:
-            refuse_unhalved(second, is_new=not self.measured.fired)
+            check_is_doubled(second, compares_labels=not self.measured.fired)
         if self._objective.alpha:
             a, b = (first.prediction, second.prediction) if first is not None else second.prediction.chunk(2)
             self._randomness.check(a.detach(), b.detach(), steps=self.schedule.steps)
@@ -170,7 +172,7 @@ class Drop(Lookout):
             return self._note(doubled_batch_loss(second, self._objective))
         with torch.no_grad():
             self._note(doubled_batch_loss(second, self._objective))
-        return self._objective.factor * second.repeat()  # to the bit what the doubled batch gives without R-Drop
+        return self._objective.factor * second.torch_loss()  # to the bit what the doubled batch gives without R-Drop
 
     def _log_probs(self, first: LossCall, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
         dim = second.arguments["dim"]
