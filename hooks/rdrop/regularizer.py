@@ -21,7 +21,7 @@ from . import divergence, doubling
 from .interception import LossFunctionMode, LossInterception, count_active_calls
 from .logprobs import PairedLogProbs, UnreducedLoss, as_log_probs, as_unreduced_loss
 from .loss_calls import USE_TWO_PASSES, LossCall, check_is_doubled, doubled_batch_loss, read_call, two_pass_loss
-from .metrics import Measured
+from .metrics import Metrics
 from .objective import Objective, RDropLoss
 from .outputs import is_kv_cache, map_kv_cache
 from .paired import PairedForward, PairedTensor, forwards_in, pair_outputs, split_passes
@@ -49,7 +49,7 @@ class Drop(Lookout):
     def __init__(self, settings: RDrop, *, is_mixed: bool) -> None:
         super().__init__()
         self.settings = settings
-        self.measured = Measured()
+        self.measured = Metrics()
         self.unjoined: set[str] = set()
         self._objective = Objective(
             float(settings.alpha), 2.0 if settings.scale == "paper" else 1.0, settings.kl_reduction == "sum"
@@ -64,7 +64,7 @@ class Drop(Lookout):
         """Put R-Drop on the model; return the handles of its hooks."""
         run_uncompiled(PairedTensor, PairedLogProbs, UnreducedLoss)
         trace_cross_entropy()
-        self.schedule.know(root)
+        self.schedule.find_weights(root)
         return [
             root.register_forward_pre_hook(_begin_passes, with_kwargs=True),
             # before all others, FSDP's for instance, so that they see what the script will get
@@ -89,18 +89,18 @@ class Drop(Lookout):
                 "gradient. Use loss.backward(), or train without rdrop."
             )
         self.close()  # a KeyboardInterrupt has left it open
-        self.schedule.count(root)
+        self.schedule.begin_forward(root)
         if not self.schedule.is_due:
             self._spared += 1
             return None, None
-        self.measured.settle()
-        self._randomness.mark()
+        self.measured.end_forward()
+        self._randomness.save_rng_states()
         is_doubled = self._is_doubled(root, arguments)
-        batch_sizes = doubling.batch_rows(root, arguments) if is_doubled else None
-        forward = PairedForward(self._make_loss, self.measured.fire, self.unjoined, forwards_in(arguments))
+        batch_sizes = doubling.batch_sizes(root, arguments) if is_doubled else None
+        forward = PairedForward(self._make_loss, self.measured.count_forward, self.unjoined, forwards_in(arguments))
         self._mode.start(LossInterception(root, forward, batch_sizes))
         if is_doubled:
-            return None, doubling.double(arguments)
+            return None, doubling.double_batch(arguments)
         first, second = split_passes(arguments)
         return _copy_containers(first), second
 
@@ -127,7 +127,7 @@ class Drop(Lookout):
         _check_has_loss(output, interception.forward)
         if interception.batch_sizes is None:
             return pair_outputs(output, interception.first_output, interception.forward)
-        first, second = doubling.halve(output, interception.batch_sizes)
+        first, second = doubling.halve_output(output, interception.batch_sizes)
         return pair_outputs(second, first, interception.forward)
 
     def _is_nested_call(self, root: nn.Module) -> bool:
@@ -141,7 +141,7 @@ class Drop(Lookout):
     def _is_doubled(self, root: nn.Module, arguments: doubling.Arguments) -> bool:
         is_paired = bool(forwards_in(arguments))  # each pass has inputs of its own
         if self.settings.passes == "auto":
-            return not self._is_mixed and not is_paired and doubling.is_known(root, arguments)
+            return not self._is_mixed and not is_paired and doubling.is_equivalent(root, arguments)
         if self.settings.passes == "doubled" and is_paired:
             raise SettingError(
                 f"passes: expected inputs without R-Drop, got outputs of a patched model. {USE_TWO_PASSES}"
@@ -162,7 +162,7 @@ class Drop(Lookout):
             check_is_doubled(second, compares_labels=not self.measured.fired)
         if self._objective.alpha:
             a, b = (first.prediction, second.prediction) if first is not None else second.prediction.chunk(2)
-            self._randomness.check(a.detach(), b.detach(), steps=self.schedule.steps)
+            self._randomness.check_passes_differ(a.detach(), b.detach(), steps=self.schedule.steps)
         if second.name == "log_softmax":
             assert first is not None
             return self._pair_log_probs(first, second, on_loss)
@@ -224,7 +224,7 @@ class Drop(Lookout):
         return fired, self._spared
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "measured": Measured(), "_randomness": Randomness(), "_spared": 0}
+        return {**self.__dict__, "measured": Metrics(), "_randomness": Randomness(), "_spared": 0}
 
 
 # torch.compile skips this frame and ours within it, and compiles the two passes

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from surgery import Mixout, RDrop, patch_model
-from surgery.hooks.rdrop.doubling import is_known
+from surgery.hooks.rdrop.doubling import is_equivalent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_head = pytest.mark.parametrize("name", HEADS)
@@ -220,14 +220,14 @@ def test_auto_doubles_more_arguments(more: str) -> None:
 
 def test_positions_in_planes_are_not_doubled() -> None:
     planes = torch.zeros(4, 3, 8, dtype=torch.long)
-    assert is_known(bert(), ((), TEXT))
-    assert not is_known(bert(), ((), {**TEXT, "position_ids": planes}))
+    assert is_equivalent(bert(), ((), TEXT))
+    assert not is_equivalent(bert(), ((), {**TEXT, "position_ids": planes}))
 
 
 def test_deberta_takes_two_passes_for_soft_labels_alone() -> None:
     config = DebertaV2Config(**SIZES, vocab_size=40, num_labels=3, max_position_embeddings=16)
-    assert is_known(DebertaV2ForSequenceClassification(config), ((), TEXT))
-    assert is_known(DebertaV2ForTokenClassification(config), ((), {"input_ids": IDS, "labels": TOKENS}))
+    assert is_equivalent(DebertaV2ForSequenceClassification(config), ((), TEXT))
+    assert is_equivalent(DebertaV2ForTokenClassification(config), ((), {"input_ids": IDS, "labels": TOKENS}))
 
 
 def test_weights_that_are_mixed_take_two_passes() -> None:
