@@ -193,9 +193,8 @@ class Drop(Lookout):
             with torch._C.DisableTorchFunction():
                 return divergence.log_softmax(a, b, dim, self._objective, self.measured.add)
 
-        return as_log_probs(
-            log_q, make_nll_loss, cache(make_combined)
-        )  # one for all functions of a loss, so that the metrics count it once
+        # cached: all functions of one loss share it, so that the metrics count it once
+        return as_log_probs(log_q, make_nll_loss, cache(make_combined))
 
     def _record_terms(self, terms: RDropLoss) -> torch.Tensor:
         self.measured.add(terms.ce, terms.kl)

@@ -68,13 +68,13 @@ def expected(
     return ce + ALPHA / 2 * kl, ce.detach(), kl.detach()
 
 
-def check(joined: RDropLoss, reference: tuple[torch.Tensor, ...], *inputs: torch.Tensor) -> None:
+def check(terms: RDropLoss, reference: tuple[torch.Tensor, ...], *inputs: torch.Tensor) -> None:
     loss = reference[0]
-    torch.testing.assert_close(joined.loss, loss)
-    assert not joined.ce.requires_grad
-    assert joined.kl.dim() == 0
+    torch.testing.assert_close(terms.loss, loss)
+    assert not terms.ce.requires_grad
+    assert terms.kl.dim() == 0
     outer = draw(*loss.shape, seed=9)
-    grads = torch.autograd.grad(joined.loss, inputs, outer)
+    grads = torch.autograd.grad(terms.loss, inputs, outer)
     for got, want in zip(grads, torch.autograd.grad(loss, inputs, outer), strict=True):
         torch.testing.assert_close(got, want)
 
@@ -95,8 +95,8 @@ def test_cross_entropy_is_the_equation(
         target = torch.tensor(1)
     how = {"ignore_index": ignored, "label_smoothing": smoothing}
     how["weight"] = draw(C, seed=3).abs() if weighted else None
-    joined = cross_entropy(a, b, target, Objective(ALPHA, sums_kl=sums), reduction=reduction, **how)
-    check(joined, expected(a, b, target, reduction=reduction, sums=sums, **how), a, b)
+    terms = cross_entropy(a, b, target, Objective(ALPHA, sums_kl=sums), reduction=reduction, **how)
+    check(terms, expected(a, b, target, reduction=reduction, sums=sums, **how), a, b)
 
 
 @shapes
@@ -108,8 +108,8 @@ def test_cross_entropy_with_probabilities_is_the_equation(
     a, b = pair(*shape)
     target = draw(*shape, seed=4).softmax(0 if len(shape) == 1 else 1)
     how = {"weight": draw(C, seed=3).abs() if weighted else None, "label_smoothing": 0.1}
-    joined = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction, **how)
-    check(joined, expected(a, b, target, reduction=reduction, **how), a, b)
+    terms = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction, **how)
+    check(terms, expected(a, b, target, reduction=reduction, **how), a, b)
 
 
 @shapes
@@ -121,8 +121,8 @@ def test_nll_loss_of_log_softmax_is_cross_entropy(shape: tuple[int, ...], reduct
     how = {"weight": draw(C, seed=3).abs() if weighted else None, "ignore_index": 2}
     if shape == (C,):
         target = torch.tensor(1)
-    joined = nll_loss(a.log_softmax(dim), b.log_softmax(dim), target, OBJECTIVE, reduction=reduction, **how)
-    check(joined, expected(a, b, target, reduction=reduction, **how), a, b)
+    terms = nll_loss(a.log_softmax(dim), b.log_softmax(dim), target, OBJECTIVE, reduction=reduction, **how)
+    check(terms, expected(a, b, target, reduction=reduction, **how), a, b)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES.values() if len(s) > 1], ids=str)
@@ -132,12 +132,12 @@ def test_doubled_batch_is_its_halves(shape: tuple[int, ...], smoothing: float, r
     (a, b), target = pair(*shape), classes(shape)
     both = torch.cat([a, b]).detach().requires_grad_()
     how = {"reduction": reduction, "label_smoothing": smoothing}
-    joined, pairs = (
+    terms, pairs = (
         cross_entropy(both, None, torch.cat([target, target]), OBJECTIVE, **how),
         cross_entropy(a, b, target, OBJECTIVE, **how),
     )
-    assert all(torch.equal(x, y) for x, y in zip(joined, pairs, strict=True))
-    joined.loss.sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip(terms, pairs, strict=True))
+    terms.loss.sum().backward()
     pairs.loss.sum().backward()
     assert torch.equal(both.grad, torch.cat([a.grad, b.grad]))
 
@@ -187,21 +187,21 @@ def test_binary_cross_entropy_is_the_equation(reduction: str, sums: bool, weight
     objective = Objective(ALPHA, sums_kl=sums)
     if kind == "logits":
         positive = draw(3, seed=5).abs()
-        joined = divergence.binary_cross_entropy_with_logits(a, b, target, objective, pos_weight=positive, **how)
+        terms = divergence.binary_cross_entropy_with_logits(a, b, target, objective, pos_weight=positive, **how)
         ce = [F.binary_cross_entropy_with_logits(x, target, pos_weight=positive, **how) for x in (a, b)]
     else:
-        joined = divergence.binary_cross_entropy(a.sigmoid(), b.sigmoid(), target, objective, **how)
+        terms = divergence.binary_cross_entropy(a.sigmoid(), b.sigmoid(), target, objective, **how)
         ce = [F.binary_cross_entropy(x.sigmoid(), target, **how) for x in (a, b)]
     kl = s if reduction == "none" else s.sum() if sums or reduction == "sum" else s.mean()
     mean = (ce[0] + ce[1]) / 2
-    check(joined, (mean + ALPHA / 2 * kl, mean.detach(), kl.detach()), a, b)
+    check(terms, (mean + ALPHA / 2 * kl, mean.detach(), kl.detach()), a, b)
 
 
 def test_binary_cross_entropy_at_0_and_1_is_clamped() -> None:
     p, q = torch.tensor([0.0, 1.0, 0.0]).requires_grad_(), torch.tensor([1.0, 1.0, 0.0]).requires_grad_()
-    joined = divergence.binary_cross_entropy(p, q, torch.tensor([0.0, 1.0, 1.0]), OBJECTIVE, reduction="none")
-    joined.loss.sum().backward()
-    assert joined.loss.tolist() == pytest.approx([50 + ALPHA / 2 * 100, 0, 100])
+    terms = divergence.binary_cross_entropy(p, q, torch.tensor([0.0, 1.0, 1.0]), OBJECTIVE, reduction="none")
+    terms.loss.sum().backward()
+    assert terms.loss.tolist() == pytest.approx([50 + ALPHA / 2 * 100, 0, 100])
     assert p.grad.isfinite().all()
     assert q.grad.isfinite().all()
 
@@ -220,17 +220,15 @@ def test_mse_loss_compares_the_residuals(reduction: str, weighted: bool) -> None
         squares = squares * weight
         return {"none": squares, "sum": squares.sum(), "mean": squares.sum() / weight.sum()}[reduction]
 
-    joined = mse_loss(a, b, one, two, OBJECTIVE, weight=weight if weighted else None, reduction=reduction)
+    terms = mse_loss(a, b, one, two, OBJECTIVE, weight=weight if weighted else None, reduction=reduction)
     ce, kl = (reduce((a - one) ** 2) + reduce((b - two) ** 2)) / 2, reduce(((a - one) - (b - two)) ** 2)
-    check(joined, (ce + ALPHA / 2 * kl, ce.detach(), kl.detach()), a, b)
+    check(terms, (ce + ALPHA / 2 * kl, ce.detach(), kl.detach()), a, b)
 
 
 def test_mse_loss_sums_unweighted() -> None:
     a, b, weight = draw(4), draw(4, seed=1), draw(4, seed=2).abs()
-    joined = mse_loss(a, b, a * 0, a * 0, Objective(1, sums_kl=True), weight=weight)
-    torch.testing.assert_close(
-        joined.loss, (weight * (a**2 + b**2)).sum() / weight.sum() / 2 + ((a - b) ** 2).sum() / 2
-    )
+    terms = mse_loss(a, b, a * 0, a * 0, Objective(1, sums_kl=True), weight=weight)
+    torch.testing.assert_close(terms.loss, (weight * (a**2 + b**2)).sum() / weight.sum() / 2 + ((a - b) ** 2).sum() / 2)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
@@ -244,16 +242,16 @@ def test_alpha_0_is_the_mean_of_both_even_where_the_divergence_is_infinite() -> 
     a, b = draw(3, C), draw(3, C, seed=1)
     b[0, 1] = float("-inf")
     target = torch.tensor([2, 1, 0])
-    joined = cross_entropy(a, b, target, Objective(0))
-    torch.testing.assert_close(joined.loss, (F.cross_entropy(a, target) + F.cross_entropy(b, target)) / 2)
+    terms = cross_entropy(a, b, target, Objective(0))
+    torch.testing.assert_close(terms.loss, (F.cross_entropy(a, target) + F.cross_entropy(b, target)) / 2)
 
 
 @reductions
 def test_all_rows_ignored_is_what_torch_says(reduction: str) -> None:
     (a, b), target = pair(3, C), torch.full((3,), -100)
-    joined = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction)
-    joined.loss.sum().backward()
-    torch.testing.assert_close(joined.loss, F.cross_entropy(a, target, reduction=reduction), equal_nan=True)
+    terms = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction)
+    terms.loss.sum().backward()
+    torch.testing.assert_close(terms.loss, F.cross_entropy(a, target, reduction=reduction), equal_nan=True)
     assert (a.grad == 0).all()
     assert (b.grad == 0).all()
 
@@ -261,8 +259,8 @@ def test_all_rows_ignored_is_what_torch_says(reduction: str) -> None:
 @reductions
 def test_empty_batch_is_what_torch_says(reduction: str) -> None:
     (a, b), target = pair(0, C), torch.empty(0, dtype=torch.int64)
-    joined = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction)
-    torch.testing.assert_close(joined.loss, F.cross_entropy(a, target, reduction=reduction), equal_nan=True)
+    terms = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction)
+    torch.testing.assert_close(terms.loss, F.cross_entropy(a, target, reduction=reduction), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -274,9 +272,9 @@ def test_dtype_of_the_loss_is_torchs(dtype: torch.dtype, autocast: bool) -> None
     }  # fmt: skip
     with torch.autocast("cpu", enabled=autocast):
         for name, args in losses.items():
-            joined = getattr(divergence, name)(a, b, *args, OBJECTIVE)
-            assert joined.loss.dtype == getattr(F, name)(a, *args).dtype
-            assert joined.ce.dtype == joined.kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            terms = getattr(divergence, name)(a, b, *args, OBJECTIVE)
+            assert terms.loss.dtype == getattr(F, name)(a, *args).dtype
+            assert terms.ce.dtype == terms.kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert mse_loss(a, b, a, a, OBJECTIVE).loss.dtype == F.mse_loss(a, a).dtype
         assert log_softmax(a, b, 1, OBJECTIVE, print).dtype == F.log_softmax(a, 1).dtype
 
@@ -325,9 +323,9 @@ def test_classes_ruled_out_by_both_contribute_nothing(is_log: bool) -> None:
 def test_class_ruled_out_by_one_is_huge_and_never_nan() -> None:
     a, b = draw(2, C).float().requires_grad_(), draw(2, C, seed=1).float()
     b[0, 4] = float("-inf")
-    joined = cross_entropy(a, b, torch.tensor([0, 1]), OBJECTIVE)
-    joined.loss.backward()
-    assert joined.kl > 1e30
+    terms = cross_entropy(a, b, torch.tensor([0, 1]), OBJECTIVE)
+    terms.loss.backward()
+    assert terms.kl > 1e30
     assert not a.grad.isnan().any()
 
 
@@ -344,8 +342,8 @@ def test_strides_do_not_show(strided: str) -> None:
     }[strided]  # fmt: skip
     a, b = pair(3, C, C)
     target = torch.ones(make(a).shape[:1] + make(a).shape[2:], dtype=torch.int64)
-    joined = cross_entropy(make(a), make(b), target, OBJECTIVE)
-    check(joined, expected(make(a), make(b), target, reduction="mean"), a, b)
+    terms = cross_entropy(make(a), make(b), target, OBJECTIVE)
+    check(terms, expected(make(a), make(b), target, reduction="mean"), a, b)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -452,10 +450,10 @@ def test_log_softmax_records_nothing_where_no_row_has_weight() -> None:
 def test_reported_numbers_are_means_over_valid_rows(reduction: str, weighted: bool, smoothing: float) -> None:
     (a, b), target = pair(3, C), torch.tensor([1, -100, 3])
     how = {"weight": draw(C, seed=3).abs() if weighted else None, "label_smoothing": smoothing}
-    joined = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction, **how)
+    terms = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction, **how)
     summed = cross_entropy(a, b, target, Objective(ALPHA, sums_kl=True), reduction=reduction, **how)
     _, ce, kl = expected(a, b, target, reduction="mean", **how)
-    torch.testing.assert_close((joined.ce, joined.kl), (ce, kl))
+    torch.testing.assert_close((terms.ce, terms.kl), (ce, kl))
     torch.testing.assert_close((summed.ce, summed.kl), (ce, symmetric(a, b)[[0, 2]].mean().detach()))
 
 
@@ -463,12 +461,12 @@ def test_reported_numbers_are_means_over_valid_rows(reduction: str, weighted: bo
 def test_reported_numbers_of_elements_are_means(reduction: str) -> None:
     (a, b), y = pair(4, 3), draw(4, 3, seed=2)
     how = {"weight": draw(4, 3, seed=3).abs()}
-    for join in (
+    for make_loss in (
         lambda **kw: mse_loss(a, b, y, y, OBJECTIVE, **how, **kw),
         lambda **kw: divergence.binary_cross_entropy_with_logits(a, b, y.sigmoid(), OBJECTIVE, **how, **kw),
         lambda **kw: divergence.binary_cross_entropy(a.sigmoid(), b.sigmoid(), y.sigmoid(), OBJECTIVE, **how, **kw),
     ):
-        torch.testing.assert_close(join(reduction=reduction)[1:], join(reduction="mean")[1:])
+        torch.testing.assert_close(make_loss(reduction=reduction)[1:], make_loss(reduction="mean")[1:])
 
 
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")

@@ -25,10 +25,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GP
 
 def run(a: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor) -> list[torch.Tensor]:
     inputs = [x.detach().requires_grad_() for x in (a, b) if x is not None]
-    joined = cross_entropy(inputs[0], inputs[1] if b is not None else None, target, Objective(1.5), reduction="none")
-    outer = torch.linspace(0.5, 2, joined.loss.numel()).view(joined.loss.shape).to(joined.loss)
-    grads = torch.autograd.grad(joined.loss, inputs, outer)
-    return [joined.loss.detach(), joined.ce, joined.kl, *grads]
+    terms = cross_entropy(inputs[0], inputs[1] if b is not None else None, target, Objective(1.5), reduction="none")
+    outer = torch.linspace(0.5, 2, terms.loss.numel()).view(terms.loss.shape).to(terms.loss)
+    grads = torch.autograd.grad(terms.loss, inputs, outer)
+    return [terms.loss.detach(), terms.ce, terms.kl, *grads]
 
 
 def compare(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:

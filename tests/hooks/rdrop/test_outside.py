@@ -242,7 +242,7 @@ def one_rank() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static graph"])
-def test_distributed_data_parallel_hands_twins_on(is_static: bool) -> None:
+def test_distributed_data_parallel_keeps_outputs_paired(is_static: bool) -> None:
     model, plain = net(), net()
     wrapped = DistributedDataParallel(model, static_graph=is_static)
     for _ in range(3):

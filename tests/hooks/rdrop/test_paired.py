@@ -205,7 +205,7 @@ WRAPS: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tens
 
 
 @pytest.mark.parametrize(("wrap", "take"), WRAPS.values(), ids=WRAPS)
-def test_outputs_of_any_structure_carry_their_twins(wrap: Any, take: Any) -> None:
+def test_outputs_of_any_structure_are_paired(wrap: Any, take: Any) -> None:
     model = Net(wrap)
     check(lambda out: F.cross_entropy(flat(take(out)), Y.flatten()), lambda a, b: kl(take(a), take(b)).mean(), model)
     assert type(model(X)) is type(wrap(X))
