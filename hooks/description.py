@@ -36,6 +36,9 @@ class Acted:
     left: Mapping[str, str] | None = None
 
 
+_NONE = Acted()
+
+
 @dataclass(frozen=True)
 class Description:
     """What is patched, what is not, and why. str() lays it out for people.
@@ -71,7 +74,7 @@ class Description:
 
     @property
     def mixed(self) -> tuple[str, ...]:
-        """Names of the layers' weights that mixout or the anchor acts on; of all others, if only RecAdam does."""
+        """Names of the layers' weights that mixout or the anchor acts on."""
         return self._layers.names
 
     @property
@@ -86,12 +89,14 @@ class Description:
 
     @property
     def left(self) -> Mapping[str, str] | None:
-        """Why each other parameter is left alone, by name."""
-        return self._layers.left
+        """Why each other parameter is left alone, by name; by RecAdam, if only that acts on weights."""
+        if self.settings and not self.acted:
+            return {}
+        return (self.acted.get("layers") or self.acted.get("parameters") or _NONE).left
 
     @property
     def _layers(self) -> Acted:
-        return self.acted.get("layers") or self.acted.get("parameters") or Acted()
+        return self.acted.get("layers") or _NONE
 
     def __getattr__(self, name: str) -> Any:
         """Return a method's settings or one of its facts."""
