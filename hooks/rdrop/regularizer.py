@@ -191,9 +191,8 @@ class RDropRegularizer(AuditedRegularizer):
             with torch._C.DisableTorchFunction():
                 return divergence.log_softmax(a, b, dim, self._objective, self.metrics.add)
 
-        return as_log_probs(
-            log_q, make_nll_loss, cache(make_combined)
-        )  # one for all that the loss takes of it, for its figures
+        # cached: all functions of one loss share it, so that the metrics count it once
+        return as_log_probs(log_q, make_nll_loss, cache(make_combined))
 
     def _record_terms(self, joined: RDropLoss) -> torch.Tensor:
         self.metrics.add(joined.ce, joined.kl)
