@@ -17,7 +17,7 @@ def say(line: str) -> None:
             sys.stderr.flush()
 
 
-class Voice(logging.Handler):
+class ConsoleHandler(logging.Handler):
     """Says what is logged."""
 
     def emit(self, record: logging.LogRecord) -> None:

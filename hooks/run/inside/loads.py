@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from ...weights.sources import LOADED, is_loaded
-from .snapshots import Past
+from .snapshots import Snapshots
 from .weakset import WeakSet
 
 
@@ -16,7 +16,7 @@ class Loads:
     def __init__(self) -> None:
         self.filled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         """Modules that a first load has filled."""
-        self.overwritten = Past()
+        self.overwritten = Snapshots()
         """The pretrained weights that a later load has written over."""
         self.unnoised = WeakSet()
         """What was loaded, as pretrained, after an optimizer had been made."""

@@ -14,7 +14,7 @@ from surgery.recipe import Recipe, TensorRecord
 from ...weights.pretrained import local
 from ...weights.selection import is_match
 from ...weights.sources import LOADED
-from .snapshots import Past
+from .snapshots import Snapshots
 from .weakset import WeakSet
 
 
@@ -26,12 +26,12 @@ class Noise:
         pretrained: what loads have overwritten since: the noise is for that.
     """
 
-    def __init__(self, lam: float, seed: int, pretrained: Past) -> None:
+    def __init__(self, lam: float, seed: int, pretrained: Snapshots) -> None:
         self._lam = lam
         self._seed = seed
         self._pretrained = pretrained
         self._done: list[tuple[WeakSet, Recipe | None]] = []  # None: taken off again
-        self.original = Past()
+        self.original = Snapshots()
         """What the weights were before."""
         self._sums: Any = WeakIdKeyDictionary()
         """Of each parameter's elements, before the noise."""
@@ -62,7 +62,7 @@ class Noise:
                 continue
             _refuse_shared(parameters)
             self.original.keep(parameters)
-            with self._pretrained.brought_back(parameters, is_past_written=True):
+            with self._pretrained.restored(parameters, is_updating=True):
                 if self._pretrained.has(parameters):
                     self.original.drop(parameters)
                     self.original.keep(parameters)

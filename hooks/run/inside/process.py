@@ -9,8 +9,8 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 
-from ..console import Voice
-from ..options import read_order
+from ..console import ConsoleHandler
+from ..options import read_options
 from .instrument import listen
 from .session import Session
 
@@ -21,11 +21,11 @@ def begin() -> None:
     Raises:
         SettingError: a SURGERY_ variable is wrong; the import of torch fails with it.
     """
-    order = read_order(os.environ)
-    if order is None:
+    options = read_options(os.environ)
+    if options is None:
         return
     _show_warnings()
-    session = Session(order)
+    session = Session(options)
     listen(session)
     _listen_to_errors(session)
     _await_end(session)
@@ -35,7 +35,7 @@ def begin() -> None:
 
 def _show_warnings() -> None:
     """Print what surgery logs in the form of its other lines, whatever the script makes of its own log."""
-    handler = Voice()
+    handler = ConsoleHandler()
     handler.setFormatter(logging.Formatter("surgery: %(message)s"))
     logger = logging.getLogger("surgery")
     logger.addHandler(handler)

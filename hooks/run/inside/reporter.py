@@ -9,7 +9,7 @@ from surgery.errors import SurgeryError
 from .. import run_dir
 from ..console import say
 from ..messages import find_rank, told
-from ..options import Order
+from ..options import Options
 from ..outcome import conclude
 from ..record import Record
 from .models import Model
@@ -21,18 +21,18 @@ class Account:
     """The record of one process.
 
     Args:
-        order: what was asked for.
+        options: what was asked for.
     """
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, options: Options) -> None:
         self.record = Record(os.getpid(), has_torch=True)
-        self._order = order
+        self._options = options
         self._is_child = False
         self._written = 0.0
 
     def tell(self, model: Model) -> None:
         """Say what was done to a model."""
-        _say(told(self._order, model))
+        _say(told(self._options, model))
 
     def note(self, text: str) -> None:
         """Say what else should be known, once."""
@@ -81,7 +81,7 @@ class Account:
         """Write for the last time; without a `surgery run` to read it, say what came out."""
         self.write(models, is_last=True)
         if self.record.has_trained and run_dir() is None:
-            conclude(self.record, self._order)
+            conclude(self.record, self._options)
 
 
 def _say(text: str) -> None:

@@ -15,7 +15,7 @@ from ...patch import find_patch, is_compiled, put_patch, take_root
 from ...steps import watch
 from ...weights.sources import is_loaded, move_marks
 from ..messages import NO_OPTIMIZER, NOISE_OFF, UNSEEN
-from ..options import Order
+from ..options import Options
 from .filters import Choice
 from .loads import Loads
 from .models import Model
@@ -35,20 +35,20 @@ class Session:
     their modules that is called in training mode tells what the script calls: that is patched.
 
     Args:
-        order: what was asked for.
+        options: what was asked for.
     """
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
-        self.account = Account(order)
-        self._choice = Choice(order.include, order.exclude)
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.account = Account(options)
+        self._choice = Choice(options.include, options.exclude)
         self._models: list[Model] = []
         self._trained = Trained()
         self._barren = WeakSet()
         self._loads = Loads()
         self._noise: Noise | None = None
-        if order.noisytune is not None:
-            self._noise = Noise(order.noisytune, order.seed or 0, self._loads.overwritten)
+        if options.noisytune is not None:
+            self._noise = Noise(options.noisytune, options.seed or 0, self._loads.overwritten)
         self._refusals: list[str] = []
         self._open_step: Optimizer | None = None
         """One whose closure is at work."""
@@ -109,10 +109,10 @@ class Session:
             self._refuse("noisytune", top, error)
             return
         if any(hasattr(module, "adapter_layer_names") for module in top.modules()):  # PEFT's
-            options = f"--lam {self.order.noisytune:g} --seed {self.order.seed or 0}"
+            flags = f"--lam {self.options.noisytune:g} --seed {self.options.seed or 0}"
             self.account.note(
                 f"{type(top).__name__}: noise is on frozen weights, which an adapter is saved without: merge them, or "
-                f"load it onto what surgery perturb makes with {options}."
+                f"load it onto what surgery perturb makes with {flags}."
             )
 
     # -- loads ----------------------------------------------------------------------------------------------------
@@ -203,21 +203,23 @@ class Session:
     @property
     def _is_patching(self) -> bool:
         """There is more to do than to add noise."""
-        return self.order.asked != ("noisytune",)
+        return self.options.asked != ("noisytune",)
 
     def _put_patch(self, module: nn.Module, root: nn.Module) -> Patch | None:
         """Patch a model, with the weights it has now or had before a load; None if it is refused."""
-        order = self.order
-        past = self._noise.original if order.w_pre == "original" and self._noise else self._loads.overwritten
-        globs = self._choice.of_model(root) if order.mixout is not None or order.anchor is not None else (None, None)
+        options = self.options
+        past = self._noise.original if options.w_pre == "original" and self._noise else self._loads.overwritten
+        globs = (
+            self._choice.of_model(root) if options.mixout is not None or options.anchor is not None else (None, None)
+        )
         try:
             take_root(module, may_be_compiled=True)
-            with past.brought_back(root.parameters()):
+            with past.restored(root.parameters()):
                 put_patch(
                     root,
-                    mixout=order.mixout_setting,
-                    rdrop=order.rdrop_setting,
-                    anchor=order.anchor_setting,
+                    mixout=options.mixout_setting,
+                    rdrop=options.rdrop_setting,
+                    anchor=options.anchor_setting,
                     include=globs[0],
                     exclude=globs[1],
                 )
@@ -259,7 +261,7 @@ class Session:
         if self._trained.waiting.has_any(held):
             self._patch_unseen(held)
         is_vain = self._refusals or (self._passed_over and not self._trained)
-        if is_vain and not (self.is_waiting or self._is_any_whole or self.order.allow_inactive):
+        if is_vain and not (self.is_waiting or self._is_any_whole or self.options.allow_inactive):
             self._stop()
 
     def _patch_unseen(self, held: Sequence[nn.Parameter]) -> None:
