@@ -12,7 +12,7 @@ from pathlib import Path
 
 from surgery.errors import SettingError, SurgeryError
 
-from . import RUN_DIR
+from .folder import RUN_DIR
 
 _PYTHON = re.compile(r"(python|pypy)[\d.]*[a-z]?")
 _DEAF = "SIE"
@@ -149,7 +149,7 @@ def _probe(python: str, environment: Mapping[str, str]) -> None:
     # no record is left, and no folder `surgery` beside the user is taken for ours
     alone = {name: value for name, value in environment.items() if name != RUN_DIR} | {"PYTHONSAFEPATH": "1"}
     done = subprocess.run(
-        [python, "-c", "import surgery.hooks.run"],
+        [python, "-c", "import surgery.hooks.run.inside.start"],
         env=alone,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from surgery.errors import SettingError
 
-from . import RUN_DIR, run_dir
 from .command import CommandError, check_python, find_program
 from .console import say
+from .folder import RUN_DIR, run_dir
 from .options import PREFIX, Options
 from .outcome import Outcome, judge
 from .record import Record, read_records

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from surgery.errors import SettingError
 
 from ..settings import Anchor, Mixout, RDrop
-from . import RUN_DIR
+from .folder import RUN_DIR
 
 PREFIX = "SURGERY_"
 

@@ -18,7 +18,7 @@ try:
     _run_hidden()
 finally:
     try:
-        from surgery.hooks.run import start
+        from surgery.hooks.run.inside.start import start
     except ImportError as error:
         print(  # noqa: T201
             f"surgery: {sys.executable}: expected a Python with model-surgery, got none ({error}). Install it there: "

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from .. import PRETRAINED
-from .imports import after
+from .imports import PRETRAINED_CLASSES, call_after_import
 from .owners import find_modules
 from .saving import plainly
 from .session import Session
@@ -26,9 +25,9 @@ def listen(session: Session) -> None:
     _listen_to_backward(session)
     _listen_to_compile(session)
     _listen_to_saves()
-    after("torch.distributed.fsdp", lambda: _listen_to_sharding(session))
-    for module, name in PRETRAINED.items():
-        after(module, partial(_listen_to_pretrained, session, module, name))
+    call_after_import("torch.distributed.fsdp", lambda: _listen_to_sharding(session))
+    for module, name in PRETRAINED_CLASSES.items():
+        call_after_import(module, partial(_listen_to_pretrained, session, module, name))
 
 
 def _look_out(session: Session) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from surgery.errors import SurgeryError
 
-from .. import run_dir
 from ..console import say
+from ..folder import run_dir
 from ..messages import find_rank, told
 from ..options import Options
 from ..outcome import conclude

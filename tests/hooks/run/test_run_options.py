@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from surgery.errors import SettingError
-from surgery.hooks.run import RUN_DIR
+from surgery.hooks.run.folder import RUN_DIR
 from surgery.hooks.run.options import Options, read_options
 from surgery.hooks.settings import Anchor, Mixout, RDrop
 
