@@ -13,18 +13,15 @@ from .command import CommandError, check_python, find_program
 from .console import say
 from .folder import RUN_DIR, run_dir
 from .options import PREFIX, Options
-from .outcome import Outcome, judge
+from .outcome import EXIT_INACTIVE, Outcome, judge
 from .record import Record, read_records
 
 SITE = Path(__file__).resolve().parents[1] / "site"
 """The folder whose sitecustomize every Python of the command runs."""
 
-INACTIVE = 3
-"""The exit code of a command that succeeded while a regularizer had no effect."""
-
 
 def launch(command: Sequence[str], options: Options) -> int:
-    """Run a command with regularizers. Return its exit code, or INACTIVE; end as it did, if a signal ended it.
+    """Run a command with regularizers. Return its exit code, or EXIT_INACTIVE; end as it did, if a signal ended it.
 
     What became of it goes to stderr and to the file of --report.
 
@@ -47,7 +44,7 @@ def launch(command: Sequence[str], options: Options) -> int:
     except CommandError as error:
         say(f"error: {error}")
         return error.code
-    return _conclude(judge(records, options, command, has_failed=code != 0), options, code)
+    return _report(judge(records, options, command, has_failed=code != 0), options, code)
 
 
 def environment_of(options: Options, variables: Mapping[str, str]) -> dict[str, str]:
@@ -80,7 +77,7 @@ def _run(program: str, command: Sequence[str], environment: dict[str, str]) -> t
     return code, records
 
 
-def _conclude(outcome: Outcome, options: Options, code: int) -> int:
+def _report(outcome: Outcome, options: Options, code: int) -> int:
     for line in outcome.lines:
         say(line)
     if options.report:
@@ -95,4 +92,4 @@ def _conclude(outcome: Outcome, options: Options, code: int) -> int:
         return die(-code)
     if outcome.is_active or outcome.is_idle or options.allow_inactive:
         return code
-    return INACTIVE if code == 0 or outcome.is_refused else code
+    return EXIT_INACTIVE if code == 0 or outcome.is_refused else code

@@ -27,21 +27,21 @@ UNSEEN = (
 )
 
 
-def told(options: Options, model: Model) -> str:
-    """Tell what was done to a model."""
-    entry, said = model.look(is_last=False), []
+def describe_model(options: Options, model: Model) -> str:
+    """Return the line that says what was done to a model."""
+    entry, done = model.entry(is_last=False), []
     if options.noisytune is not None:
         lam = f"lam {options.noisytune:g}, seed {options.seed or 0}"
         noise = f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})"
-        said.append("no noise again" if model.is_resumed else noise)
+        done.append("no noise again" if model.is_resumed else noise)
     if options.mixout is not None and model.is_patched:
-        said.append(f"{entry['mixed']} weights mixed (p {options.mixout:g})")
+        done.append(f"{entry['mixed']} weights mixed (p {options.mixout:g})")
     if options.rdrop is not None and model.is_patched:
-        said.append(f"R-Drop (alpha {options.rdrop:g})")
+        done.append(f"R-Drop (alpha {options.rdrop:g})")
     if options.anchor is not None and model.is_patched:
-        said.append(f"anchor ({options.anchor:g})")
+        done.append(f"anchor ({options.anchor:g})")
     new = f"; new: {some(entry['new'])}" if entry["new"] else ""
-    return f"{entry['class']}: {', '.join(said)}{new}"
+    return f"{entry['class']}: {', '.join(done)}{new}"
 
 
 def find_rank() -> int:

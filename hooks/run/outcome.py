@@ -11,6 +11,9 @@ from .console import say
 from .options import Options
 from .record import Record
 
+EXIT_INACTIVE = 3
+"""The exit code of a command that succeeded, and of a process that was ended, while a regularizer had no effect."""
+
 _HELP = ("-h", "--help", "--version")
 _MISSING = {
     "noisytune": "noisytune: no pretrained weights were loaded, so that none were perturbed",
@@ -123,8 +126,8 @@ def judge(
     return Outcome(ranks, (_NO_TORCH,) if records else (_UNREACHED,))
 
 
-def conclude(record: Record, options: Options) -> None:
-    """Say what became of the options in this one process, which no `surgery run` waits for."""
+def print_outcome(record: Record, options: Options) -> None:
+    """Print and write the outcome of this one process, which no `surgery run` waits for."""
     outcome = judge([record], options)
     for line in outcome.lines:
         say(line)

@@ -1,4 +1,4 @@
-"""What weights were before somebody wrote to them, kept until the model is patched."""
+"""Copies of parameters from before somebody wrote to them, kept until the model is patched."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -47,7 +47,7 @@ def _start_session() -> None:
     from multiprocessing import util
 
     from ..options import read_options
-    from .instrument import listen
+    from .instrument import instrument
     from .session import Session
 
     options = read_options(os.environ)
@@ -55,7 +55,7 @@ def _start_session() -> None:
         return
     _print_warnings()
     session = Session(options)
-    listen(session)
+    instrument(session)
     _wrap_excepthook(session)
     _finalize(session)
     os.register_at_fork(after_in_child=partial(_restart, session))
@@ -83,7 +83,7 @@ def _wrap_excepthook(session: "Session") -> None:
 
     def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
         if isinstance(error, SurgeryError):
-            session.account.fail(error)
+            session.on_uncaught_error(error)
         show(kind, error, trace)
 
     sys.excepthook = excepthook
@@ -93,10 +93,10 @@ def _finalize(session: "Session") -> None:
     """Have multiprocessing tell the session of the process's end: its children skip atexit."""
     from multiprocessing import util
 
-    util.Finalize(None, session.end, exitpriority=_BEFORE_OTHERS)
+    util.Finalize(None, session.on_exit, exitpriority=_BEFORE_OTHERS)
 
 
 def _restart(session: "Session") -> None:
     """Begin anew in a child. Those of multiprocessing forget all finalizers after this."""
-    session.account.fork()
+    session.on_fork()
     _finalize(session)
