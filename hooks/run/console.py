@@ -1,4 +1,4 @@
-"""What a run says: lines on stderr, for stdout is the command's."""
+"""Lines on stderr, whole and above the bars of tqdm; stdout is the command's."""
 
 import logging
 import sys
@@ -18,7 +18,7 @@ def say(line: str) -> None:
 
 
 class ConsoleHandler(logging.Handler):
-    """Says what is logged."""
+    """Prints what is logged."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record))

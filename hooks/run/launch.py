@@ -1,4 +1,4 @@
-"""`surgery run`: check the command, start it where its Pythons find the hooks, wait, and say what became of it."""
+"""`surgery run`: check the command, start it with hooks/site on PYTHONPATH, wait, and print what took effect."""
 
 import os
 import shutil

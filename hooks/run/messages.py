@@ -1,4 +1,4 @@
-"""What a process says of a model, and as whom."""
+"""Sentences that a process prints of its models, and the rank that it prints them with."""
 
 import os
 

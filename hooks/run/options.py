@@ -1,4 +1,4 @@
-"""The options of `surgery run`: flags of the command line, SURGERY_* variables of every process below it."""
+"""The options of `surgery run`: flags on its command line, SURGERY_* variables in every process below it."""
 
 import math
 import shlex

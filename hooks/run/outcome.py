@@ -138,10 +138,10 @@ def print_outcome(record: Record, options: Options) -> None:
 
 def _unmatched(trained: Sequence[Record]) -> tuple[str, ...]:
     """Name the globs that matched nothing in any process: what they were for has not happened."""
-    options = set.intersection(*(set(one.unmatched) for one in trained)) if trained else set()
+    flags = set.intersection(*(set(one.unmatched) for one in trained)) if trained else set()
     return tuple(
-        f"{option}: expected a glob of a model's class or of a parameter that is trained, got one that matches none"
-        for option in sorted(options)
+        f"{flag}: expected a glob of a model's class or of a parameter that is trained, got one that matches none"
+        for flag in sorted(flags)
     )
 
 
@@ -150,12 +150,12 @@ def _missing(trained: Sequence[Record], options: Options) -> tuple[str, ...]:
     found = []
     for name in options.asked:
         without = [one for one in trained if name not in one.acts]
-        if any(not _is_told(name, one) for one in without):
+        if any(not _is_explained(name, one) for one in without):
             found.append(_MISSING[name] + _on(without, trained))
     return tuple(found)
 
 
-def _is_told(name: str, record: Record) -> bool:
+def _is_explained(name: str, record: Record) -> bool:
     is_patch = name != "noisytune"
     return any(f"{name}:" in fault or (is_patch and fault.startswith("patch_model:")) for fault in record.faults)
 

@@ -1,4 +1,4 @@
-"""First on PYTHONPATH under `surgery run`: run the sitecustomize that this one hides, then wake with torch."""
+"""sitecustomize of every Python under `surgery run`: run the one that it hides, then wait for the import of torch."""
 
 import sys
 from importlib.machinery import PathFinder

@@ -41,7 +41,7 @@ class Session:
         filters = Filters(options.include, options.exclude)
         self._candidates = Candidates(filters, self._reporter)
         self._pending = Pending()
-        self._called_in_vain = WeakSet()  # modules without a parameter that is pending
+        self._without_pending = WeakSet()  # modules without a parameter that is pending
         self._loads = Loads()
         self._perturber = Perturber(options, filters, self._loads, self._reporter)
         original = self._perturber.original if options.w_pre == "original" else None
@@ -67,7 +67,7 @@ class Session:
         for top, parameters in self._candidates.select([one for one in owned if not self._models.hold(one)]):
             self._perturber.perturb(top, parameters)
             self._pending.add(top, parameters)
-        self._called_in_vain.clear()
+        self._without_pending.clear()
 
     def on_param_group_added(self, optimizer: Optimizer) -> None:
         """Do the same for what an optimizer got later."""
@@ -148,14 +148,14 @@ class Session:
 
     def on_forward(self, module: nn.Module) -> None:
         """Patch the model that `module` is or holds, if it is about to be trained and was waited for."""
-        if module in self._called_in_vain or not torch.is_grad_enabled():
+        if module in self._without_pending or not torch.is_grad_enabled():
             return
         inner = unwrap(module)
         if self._patcher.is_asked and not inner.training:
             return
         parameters = list(inner.parameters())
         if not self._pending.parameters.has_any(parameters) or any(find_patch(child) for child in inner.modules()):
-            self._called_in_vain.add([module])
+            self._without_pending.add([module])
             return
         self._patch(self._pending.find_whole(module, parameters))
 

@@ -117,7 +117,7 @@ def test_spawned_processes_are_reached(run_cli, tmp_path):
     assert ran.out == "True ['torch']\n", ran.err
 
 
-def test_a_deaf_python_within_a_script_is_told_at_the_end(run_cli):
+def test_a_python_without_sitecustomize_in_a_script_is_told_at_the_end(run_cli):
     ran = run_cli("run", "--mixout", "0.7", "--", "sh", "-c", f"'{sys.executable}' -I -c 1")
     assert ran.code == 3
     assert ran.err.startswith("surgery: INACTIVE: command: expected a Python that reads PYTHONPATH")
