@@ -20,7 +20,7 @@ from .weakset import WeakSet
 
 
 @dataclass
-class _Perturbed:
+class _NoisyPart:
     """A part of a model that noise was added to.
 
     Args:
@@ -46,7 +46,7 @@ class Noise:
         self._lam = lam
         self._seed = seed
         self._pretrained = pretrained
-        self._perturbed: list[_Perturbed] = []
+        self._perturbed: list[_NoisyPart] = []
         self.original = Snapshots()
         """What the weights were before."""
         self._sums: Any = WeakIdKeyDictionary()
@@ -88,7 +88,7 @@ class Noise:
                 self._sums.update(
                     {one: before for one, before in zip(parameters, sums, strict=True) if _sum(one) != before}
                 )
-            self._perturbed.append(_Perturbed(WeakSet(parameters), recipe))
+            self._perturbed.append(_NoisyPart(WeakSet(parameters), recipe))
 
     def is_overwritten(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Tell whether some of these are again what they were before the noise."""
