@@ -1,4 +1,4 @@
-"""What `surgery run` is asked for: flags of the command line, SURGERY_* variables of every process below it."""
+"""The options of `surgery run`: flags on its command line, SURGERY_* variables in every process below it."""
 
 import math
 import shlex
@@ -9,13 +9,13 @@ from typing import Any, Literal
 from surgery.errors import SettingError
 
 from ..settings import Anchor, Mixout, RDrop
-from . import RUN_DIR
+from .folder import RUN_DIR
 
 PREFIX = "SURGERY_"
 
 
 @dataclass(frozen=True)
-class Order:
+class Options:
     """The regularizers of a run. Validated when made; raises SettingError.
 
     Args:
@@ -101,22 +101,22 @@ class Order:
                 )
 
 
-def read_order(variables: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Order | None:
-    """Read an order from environment variables; None if they ask for nothing.
+def read_options(variables: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Options | None:
+    """Read the options of environment variables; None if they ask for nothing.
 
     Args:
         variables: the environment; an empty variable is none.
-        flags: values that win over the variables, by the names of Order's arguments; None, () and False are none.
+        flags: values that win over the variables, by their names in Options; None, () and False are none.
     Raises:
         SettingError: a value is of the wrong kind or out of range, or a SURGERY_ variable is unknown.
     """
     given = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name != RUN_DIR}
-    known = {PREFIX + field.name.upper(): field.name for field in fields(Order)}
+    known = {PREFIX + field.name.upper(): field.name for field in fields(Options)}
     for name in given.keys() - known.keys():
         raise SettingError(f"{name}: expected one of {', '.join(known)}, got an unknown variable. Correct its name.")
     values: dict[str, Any] = {known[name]: _READ[known[name]](name, value) for name, value in given.items() if value}
     values |= {name: value for name, value in (flags or {}).items() if not _is_empty(value)}
-    return Order(**values) if values else None
+    return Options(**values) if values else None
 
 
 def _is_empty(value: Any) -> bool:

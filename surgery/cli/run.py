@@ -13,7 +13,7 @@ from surgery.cli.group import command, main
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
-    from surgery.hooks.run.options import Order
+    from surgery.hooks.run.options import Options
 
 _OPTIONS = (
     click.option("--noisytune", type=float, metavar="LAM", help="Perturb pretrained weights before they are trained."),
@@ -63,27 +63,27 @@ def env(*, as_json: bool, **flags: Any) -> None:
     """
     from surgery.hooks.run.launch import SITE, environment_of
 
-    order = _read(flags)
+    options = _read(flags)
     if as_json:
         from surgery.report.text import as_json as to_json
 
-        path = environment_of(order, os.environ)["PYTHONPATH"]
-        click.echo(to_json({"PYTHONPATH": path} | order.variables))
+        path = environment_of(options, os.environ)["PYTHONPATH"]
+        click.echo(to_json({"PYTHONPATH": path} | options.variables))
         return
     from shlex import quote
 
     click.echo(f'export PYTHONPATH={quote(str(SITE))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
-    click.echo(" ".join(["export", *(f"{name}={quote(value)}" for name, value in order.variables.items())]))
+    click.echo(" ".join(["export", *(f"{name}={quote(value)}" for name, value in options.variables.items())]))
 
 
-def _read(flags: dict[str, Any]) -> "Order":
-    """Read the order from the flags and, where they say nothing, from the variables."""
+def _read(flags: dict[str, Any]) -> "Options":
+    """Read the options from the flags and, where they say nothing, from the variables."""
     from dataclasses import replace
 
-    from surgery.hooks.run.options import Order, read_order
+    from surgery.hooks.run.options import Options, read_options
 
-    order = read_order(os.environ, flags) or Order()  # which raises, for it asks for nothing
-    return replace(order, report=_find_report(order.report)) if order.report else order
+    options = read_options(os.environ, flags) or Options()  # which raises, for it asks for nothing
+    return replace(options, report=_find_report(options.report)) if options.report else options
 
 
 def _find_report(report: str) -> str:

@@ -1,4 +1,4 @@
-"""Models without what is ours, for torch.save: it writes what it would write without a run."""
+"""A pickle module for torch.save whose Pickler leaves out the patch: files are what they would be without a run."""
 
 import pickle
 from types import ModuleType
@@ -56,6 +56,6 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 
 _HOOKS = __name__.removesuffix(".run.inside.saving")
 
-plainly = ModuleType("pickle")
+plain_pickle = ModuleType("pickle")
 """The module pickle, but for what is ours, which it leaves out."""
-plainly.__dict__.update(pickle.__dict__, Pickler=_Pickler)
+plain_pickle.__dict__.update(pickle.__dict__, Pickler=_Pickler)

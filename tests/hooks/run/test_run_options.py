@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from surgery.errors import SettingError
-from surgery.hooks.run import RUN_DIR
-from surgery.hooks.run.options import Order, read_order
+from surgery.hooks.run.folder import RUN_DIR
+from surgery.hooks.run.options import Options, read_options
 from surgery.hooks.settings import Anchor, Mixout, RDrop
 
-EVERYTHING = Order(
+EVERYTHING = Options(
     noisytune=0.15,
     mixout=0.7,
     rdrop=1.0,
@@ -28,61 +28,61 @@ EVERYTHING = Order(
 
 
 @pytest.mark.parametrize(
-    "order",
+    "options",
     [
         EVERYTHING,
-        Order(mixout=0.7),
-        Order(mixout=0.0, rdrop=0.0, anchor=0.0),
-        Order(noisytune=0.1, seed=0),
-        Order(rdrop=1.0, allow_inactive=True),
-        Order(mixout=0.1 + 0.2, include=("",)),
+        Options(mixout=0.7),
+        Options(mixout=0.0, rdrop=0.0, anchor=0.0),
+        Options(noisytune=0.1, seed=0),
+        Options(rdrop=1.0, allow_inactive=True),
+        Options(mixout=0.1 + 0.2, include=("",)),
     ],
     ids=["all", "one", "zeros", "seed-0", "flag", "digits"],
 )
-def test_order_survives_the_environment(order):
-    assert read_order(order.variables) == order
+def test_options_survive_the_environment(options):
+    assert read_options(options.variables) == options
 
 
-def test_order_survives_a_shell():
+def test_options_survive_a_shell():
     names = " ".join(f'"${name}"' for name in EVERYTHING.variables)
     shell = subprocess.run(
         ["sh", "-c", f"printf '%s\\0' {names}"], env=EVERYTHING.variables, capture_output=True, text=True, check=True
     )
-    assert read_order(dict(zip(EVERYTHING.variables, shell.stdout.split("\0")[:-1], strict=True))) == EVERYTHING
+    assert read_options(dict(zip(EVERYTHING.variables, shell.stdout.split("\0")[:-1], strict=True))) == EVERYTHING
 
 
-def test_order_is_written_as_plain_text():
-    assert Order(mixout=0.7, seed=None, allow_inactive=True, include=("a", "b c")).variables == {
+def test_options_are_written_as_plain_text():
+    assert Options(mixout=0.7, seed=None, allow_inactive=True, include=("a", "b c")).variables == {
         "SURGERY_MIXOUT": "0.7",
         "SURGERY_INCLUDE": "a 'b c'",
         "SURGERY_ALLOW_INACTIVE": "1",
     }
 
 
-def test_no_variables_are_no_order():
-    assert read_order({}) is None
-    assert read_order({"PATH": "/bin", RUN_DIR: "/tmp", "SURGERY_MIXOUT": ""}) is None
+def test_no_variables_are_no_options():
+    assert read_options({}) is None
+    assert read_options({"PATH": "/bin", RUN_DIR: "/tmp", "SURGERY_MIXOUT": ""}) is None
 
 
 def test_flags_win_over_variables():
     variables = {"SURGERY_MIXOUT": "0.7", "SURGERY_RDROP": "1", "SURGERY_INCLUDE": "a b"}
     flags = {"mixout": 0.0, "rdrop": None, "include": ("c",), "exclude": (), "allow_inactive": False}
-    assert read_order(variables, flags) == Order(mixout=0.0, rdrop=1.0, include=("c",))
+    assert read_options(variables, flags) == Options(mixout=0.0, rdrop=1.0, include=("c",))
 
 
-def test_order_makes_the_settings_of_patch_model():
+def test_options_make_the_settings_of_patch_model():
     assert EVERYTHING.mixout_setting == Mixout(0.7, "element")
     assert EVERYTHING.rdrop_setting == RDrop(1.0, 3)
     assert EVERYTHING.anchor_setting == Anchor(1e-05)
-    alone = Order(noisytune=0.15)
+    alone = Options(noisytune=0.15)
     assert (alone.mixout_setting, alone.rdrop_setting, alone.anchor_setting) == (None, None, None)
-    assert Order(mixout=0.9).mixout_setting == Mixout(0.9)
-    assert Order(rdrop=0.5).rdrop_setting == RDrop(0.5)
+    assert Options(mixout=0.9).mixout_setting == Mixout(0.9)
+    assert Options(rdrop=0.5).rdrop_setting == RDrop(0.5)
 
 
 def test_asked_names_what_is_asked_for():
     assert EVERYTHING.asked == ("noisytune", "mixout", "rdrop", "anchor")
-    assert Order(rdrop=0.0).asked == ("rdrop",)
+    assert Options(rdrop=0.0).asked == ("rdrop",)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_asked_names_what_is_asked_for():
         ),
     ],
 )
-def test_order_refuses(values, message):
+def test_options_refuse(values, message):
     with pytest.raises(SettingError) as raised:
-        Order(**values)
+        Options(**values)
     assert str(raised.value) == message
 
 
@@ -164,11 +164,11 @@ def test_order_refuses(values, message):
 )
 def test_variables_are_refused(name, value, message):
     with pytest.raises(SettingError) as raised:
-        read_order({"SURGERY_MIXOUT": "0.7", f"SURGERY_{name}": value})
+        read_options({"SURGERY_MIXOUT": "0.7", f"SURGERY_{name}": value})
     assert str(raised.value) == message
 
 
-def test_reading_an_order_takes_nothing_heavy(tmp_path):
+def test_reading_options_takes_nothing_heavy(tmp_path):
     code = (
         "import sys, surgery.hooks.run.options\nprint({'torch', 'numpy', 'transformers', 'click'} & sys.modules.keys())"
     )
