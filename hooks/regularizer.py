@@ -94,7 +94,8 @@ class Settings(ABC):
             entry: the model's, as in --report.
         """
 
-    def summary(self, entry: Mapping[str, Any]) -> list[str]:  # noqa: ARG002
+    @classmethod
+    def summary(cls, entry: Mapping[str, Any]) -> list[str]:  # noqa: ARG003
         """Say what came out, for the last line of `surgery run`, beside `counts`."""
         return []
 

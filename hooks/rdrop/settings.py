@@ -80,7 +80,8 @@ class RDrop(Settings):
     def announcement(self, entry: Mapping[str, Any]) -> str:  # noqa: ARG002
         return f"R-Drop (alpha {self.alpha:g})"
 
-    def summary(self, entry: Mapping[str, Any]) -> list[str]:
+    @classmethod
+    def summary(cls, entry: Mapping[str, Any]) -> list[str]:
         said = [f"R-Drop fired {entry['rdrop_fired']:,}"] if entry["rdrop_fired"] else []
         if entry["kl"] is not None:  # else the loss was that of another model, which this one feeds
             said.append(f"KL {entry['kl']:.4g}, CE {entry['ce']:.4g}")

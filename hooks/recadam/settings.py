@@ -79,7 +79,8 @@ class RecAdam(Settings):
     def announcement(self, entry: Mapping[str, Any]) -> str:  # noqa: ARG002
         return f"RecAdam (gamma {self.gamma:g})"
 
-    def summary(self, entry: Mapping[str, Any]) -> list[str]:
+    @classmethod
+    def summary(cls, entry: Mapping[str, Any]) -> list[str]:
         if entry["recadam_t"] is None:
             return []
         return [f"RecAdam at step {entry['recadam_t']:,}, lambda {entry['recadam_lambda']:.3g}"]

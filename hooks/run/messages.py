@@ -34,12 +34,8 @@ def describe_model(options: Options, model: Model) -> str:
         lam = f"lam {options.noisytune:g}, seed {options.seed or 0}"
         noise = f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})"
         done.append("no noise again" if model.is_resumed else noise)
-    if options.mixout is not None and model.is_patched:
-        done.append(f"{entry['mixed']} weights mixed (p {options.mixout:g})")
-    if options.rdrop is not None and model.is_patched:
-        done.append(f"R-Drop (alpha {options.rdrop:g})")
-    if options.anchor is not None and model.is_patched:
-        done.append(f"anchor ({options.anchor:g})")
+    if model.is_patched:
+        done += [one.announcement(entry) for one in options.methods]
     new = f"; new: {some(entry['new'])}" if entry["new"] else ""
     return f"{entry['class']}: {', '.join(done)}{new}"
 

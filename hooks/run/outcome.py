@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..registry import METHODS
 from .console import say
-from .options import Options
+from .options import NOISYTUNE, Options
 from .record import Record
 
 EXIT_INACTIVE = 3
@@ -16,10 +17,8 @@ EXIT_INACTIVE = 3
 
 _HELP = ("-h", "--help", "--version")
 _MISSING = {
-    "noisytune": "noisytune: no pretrained weights were loaded, so that none were perturbed",
-    "mixout": "mixout: no layer with pretrained weights was trained, so that none was mixed",
-    "rdrop": "rdrop: its KL reached no loss",
-    "anchor": "anchor: no optimizer's step drew a weight toward w_pre",
+    NOISYTUNE: "noisytune: no pretrained weights were loaded, so that none were perturbed",
+    **{kind.name: f"{kind.name}: {kind.missing}" for kind in METHODS},
 }
 _UNREACHED = (
     "command: expected a Python that reads PYTHONPATH, in an environment with model-surgery, got none. Neither python "
@@ -156,7 +155,7 @@ def _missing(trained: Sequence[Record], options: Options) -> tuple[str, ...]:
 
 
 def _is_explained(name: str, record: Record) -> bool:
-    is_patch = name != "noisytune"
+    is_patch = name != NOISYTUNE
     return any(f"{name}:" in fault or (is_patch and fault.startswith("patch_model:")) for fault in record.faults)
 
 
@@ -182,11 +181,10 @@ def _models(record: Record) -> str:
 
 
 def _model(model: dict[str, Any]) -> str:
-    figures = [model["class"], *(f"{model[name]:,} {name}" for name in ("perturbed", "mixed", "steps") if model[name])]
-    if model["rdrop_fired"]:
-        figures.append(f"R-Drop fired {model['rdrop_fired']:,}")
-    if model["kl"] is not None:  # else the loss was that of another model, which this one feeds
-        figures.append(f"KL {model['kl']:.4g}, CE {model['ce']:.4g}")
+    counts = ("perturbed", *(name for kind in METHODS for name in kind.counts), "steps")
+    figures = [model["class"], *(f"{model[name]:,} {name}" for name in counts if model[name])]
+    for kind in METHODS:
+        figures += kind.summary({**kind.idle_report, **model})
     if model["distance"]:
         figures.append(f"distance {model['distance']:.4g}")
     return ", ".join(figures)

@@ -80,9 +80,9 @@ def _read(flags: dict[str, Any]) -> "Options":
     """Read the options from the flags and, where they say nothing, from the variables."""
     from dataclasses import replace
 
-    from surgery.hooks.run.options import Options, read_options
+    from surgery.hooks.run.options import make_options, read_options
 
-    options = read_options(os.environ, flags) or Options()  # which raises, for it asks for nothing
+    options = read_options(os.environ, flags) or make_options()  # which raises, for it asks for nothing
     return replace(options, report=_find_report(options.report)) if options.report else options
 
 

@@ -13,7 +13,8 @@ from surgery.live.names import NEW
 from surgery.recipe import TensorRecord
 
 from ...lifecycle import Patch
-from ...report import distance, w_pre_bytes
+from ...registry import METHODS
+from ..options import NOISYTUNE
 from .weakset import WeakSet
 
 
@@ -35,30 +36,28 @@ class Model:
         self.is_patched = patch is not None
         self.is_resumed = is_resumed
         has_noise = is_resumed or any(tensor.copied is None for tensor in noise)
-        self.acts: set[str] = {"noisytune"} if has_noise else set()
+        self.acts: set[str] = {NOISYTUNE} if has_noise else set()
         """The regularizers that have had an effect on it."""
         self._root = weakref.ref(root)
         self._patch = weakref.ref(patch) if patch is not None else None
         parameters = dict(root.named_parameters())
         new = {tensor.name for tensor in noise if tensor.copied == NEW}
-        if patch is not None and patch.sites:
-            new = patch.fresh
+        if patch is not None and patch.weights is not None:
+            new = patch.weights.fresh
         self.parameters = WeakSet(parameters.values())
         self._entry: dict[str, Any] = {
             "class": type(root).__name__,
             "parameters": len(parameters),
             "perturbed": sum(tensor.copied is None for tensor in noise),
-            "mixed": 0,
             "new": sorted(new & parameters.keys()),
             "w_pre_bytes": 0,
             "steps": 0,
-            "rdrop_fired": 0,
-            "kl": None,
-            "ce": None,
+            **{name: idle for kind in METHODS for name, idle in kind.idle_report.items()},
             "distance": None,
         }
         # it keeps the layers, not the root, which may therefore go; a root that is a layer would stay
-        if patch is not None and not any(module is root for site in patch.sites for module in site.target.owners):
+        tracked = patch.weights.tracked if patch is not None and patch.weights is not None else ()
+        if patch is not None and not any(module is root for one in tracked for module in one.target.owners):
             weakref.finalize(root, self._measure, patch, is_last=True).atexit = False
 
     @property
@@ -77,7 +76,7 @@ class Model:
         """Tell whether everything was done to it that is asked for."""
         if wants_patch and not self.is_patched:
             return False
-        return "noisytune" in self.acts or not wants_noise
+        return NOISYTUNE in self.acts or not wants_noise
 
     def entry(self, *, is_last: bool) -> dict[str, Any]:
         """Return the model's entry of the report.
@@ -91,21 +90,16 @@ class Model:
         return self._entry | {"steps": self.steps}
 
     def _measure(self, patch: Patch, *, is_last: bool) -> None:
-        mixed = [site for site in patch.sites if site.weight.requires_grad and patch.mixout is not None]
-        if patch.has_mixed:  # one of TRL's heads is never called, for instance
-            mixed = [site for site in mixed if site.is_called]
-        self._entry |= {"mixed": len(mixed), "w_pre_bytes": w_pre_bytes(patch)}
-        if patch.drop is not None:
-            self._entry |= patch.drop.measured.last()
-        if is_last and patch.sites:
+        for settings, regularizer in zip(patch.settings, patch.regularizers, strict=True):
+            self._entry |= regularizer.report()
+            if regularizer.has_acted:
+                self.acts.add(settings.name)
+        if patch.weights is None:
+            return
+        self._entry["w_pre_bytes"] = patch.weights.nbytes
+        if is_last:
             with suppress(SurgeryError):  # another tool has taken the weights away
-                self._entry["distance"] = distance(patch, is_whole=False)
-        acted = {
-            "mixout": patch.mixout is not None and (patch.has_mixed or not patch.is_mixing),
-            "anchor": patch.decay is not None and patch.decay.steps > 0,
-            "rdrop": patch.drop is not None and patch.drop.measured.fired > 0,
-        }
-        self.acts |= {name for name, has_acted in acted.items() if has_acted}
+                self._entry["distance"] = patch.weights.distance(is_whole=False)
 
 
 class Models:

@@ -6,8 +6,9 @@ from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SurgeryError
 
+from ...checks import is_compiled, take_root
 from ...lifecycle import Patch
-from ...patch import find_patch, is_compiled, put_patch, take_root
+from ...patch import find_patch, put_patch
 from ..options import Options
 from .filters import Filters
 from .reporter import Reporter
@@ -35,7 +36,7 @@ class Patcher:
     @property
     def is_asked(self) -> bool:
         """There is more to do than to add noise."""
-        return self._options.asked != ("noisytune",)
+        return bool(self._options.methods)
 
     def patch(self, module: nn.Module, root: nn.Module) -> Patch | None:
         """Patch a model; None if it is refused, or nothing but noise is asked for.
@@ -47,24 +48,16 @@ class Patcher:
         if not self.is_asked:
             return None
         options = self._options
-        acts_on_weights = options.mixout is not None or options.anchor is not None
-        include, exclude = self._filters.parameter_globs(root) if acts_on_weights else (None, None)
+        globs = self._filters.parameter_globs(root) if options.acts_on_weights else (None, None)
         try:
             take_root(module, may_be_compiled=True)
             with self._pretrained.restored(root.parameters()):
-                put_patch(
-                    root,
-                    mixout=options.mixout_setting,
-                    rdrop=options.rdrop_setting,
-                    anchor=options.anchor_setting,
-                    include=include,
-                    exclude=exclude,
-                )
+                put_patch(root, options.methods, include=globs[0], exclude=globs[1])
         except SurgeryError as error:
             self._reporter.refuse("patch_model", root, error)
         patch = find_patch(root)
         if patch is not None and self.open_step is not None:
-            patch.join_step(self.open_step)
+            patch.before_step(self.open_step, is_closure=True)
         if any(map(is_compiled, module.modules())):
             torch.compiler.reset()  # graphs made before know nothing of the patch
         return patch
