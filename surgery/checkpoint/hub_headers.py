@@ -19,7 +19,7 @@ from surgery.errors import SourceError
 _REQUESTS = 8  # at once
 
 
-def read_remote(
+def read_remote_headers(
     repo_id: str, *, revision: str | None, variant: str | None, token: str | None
 ) -> tuple[Checkpoint, dict[str, Header]] | None:
     """Return a checkpoint whose weights need not be here, and the header of each of its weight files.

@@ -165,7 +165,7 @@ def summarize(bits, n, dtype, mask, inf, shift, x, scratch, out, keys, counts):
 
 
 def compare(a, b, n, dtype, mask, inf, x, y, scratch, out, counts):
-    """Enter `_compare` in the same way, with room for two blocks, and the results of sums.Differences."""
+    """Enter `_compare` in the same way, with room for two blocks, and the results of sums.PairSums."""
     w, room = carray(a, n), carray(scratch, (2, LANES))
     of_type = w.dtype.type
     _compare(

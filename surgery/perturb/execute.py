@@ -17,8 +17,8 @@ from surgery.perturb.compare_recipe import file_faults, recipe_faults
 from surgery.perturb.output import OutputFolder, is_finished
 from surgery.perturb.partfile import PartFile
 from surgery.perturb.plan import Plan, ShardPlan, make_plan
-from surgery.perturb.shard import Task
-from surgery.perturb.tasks import Measured, make_record, make_task, measure, with_ties
+from surgery.perturb.shard import ShardTask
+from surgery.perturb.tasks import GlobalMoments, make_record, make_task, measure, with_ties
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, warn_of_vanished
 from surgery.threads import streaming_workers
@@ -81,7 +81,7 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
         todo = [shard for shard in plan.shards if shard.name not in folder.finished]
         by_name = {shard.name: shard for shard in todo}
         kept = folder.notes.get("measured")
-        measured = Measured.from_json(kept) if kept else measure(plan, workers)
+        measured = GlobalMoments.from_json(kept) if kept else measure(plan, workers)
         if measured.moments and not kept:
             folder.note("measured", measured.to_json())
         with bar(sum(shard.nbytes for shard in todo), "perturbing") as on_bytes:
@@ -116,14 +116,14 @@ def _job(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _finish_shard(task: Task, plan: Plan, shard: ShardPlan, folder: OutputFolder, measured: Measured) -> None:
+def _finish_shard(task: ShardTask, plan: Plan, shard: ShardPlan, folder: OutputFolder, measured: GlobalMoments) -> None:
     """Give a complete shard its name and note in the journal what was done to it."""
     record = make_record(task, shard, measured)
     if plan.recorded:
         recorded = next(file for file in plan.recorded.files if file.name == record.name)
         _refuse(file_faults(recorded, record), folder)
-    assert isinstance(task.target, PartFile)
-    size = folder.finish_part(shard.name, task.target)
+    assert isinstance(task.sink, PartFile)
+    size = folder.finish_part(shard.name, task.sink)
     folder.record(shard.name, {"size": size, **record.to_json()})
 
 

@@ -80,7 +80,7 @@ def find_source(recipe: Recipe, what: str, *, source: str | Path | None, token: 
     return resolve(source, variant=recipe.variant, token=token)
 
 
-def plan_again(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
+def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
     """Plan a recipe's run on its source, under the name that the source had.
 
     Raises:
@@ -113,16 +113,16 @@ def _refuse_other_companions(plan: Plan, recorded: Mapping[str, str]) -> None:
     for name, sha256 in recorded.items():
         path = plan.checkpoint.path(name)
         if name in plan.indexes:
-            refuse_other(path, hashlib.sha256(plan.indexes[name]).hexdigest(), sha256)
+            refuse_other_source(path, hashlib.sha256(plan.indexes[name]).hexdigest(), sha256)
         elif name in plan.companions:
-            refuse_other(path, sha256_of(path), sha256)
+            refuse_other_source(path, sha256_of(path), sha256)
         else:
             raise SourceError(
                 f"{path}: expected a file of the recipe's source, got none. Say with --source where the right one is."
             )
 
 
-def refuse_other(path: Path, sha256: str, expected: str) -> None:
+def refuse_other_source(path: Path, sha256: str, expected: str) -> None:
     """Refuse a file of the source that is not the one a recipe was made from.
 
     Raises:

@@ -9,7 +9,7 @@ from surgery.errors import some
 from surgery.inspect.inspection import REFUSED, components
 from surgery.inspect.name_patterns import group
 from surgery.recipe import Recipe
-from surgery.report.tables import Alarm, Column, Look, lay_out
+from surgery.report.tables import Alarm, Column, Terminal, lay_out
 from surgery.report.text import as_bytes, finite, line
 
 if TYPE_CHECKING:
@@ -132,15 +132,15 @@ _COLUMNS = (
 )
 
 
-def table(rows: Mapping[str, Any], look: Look, *, is_all: bool) -> str:
+def table(rows: Mapping[str, Any], terminal: Terminal, *, is_all: bool) -> str:
     """Lay out rows for people.
 
     Args:
         is_all: a line for each tensor instead of one for each group.
     """
-    lines = look.wrap_all([as_source(rows), *_summary(rows)])
+    lines = terminal.wrap_all([as_source(rows), *_summary(rows)])
     listed = rows["tensors"] if is_all else rows["groups"]
-    return "\n".join([*lines, "", *lay_out(_COLUMNS, [_cells(row) for row in listed], look)])
+    return "\n".join([*lines, "", *lay_out(_COLUMNS, [_cells(row) for row in listed], terminal)])
 
 
 def _summary(rows: Mapping[str, Any]) -> list[str]:

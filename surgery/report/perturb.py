@@ -11,7 +11,7 @@ from surgery.errors import some
 from surgery.noise import UNIT_STD
 from surgery.perturb.plan import Plan
 from surgery.recipe import Recipe
-from surgery.report.tables import Look
+from surgery.report.tables import Terminal
 from surgery.report.text import as_bytes, line
 
 
@@ -44,7 +44,7 @@ def plan_rows(plan: Plan) -> dict[str, Any]:
     }
 
 
-def result_rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> dict[str, Any]:
+def rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> dict[str, Any]:
     """Describe a finished run: counts, what the noise did, time and, per tensor, the recipe's record.
 
     Args:
@@ -111,7 +111,7 @@ def _parameters(tensors: list[dict[str, Any]]) -> int:
     return sum(math.prod(tensor["shape"]) for tensor in tensors if tensor["perturbed"])
 
 
-def plan_table(rows: Mapping[str, Any], look: Look) -> str:
+def plan_table(rows: Mapping[str, Any], terminal: Terminal) -> str:
     """Lay out plan_rows for people."""
     lines = [
         _title(rows, "would be perturbed into"),
@@ -121,11 +121,11 @@ def plan_table(rows: Mapping[str, Any], look: Look) -> str:
         *_left_out_lines(rows),
     ]  # fmt: skip
     commands = [f"run: {rows['command']}", *([f"then: {rows['push']}"] if "push" in rows else [])]
-    return "\n".join(look.wrap_all(lines) + commands)
+    return "\n".join(terminal.wrap_all(lines) + commands)
 
 
-def result_table(rows: Mapping[str, Any], look: Look) -> str:
-    """Lay out result_rows for people, with the next command to try."""
+def table(rows: Mapping[str, Any], terminal: Terminal) -> str:
+    """Lay out rows for people, with the next command to try."""
     expected = rows["noise_over_std_expected"]
     lines = [
         _title(rows, "perturbed into"),
@@ -138,7 +138,7 @@ def result_table(rows: Mapping[str, Any], look: Look) -> str:
         lines.append(line("vanished", f"noise lost in {len(vanished)} tensors ({some(vanished)}); {hint}"))
     lines += [line("note", note) for note in rows["notes"]]
     lines += [line("written", _written(rows)), *_left_out_lines(rows)]
-    return "\n".join([*look.wrap_all(lines), f"next: {rows['next']}"])
+    return "\n".join([*terminal.wrap_all(lines), f"next: {rows['next']}"])
 
 
 def _title(rows: Mapping[str, Any], verb: str) -> str:
