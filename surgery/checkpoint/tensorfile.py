@@ -7,6 +7,7 @@ per tensor with dtype, shape and the begin and end of its bytes; then the bytes,
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ class TensorFile:
     def __init__(self, path: Path, *, label: str) -> None:
         self.path = path
         self.header = read_header(path, label=label)
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        self._seek_lock = threading.Lock()
         self._stat = os.fstat(self._fd)
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
@@ -84,12 +86,21 @@ class TensorFile:
         """
         done = 0
         while done < len(buffer):
-            n = os.preadv(self._fd, [buffer[done:]], tensor.begin + start + done)
+            n = self._read_at(tensor.begin + start + done, buffer[done:])
             if n == 0:
                 raise SourceError(
                     f"{self.path}: expected {tensor.end} bytes, got fewer. It changed while it was read; run again."
                 )
             done += n
+
+    def _read_at(self, position: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [buffer], position)
+        with self._seek_lock:  # Windows: the position is the descriptor's, and threads share that
+            os.lseek(self._fd, position, os.SEEK_SET)
+            data = os.read(self._fd, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def sha256(self) -> str | None:
         """Return the file's digest if it is known; else the reader hashes the bytes as they pass: they are the file."""

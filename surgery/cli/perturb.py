@@ -66,9 +66,12 @@ def perturb(
     """
     import surgery.perturb.execute  # noqa: F401  (takes time that is not the run's)
     from surgery.noisytune import NoisyTune
+    from surgery.perturb.output import refuse_windows
     from surgery.perturb.plan import make_plan
 
     start = time.perf_counter()
+    if not dry_run:
+        refuse_windows("perturb")
     noisytune = NoisyTune(**settings)
     if plot:
         from surgery.report.pictures import check_noise_plot

@@ -14,7 +14,7 @@ from surgery.noise import CONTRACT
 from surgery.noisytune import Moments, NoisyTune, as_globs
 from surgery.perturb import stream
 from surgery.perturb.compare_recipe import file_faults, recipe_faults
-from surgery.perturb.output import OutputFolder, is_finished
+from surgery.perturb.output import OutputFolder, is_finished, refuse_windows
 from surgery.perturb.partfile import PartFile
 from surgery.perturb.plan import Plan, ShardPlan, make_plan
 from surgery.perturb.shard import ShardTask
@@ -63,6 +63,7 @@ def perturb_checkpoint(
         SourceError: the source is missing, malformed, unsafe, quantized, or holds NaN or Inf.
         OutputError: `out` cannot be used, or the disk is full.
     """
+    refuse_windows("perturb")
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     plan = make_plan(source, out, settings, revision=revision, variant=variant, token=token)
     recipe = execute(plan, overwrite=overwrite, workers=workers)

@@ -11,6 +11,7 @@ from surgery.checkpoint.digests import sha256_of_all
 from surgery.checkpoint.layout import CARD
 from surgery.errors import OutputError
 from surgery.perturb.execute import execute
+from surgery.perturb.output import refuse_windows
 from surgery.perturb.plan import Plan, choose_out
 from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
 from surgery.recipe import Recipe
@@ -53,6 +54,7 @@ def plan_materialize(
     recipe: str | Path, out: str | Path | None, *, source: str | Path | None, token: str | None
 ) -> Plan:
     """Plan what materialize_checkpoint does, with the source checked. Writes nothing; raises as it does."""
+    refuse_windows("materialize")
     path = find_recipe(recipe, token=token)
     recorded = Recipe.read(path)
     checkpoint = find_source(recorded, str(recipe), source=source, token=token)

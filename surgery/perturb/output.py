@@ -6,11 +6,12 @@ companions come after them, so no loader finds a checkpoint before that; card an
 """
 
 import errno
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
 from surgery.errors import OutputError
 from surgery.perturb.partfile import PartFile
 
+_log = logging.getLogger(__name__)
 _PART = ".surgery-part"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -73,13 +75,21 @@ class OutputFolder:
             os.close(lock)
 
     def _lock(self, fd: int) -> None:
+        """Lock the folder itself: the lock goes with the process that holds it, and leaves no file behind."""
+        from filelock import lock_descriptor  # not before there is something to lock: it takes a while to import
+
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            is_ours = lock_descriptor(fd, blocking=False)
+        except OSError as error:  # ENOSYS, ENOLCK, EOPNOTSUPP: nobody holds it
+            _log.warning(
+                "%s: its file system has no locks (%s): let no other run write to it", self.path, error.strerror
+            )
+            return
+        if not is_ours:
             raise OutputError(
                 f"{self.path}: expected a folder for this run alone, got one that another run is writing to. "
                 "Wait for it, or choose another with -o."
-            ) from error
+            )
 
     def _prepare(self, *, overwrite: bool) -> None:
         present = {
@@ -191,6 +201,19 @@ class OutputFolder:
             "notes": self.notes,
         }
         self.write(JOURNAL, (json.dumps(journal, indent=1) + "\n").encode())
+
+
+def refuse_windows(command: str) -> None:
+    """Refuse to write where a folder can be neither locked nor put on the disk.
+
+    Raises:
+        OutputError: on Windows.
+    """
+    if sys.platform == "win32":
+        raise OutputError(
+            f"surgery {command}: expected Linux or macOS, got Windows, which can neither lock a folder nor sync it to "
+            "the disk. Use WSL, or call perturb_model in the script instead."
+        )
 
 
 def is_finished(path: Path) -> bool:
