@@ -97,7 +97,7 @@ def arrange(names: Iterable[str], *, variant: str | None, what: str) -> Layout:
         raise NoWeightsError(f"{what}: expected {formats}, got {found}. Point at the folder that holds the weights.")
     if variant and not any(chosen.variant == variant for chosen in weights):
         raise SourceError(
-            f"{what}: expected weights of variant {variant!r}, got none. Leave --variant out or correct it."
+            f"{what}: expected weights of variant {variant!r}, got none. Leave `variant` out or correct it."
         )
     return Layout(tuple(weights), tuple(companions), tuple(left_out))
 
@@ -162,7 +162,7 @@ def _choose(
     if sets and not chosen and not is_pipeline:
         variants = ", ".join(sorted({s.variant for s in sets if s.variant}))
         raise SourceError(
-            f"{what}: expected weights without a variant, got only {variants}. Choose one with --variant."
+            f"{what}: expected weights without a variant, got only {variants}. Choose one with `variant`."
         )
     pickles = [s for s in chosen if s.is_pickle]
     if len(pickles) > 1:

@@ -1,6 +1,7 @@
 """The click group that all commands belong to, and how each ends: one line per error, --json, --debug, exit codes."""
 
 import functools
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -51,7 +52,15 @@ def command(function: Callable[..., None], *, code: int = FAILED, has_json: bool
     return options.json(wrapped) if has_json else wrapped
 
 
+def _with_flags(message: str) -> str:
+    """Spell options as the command line has them: errors name them as Python does, `create_pr` and `out`."""
+    known = [parameter for each in main.commands.values() for parameter in each.params]
+    flags = {str(option.name): option.opts[0] for option in known if isinstance(option, click.Option)}
+    return re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[0]), message)
+
+
 def _fail(message: str, code: int, *, as_json: bool, debug: bool) -> None:
+    message = _with_flags(message)
     if debug:
         traceback.print_exc()
     if as_json:

@@ -61,7 +61,9 @@ def plan_materialize(
     named = replace(checkpoint, id=recorded.source, commit=recorded.commit)
     folder = choose_out(out, checkpoint, recorded.settings, name=named.short_name)
     if folder.resolve() == path.parent.resolve():
-        raise OutputError(f"{folder}: expected another folder than the recipe's, got that one. Choose another with -o.")
+        raise OutputError(
+            f"{folder}: expected another folder than the recipe's, got that one. Choose another with `out`."
+        )
     plan = plan_replay(recorded, checkpoint, folder)
     _refuse_other_weights(plan, recorded)
     is_local = Path(os.path.expanduser(recipe)).exists()  # noqa: PTH111

@@ -88,7 +88,7 @@ class OutputFolder:
         if not is_ours:
             raise OutputError(
                 f"{self.path}: expected a folder for this run alone, got one that another run is writing to. "
-                "Wait for it, or choose another with -o."
+                "Wait for it, or choose another with `out`."
             )
 
     def _prepare(self, *, overwrite: bool) -> None:
@@ -106,15 +106,19 @@ class OutputFolder:
             if former.get("resume") == self._resume:
                 raise OutputError(
                     f"{self.path}: expected the source as it was when this run began, got one that has changed since. "
-                    "Start again with --overwrite."
+                    "Start again with `overwrite`."
                 )
             raise OutputError(
                 f"{self.path}: expected a new or empty folder, got one that another command did not finish. "
-                f"Finish it with `{former.get('resume')}`, or replace it with --overwrite."
+                f"Finish it with `{former.get('resume')}`, or replace it with `overwrite`."
             )
         if strangers or (present and not former and not (recipe and overwrite)):
             found = f"{len(strangers or present)} files, such as {(strangers or sorted(present))[0]!r}"
-            hint = "Choose another with -o." if strangers or not recipe else "Replace it with --overwrite, or use -o."
+            hint = (
+                "Choose another with `out`."
+                if strangers or not recipe
+                else "Replace it with `overwrite`, or use `out`."
+            )
             raise OutputError(f"{self.path}: expected a new or empty folder, got {found}. {hint}")
         self._refuse_edited_card(recipe or {})
         if is_same:
@@ -149,7 +153,7 @@ class OutputFolder:
         if needed > free:
             raise OutputError(
                 f"{self.path}: expected {_gb(needed)} free on this disk, got {_gb(free)}. "
-                "Free some space, or choose another disk with -o."
+                "Free some space, or choose another disk with `out`."
             )
 
     # -- writing --------------------------------------------------------------------------------------------------
@@ -260,7 +264,7 @@ def _as_output_error(path: Path, resume: str) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             reason = os.strerror(error.errno)
             raise OutputError(
-                f"{path}: expected a folder to write to, got {reason}. Choose another with -o."
+                f"{path}: expected a folder to write to, got {reason}. Choose another with `out`."
             ) from error
         raise
 
@@ -280,12 +284,14 @@ def refuse_output(out: Path, source_root: Path) -> None:
     out, root = out.resolve(), source_root.resolve()
     if out == root or out.is_relative_to(root):
         raise OutputError(
-            f"{out}: expected a folder outside the source, got one inside {root}. Choose another with -o."
+            f"{out}: expected a folder outside the source, got one inside {root}. Choose another with `out`."
         )
     if root.is_relative_to(out):  # --overwrite would remove it
         raise OutputError(
-            f"{out}: expected a folder outside the source, got one that holds it. Choose another with -o."
+            f"{out}: expected a folder outside the source, got one that holds it. Choose another with `out`."
         )
     cache = Path(constants.HF_HUB_CACHE).resolve()
     if out.is_relative_to(cache) or ("snapshots" in out.parts and any(p.startswith("models--") for p in out.parts)):
-        raise OutputError(f"{out}: expected a folder of your own, got one in the Hub's cache. Choose another with -o.")
+        raise OutputError(
+            f"{out}: expected a folder of your own, got one in the Hub's cache. Choose another with `out`."
+        )

@@ -153,7 +153,7 @@ def plan_checkpoint(checkpoint: Checkpoint, out: Path, settings: NoisyTune, *, v
         reasons = sorted({reason for shard in shards for reason in shard.copied.values()})
         raise SettingError(
             f"{checkpoint.id}: expected a tensor to perturb, got {len(names)} to copy ({'; '.join(reasons)}). "
-            "Correct --include and --exclude."
+            "Correct `include` and `exclude`."
         )
     command = perturb_command(checkpoint.id, settings, commit=checkpoint.commit, variant=variant, out=out)
     return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command)

@@ -75,7 +75,7 @@ def find_source(recipe: Recipe, what: str, *, source: str | Path | None, token: 
         if not source.is_absolute() or not source.exists():
             raise SourceError(
                 f"{what}: expected its source, {recipe.source}, on this machine, got no such path. "
-                "Say with --source where it is."
+                "Say with `source` where it is."
             )
     return resolve(source, variant=recipe.variant, token=token)
 
@@ -105,7 +105,7 @@ def _refuse_other_files(plan: Plan, recorded: Mapping[str, str]) -> None:
         expected, got = (some(sorted(files.values())) for files in (recorded, found))
         raise SourceError(
             f"{plan.checkpoint.id}: expected the weight files that the recipe was made from ({expected}), got others "
-            f"({got}). Say with --source where the right ones are."
+            f"({got}). Say with `source` where the right ones are."
         )
 
 
@@ -118,7 +118,7 @@ def _refuse_other_companions(plan: Plan, recorded: Mapping[str, str]) -> None:
             refuse_other_source(path, sha256_of(path), sha256)
         else:
             raise SourceError(
-                f"{path}: expected a file of the recipe's source, got none. Say with --source where the right one is."
+                f"{path}: expected a file of the recipe's source, got none. Say with `source` where the right one is."
             )
 
 
@@ -131,5 +131,5 @@ def refuse_other_source(path: Path, sha256: str, expected: str) -> None:
     if sha256 != expected:
         raise SourceError(
             f"{path}: expected the recipe's source (sha256 {expected[:12]}...), got another file ({sha256[:12]}...). "
-            "Say with --source where the right one is."
+            "Say with `source` where the right one is."
         )

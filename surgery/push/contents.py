@@ -71,7 +71,7 @@ def read_contents(folder: Path, *, recipe_only: bool) -> Contents:
     _refuse_altered(pushed)
     if not (folder / CARD).is_file():  # a former push's card would stay, and speak of other weights
         raise OutputError(
-            f"{folder / CARD}: expected a card, got none. Restore it, write one, or perturb again with --overwrite."
+            f"{folder / CARD}: expected a card, got none. Restore it, write one, or perturb again with `overwrite`."
         )
     content = _inside(folder, CARD).read_bytes()
     pushed.append(LocalFile(CARD, content, len(content), hashlib.sha256(content).hexdigest()))
@@ -114,14 +114,14 @@ def _refuse_altered(items: list[LocalFile]) -> None:
         if isinstance(item.content, Path) and not item.content.is_file():
             raise OutputError(
                 f"{item.content}: expected a file, as {RECIPE} names it, got none. "
-                "Restore it, or perturb again with --overwrite."
+                "Restore it, or perturb again with `overwrite`."
             )
     by_path = {item.content: item for item in items if isinstance(item.content, Path)}
     for path, found in sha256_of_all(by_path, "checking").items():
         if found != (sha256 := by_path[path].sha256):
             raise OutputError(
                 f"{path}: expected sha256 {sha256[:12]}..., as in {RECIPE}, got {found[:12]}...: it was altered. "
-                "Restore it, or perturb again with --overwrite."
+                "Restore it, or perturb again with `overwrite`."
             )
 
 

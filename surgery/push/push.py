@@ -48,7 +48,7 @@ class PushOptions:
     def __post_init__(self) -> None:
         if self.create_pr and self.revision not in (None, constants.DEFAULT_REVISION):
             raise SettingError(
-                f"--create-pr: expected no --revision with it, got {self.revision}. "
+                f"`create_pr`: expected no `revision` with it, got {self.revision}. "
                 "A pull request is opened against main: leave one of them out."
             )
 
@@ -146,7 +146,7 @@ def check(options: PushOptions) -> None:
 def refuse_without_token(options: PushOptions) -> None:
     """Refuse to push with no token at all, before any work is done."""
     if not options.is_logged_in:
-        raise OutputError("--token: expected a token to push with, got none. `hf auth login`, or give --token.")
+        raise OutputError("`token`: expected a token to push with, got none. `hf auth login`, or give `token`.")
 
 
 def execute(options: PushOptions, contents: Contents) -> Pushed:
@@ -155,7 +155,7 @@ def execute(options: PushOptions, contents: Contents) -> Pushed:
         with _quiet() as remarks, one_line(options.repo_id, options.repo_id, PUSH):
             pushed = _try_often(options, contents)
     except OutputError as error:
-        again = ", and --token again" if options.token else ""
+        again = ", and `token` again" if options.token else ""
         raise OutputError(f"{error} Resume with `{options.command}`{again}.") from error
     return replace(pushed, notes=tuple(dict.fromkeys(remarks)))
 

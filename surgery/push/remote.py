@@ -103,8 +103,8 @@ def read_revision(api: HfApi, repo_id: str, *, revision: str | None, private: bo
         return remote
     if private and not info.private:
         raise OutputError(
-            f"{repo_id}: expected a private model, as --private asks, got a public one. "
-            f"Make it private at {remote.url}/settings, or leave --private out."
+            f"{repo_id}: expected a private model, as `private` asks, got a public one. "
+            f"Make it private at {remote.url}/settings, or leave `private` out."
         )
     remote = replace(remote, is_private=bool(info.private))
     head = str(info.sha)
@@ -131,7 +131,7 @@ def _branch(api: HfApi, remote: RemoteRevision) -> str | None:
         if is_tag or _COMMIT.fullmatch(remote.revision):
             found = "a tag" if is_tag else "a commit"
             raise OutputError(
-                f"--revision: expected a branch to push to, got {found}, {remote.revision}. Name a branch."
+                f"`revision`: expected a branch to push to, got {found}, {remote.revision}. Name a branch."
             )
     return heads.get(remote.revision)
 
