@@ -1,4 +1,4 @@
-"""The exit codes of `surgery`: what a script can tell from them."""
+"""The exit codes of `surgery`, for scripts that ask what became of it."""
 
 FAILED = 1
 """An error, which is on stderr in one line; of `surgery verify`, also a checkpoint that differs."""

@@ -1,4 +1,4 @@
-"""NoisyTune: which tensors get noise, and how much.
+"""NoisyTune's settings, which tensors they perturb and which are copied, and the statistics that scale the noise.
 
     w' = w + U(-lam/2, lam/2) * std(w)      per parameter matrix
 

@@ -1,4 +1,4 @@
-"""What the Hub's errors mean, in one line each, and how long to wait where trying again may help."""
+"""Exceptions of huggingface_hub as one line each, with what to do; a new error of the Hub is worded here."""
 
 import json
 import re

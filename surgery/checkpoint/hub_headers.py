@@ -1,4 +1,4 @@
-"""The headers of a model on the Hub, read by range requests: what it holds, without downloading its weights."""
+"""safetensors headers read from the Hub by range requests, to inspect a model without downloading its weights."""
 
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""What a checkpoint is: a Hub id, a folder or a file, resolved to weight files that can be read and companions."""
+"""From a Hub id, folder or file to a Checkpoint: complete, safe to read, its shards those that the index names."""
 
 import json
 import os

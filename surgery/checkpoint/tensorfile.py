@@ -1,4 +1,4 @@
-"""One safetensors file: read and validate its header, stream its tensors' bytes, build a header to write.
+"""One safetensors file: validate its header, read its tensors' bytes by offset, build a header to write.
 
 Format (huggingface/safetensors README): 8 bytes, little-endian, the header's length N; N bytes of JSON, one entry
 per tensor with dtype, shape and the begin and end of its bytes; then the bytes, without gaps or overlaps.
@@ -16,18 +16,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from surgery.checkpoint.digests import recall, remember
+from surgery.dtypes import BITS
 from surgery.errors import SourceError
 
-BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
-}
-"""Bits per element of every dtype of safetensors 0.8, in its order."""
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
 _MAX_HEADER = 100_000_000  # safetensors refuses more, and so do we before reading that much

@@ -1,4 +1,4 @@
-"""A weight file open to read, whatever its format: where a format that holds tensors is to be added."""
+"""An open weight file as a Protocol, for safetensors and pickles alike; a new format is opened here."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""The command line, one file a command: parse, call, print. Each file adds its command to the group when imported."""
+"""The command line, one file a command: parse, call, print. Importing a file adds its command to the group."""
 
 from surgery.cli import diff as diff
 from surgery.cli import env as env

@@ -1,4 +1,4 @@
-"""Options that several commands share, each written once: a command takes them as decorators.
+"""The options that several commands share, as decorators, each written once.
 
 Where only the help differs from command to command, the option is a function of it.
 """

@@ -1,1 +1,1 @@
-"""Read checkpoints to report on them: what one holds, how two differ."""
+"""Read checkpoints to report on them: what one holds (inspect), how two differ (diff)."""

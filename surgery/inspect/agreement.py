@@ -1,4 +1,4 @@
-"""Whether what differs between two checkpoints is what the recipe of the second says."""
+"""Check the differences between two checkpoints against B's recipe: is B = perturb(A), as far as the figures tell?"""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""How two checkpoints differ, as data: a difference for each tensor, and whether they are what a recipe says."""
+"""The result of diff as frozen dataclasses: one TensorComparison for each tensor of A, of B, or of both."""
 
 from collections import Counter
 from collections.abc import Mapping

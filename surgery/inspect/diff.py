@@ -1,4 +1,4 @@
-"""How two checkpoints differ, tensor by tensor, whatever files each keeps them in."""
+"""diff_checkpoints: match tensors by name and tie, whatever files they are in, then compare them element by element."""
 
 import math
 from collections.abc import Iterator, Sequence

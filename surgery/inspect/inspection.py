@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what perturb would do with each tensor: from headers alone, or from the bytes too."""
+"""inspect_checkpoint: every tensor of a checkpoint, and whether perturb would change it; from headers, or the bytes."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping

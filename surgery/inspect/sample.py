@@ -1,10 +1,10 @@
-"""A few elements of each tensor, read from places that depend on its size alone: those of two copies line up."""
+"""Sample up to 8 blocks of a tensor, at places that depend on its size alone, so that two copies can be compared."""
 
 import numpy as np
 
-from surgery.checkpoint.tensorfile import BITS, Tensor
+from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile
-from surgery.dtypes import storage, to_numbers
+from surgery.dtypes import BITS, storage, to_numbers
 from surgery.noise import BLOCK
 from surgery.noisytune import FLOATS
 

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from surgery.checkpoint.tensorfile import BITS, Tensor
+from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile
+from surgery.dtypes import BITS
 from surgery.noise import BLOCK
 
 _PIECE = 2 << 20  # bytes: enough that a call costs nothing beside the work

@@ -1,4 +1,4 @@
-"""What the elements of a tensor are: mean, standard deviation, extremes, NaN and Inf; streamed."""
+"""Mean, std, min, max, NaN and Inf of one tensor: sums of its pieces, merged to the std that perturb uses."""
 
 import math
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from surgery.checkpoint.tensorfile import BITS, Tensor
+from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile
-from surgery.dtypes import storage, to_numbers
+from surgery.dtypes import BITS, storage, to_numbers
 from surgery.inspect.scan import Measurement
 from surgery.kernels.sums import Sums, summarize
 from surgery.noisytune import FLOATS, Moments, merge_blocks, pool

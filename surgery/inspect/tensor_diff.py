@@ -1,4 +1,4 @@
-"""How two tensors of one shape differ: streamed, over any two dtypes."""
+"""d = b - a of two tensors of one shape and any two dtypes: count, rms, max, cosine, merged from pieces."""
 
 import math
 from collections.abc import Sequence

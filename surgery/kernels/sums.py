@@ -1,4 +1,4 @@
-"""What a tensor's elements come to, alone or beside another's: the kernels of `stats` over numpy arrays."""
+"""The kernels of `stats` called on NumPy arrays: summarize(a) and compare(a, b), over runs of a tensor's elements."""
 
 from dataclasses import dataclass
 

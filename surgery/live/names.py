@@ -1,4 +1,4 @@
-"""The names that a live model's parameters have in its checkpoint, which are the ones that noise is drawn for.
+"""From a live model's parameters to the names that its checkpoint has for them: noise is drawn for those names.
 
 The checkpoint is the one that the model was loaded from. A model of one's own may hold several pretrained parts, each
 with a checkpoint; what is in none of them is new.

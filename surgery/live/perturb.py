@@ -1,4 +1,4 @@
-"""NoisyTune in memory: on a state_dict, or on a live model, with the bits that `surgery perturb` writes to files."""
+"""perturb_model and perturb_state_dict: NoisyTune on torch tensors in place, measured whole before the first write."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence

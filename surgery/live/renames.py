@@ -1,4 +1,4 @@
-"""From the names in a checkpoint to those of the live model it is loaded into.
+"""Checkpoint names sent through transformers' key renaming, to learn which live parameter each is loaded into.
 
 transformers renames while loading, and may fuse, split or transpose. Every name in the checkpoint is sent through its
 own machinery, and only a tensor that arrives alone under one name, in its shape, is a counterpart.

@@ -1,4 +1,4 @@
-"""A file compared with what should be in it, while that streams past: nothing is written, and nothing kept but sums."""
+"""The sink of `verify`: compare the bytes that a file should hold with those on disk, while they stream past."""
 
 import json
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.checkpoint.tensorfile import BITS, Header, Tensor, TensorFile
-from surgery.dtypes import storage, to_numbers
+from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
+from surgery.dtypes import BITS, storage, to_numbers
 from surgery.errors import some
 
 _RUN = 1 << 15  # elements at a time: their values stay in a core's cache

@@ -1,4 +1,4 @@
-"""NoisyTune on checkpoint files: stream every shard into the output folder, then companions, card and recipe."""
+"""perturb_checkpoint: carry out a Plan shard by shard, then copy companions, and write model card and recipe."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Write the checkpoint that a recipe describes, from its source: the same bytes that `surgery perturb` wrote."""
+"""materialize_checkpoint: plan the run that a recipe records, check its source, and write the same bytes again."""
 
 import logging
 import os

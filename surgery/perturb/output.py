@@ -1,4 +1,4 @@
-"""The output folder: locked, atomic and resumable. What is not finished does not load, and says why.
+"""The output folder: locked with flock, written atomically (rename, fsync), resumable through a journal.
 
 While a run is under way the folder holds `surgery.unfinished.json`, the journal: the job, and the results of every
 shard that is finished. Shards get their name when they are complete and on the disk; indexes, configs and the other
@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
 from surgery.errors import OutputError
@@ -103,15 +103,7 @@ class OutputFolder:
         is_same = former.get("job") == self._job
         strangers = sorted(n for n in present if n.removesuffix(_PART) not in owned | {JOURNAL, RECIPE})
         if former and not is_same and not overwrite:
-            if former.get("resume") == self._resume:
-                raise OutputError(
-                    f"{self.path}: expected the source as it was when this run began, got one that has changed since. "
-                    "Start again with `overwrite`."
-                )
-            raise OutputError(
-                f"{self.path}: expected a new or empty folder, got one that another command did not finish. "
-                f"Finish it with `{former.get('resume')}`, or replace it with `overwrite`."
-            )
+            self._refuse_other_job(former)
         if strangers or (present and not former and not (recipe and overwrite)):
             found = f"{len(strangers or present)} files, such as {(strangers or sorted(present))[0]!r}"
             hint = (
@@ -133,6 +125,17 @@ class OutputFolder:
         for folder in sorted({parent for name in doomed for parent in PurePosixPath(name).parents}, reverse=True):
             with suppress(OSError):  # not empty
                 (self.path / folder).rmdir()
+
+    def _refuse_other_job(self, journal: dict[str, Any]) -> NoReturn:
+        if journal.get("resume") == self._resume:
+            raise OutputError(
+                f"{self.path}: expected the source as it was when this run began, got one that has changed since. "
+                "Start again with `overwrite`."
+            )
+        raise OutputError(
+            f"{self.path}: expected a new or empty folder, got one that another command did not finish. "
+            f"Finish it with `{journal.get('resume')}`, or replace it with `overwrite`."
+        )
 
     def _refuse_edited_card(self, recipe: dict[str, Any]) -> None:
         """Spare a card that its owner has written in: what else is removed here can be made again."""

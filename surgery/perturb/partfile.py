@@ -1,4 +1,4 @@
-"""A file written from front to back, past the page cache where the file system allows that."""
+"""A file written front to back with O_DIRECT where the file system has it, to spare the page cache and a copy."""
 
 import errno
 import mmap

@@ -1,4 +1,4 @@
-"""What `surgery perturb` will do, settled from headers alone."""
+"""Plan: which tensor of which shard is perturbed or copied, and every file to write, settled from headers alone."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run that a recipe describes, planned again from its source: what `materialize` and `verify` have in common."""
+"""Plan a recorded run again from recipe and source, which materialize and verify do alike."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""One shard under way: read a piece, hash it, measure or perturb it, hash the result, write it.
+"""One shard of a checkpoint, streamed: read a piece, hash it, measure or perturb it, hash the result, hand it on.
 
 Pieces may be worked on in any order and at once, since noise is a function of position; only the two sha256 digests and
 the disk want them in file order, and a `_Sequencer` sees to each. A tensor of several pieces is read twice: once for

@@ -1,7 +1,4 @@
-"""Stream shards through memory with a few threads that share the pieces of one shard after another.
-
-Memory is one piece per thread, whatever the size of a tensor or a checkpoint.
-"""
+"""The threads that stream shards: each holds one piece at a time, whatever the size of a tensor or a checkpoint."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""From a plan to the tasks that stream its shards, and from what these measured to the recipe's records."""
+"""From a Plan to the ShardTasks that stream it, and from their results to the records of the recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

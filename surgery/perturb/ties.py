@@ -1,4 +1,4 @@
-"""Tied tensors that a checkpoint stores twice: equal input and output embeddings, which must get equal noise.
+"""Find tied embeddings that a checkpoint stores twice, by equal bytes, so that both copies get equal noise.
 
 transformers writes tied weights once, but other tools write them under each name. With a noise of their own each, they
 would no longer be equal, and the model would load untied or with half of its noise lost.

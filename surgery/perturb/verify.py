@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what its recipe says: all of it is computed again from the source, and compared."""
+"""verify_checkpoint: compute every shard again from source and recipe, and compare with what is there, bit for bit."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What is pushed of an output folder: the files its recipe names, unaltered, the card and the recipe."""
+"""The files of an output folder that a push sends: those its recipe names, checked by sha256, card and recipe."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Push an output folder through HfApi in one commit, so that the repository never holds half a checkpoint."""
+"""push_checkpoint: send an output folder through HfApi in one commit, so that the Hub never holds half of it."""
 
 import logging
 import re

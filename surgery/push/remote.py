@@ -1,4 +1,4 @@
-"""What a repository on the Hub holds, and what a push to it would send and delete."""
+"""What one revision of a repository on the Hub holds, and the PushPlan: what to send there, and what to delete."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How two checkpoints differ."""
+"""`surgery diff` as rows and as a table: totals, and the tensors that differ, the worst first."""
 
 import math
 from collections.abc import Mapping

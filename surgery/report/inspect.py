@@ -1,4 +1,4 @@
-"""What a checkpoint holds."""
+"""`surgery inspect` as rows and as a table: totals, and tensors grouped by layer pattern."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What `surgery perturb` did, or would do."""
+"""`surgery perturb` and `materialize` as rows and as a table: what was done, or with --dry-run would be."""
 
 import math
 import shlex

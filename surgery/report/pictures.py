@@ -1,4 +1,4 @@
-"""What there is to see of a run of NoisyTune, of two checkpoints, or of one: as a picture to draw."""
+"""Choose what --plot draws of a perturbation, a diff or an inspection: a figure per tensor, and a histogram."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What `surgery push` sent, or would send."""
+"""`surgery push` as rows and as a table: what was sent, or with --dry-run would be."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tables for people: aligned columns that fit the terminal, with a little colour on one."""
+"""Lay out columns to the terminal's width, with colour if it has any; escape what a terminal would act on."""
 
 import os
 import shutil

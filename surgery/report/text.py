@@ -1,4 +1,4 @@
-"""What the reports are laid out with: lines, lists, bytes, JSON."""
+"""The pieces of all reports: labelled lines, names grouped by reason, sizes, JSON."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what its recipe says."""
+"""`surgery verify` as rows and as a table: equal or not, and the tensors that differ, the worst first."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

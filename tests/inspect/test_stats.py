@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from surgery.checkpoint.tensorfile import BITS, TensorFile
-from surgery.dtypes import is_measurable, storage, to_numbers
+from surgery.checkpoint.tensorfile import TensorFile
+from surgery.dtypes import BITS, is_measurable, storage, to_numbers
 from surgery.inspect import scan as scan_module
 from surgery.inspect.scan import Measurement, scan
 from surgery.inspect.stats import Stats, merge_sums, pool_stats, stats_measurement
