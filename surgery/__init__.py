@@ -61,6 +61,7 @@ _HOMES = {
     "verify_checkpoint": "surgery.perturb.verify",
 }
 __all__ = sorted(_HOMES)
+_MODULE_NAMES = ("__all__", "__doc__", "__file__", "__name__", "__path__", "__version__")
 
 # In a source checkout hooks/ lies beside this package, in an installation inside it: Python started in the checkout's
 # root finds this folder first, whatever is installed.
@@ -69,15 +70,17 @@ if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "hooks").is_dir():
     __path__.append(str(_CHECKOUT))
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 
-        return version("model-surgery")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(import_module(_HOMES[name]), name)
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("model-surgery")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted([*__all__, *_MODULE_NAMES])

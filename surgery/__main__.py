@@ -1,4 +1,4 @@
-"""python -m surgery."""
+"""`python -m surgery`: the same command line as the script `surgery`."""
 
 from surgery.cli import main
 

@@ -1,9 +1,22 @@
-"""Tensor storage as numbers, for every dtype of safetensors that holds one real number per element."""
+"""The dtypes of safetensors: bits per element, and those that hold one real number each as NumPy storage and as values.
+
+A new dtype for files begins here; those that get noise are `noisytune.FLOATS`, torch's are in `checkpoint/pickles`.
+"""
 
 from functools import cache
 
 import numpy as np
 
+BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
+}
+"""Bits per element of every dtype of safetensors 0.8, in its order."""
 _STORAGE = {
     "F64": "f8",
     "F32": "f4",

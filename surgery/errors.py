@@ -1,6 +1,9 @@
-"""What surgery raises for input it cannot work with: one line each, `<what>: expected X, got Y. <What to do>.`"""
+"""The exceptions that surgery raises on purpose, one line each: `<what>: expected X, got Y. <What to do>.`
 
-from collections.abc import Sequence
+An option is named as in Python and between backticks, `create_pr`: the command line writes --create-pr for it.
+"""
+
+from collections.abc import Iterable, Sequence
 
 
 class SurgeryError(Exception):
@@ -21,6 +24,14 @@ class NoWeightsError(SourceError):
 
 class OutputError(SurgeryError):
     """The output folder cannot be used, or writing to it failed."""
+
+
+def by_reason(reasons: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Group names by the reason that each is given with, in the order in which the reasons first come."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        groups.setdefault(reason, []).append(name)
+    return groups
 
 
 def some(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Globs over dotted tensor names: `*` and `?` stay within one part, `**` spans any number of parts."""
+"""Globs over dotted tensor names, as regular expressions: `*` stays within one part, `**` spans any number."""
 
 import re
 from functools import cache

@@ -1,4 +1,4 @@
-"""NoisyTune: which tensors get noise, and how much.
+"""NoisyTune's settings, which tensors they perturb and which are copied, and the statistics that scale the noise.
 
     w' = w + U(-lam/2, lam/2) * std(w)      per parameter matrix
 
@@ -95,7 +95,7 @@ class NoisyTune:
     def check_globs(self, names: Iterable[str]) -> None:
         """Raise SettingError for an include or exclude glob that matches no tensor: it would do nothing in silence."""
         names = list(names)
-        for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
+        for option, globs in (("`include`", self.include), ("`exclude`", self.exclude)):
             for glob in globs:
                 if not any(matches(glob, name) for name in names):
                     raise SettingError(
@@ -159,7 +159,7 @@ def merge_blocks(blocks: np.ndarray, n: int, shift: float, *, what: str) -> Mome
     if not np.isfinite(blocks).all():
         raise SourceError(
             f"{what}: expected finite values, got NaN, Inf or values whose spread overflows. Repair the checkpoint, or "
-            "leave the tensor out with --exclude."
+            "leave the tensor out with `exclude`."
         )
     s1, s2 = math.fsum(blocks[:, 0]), math.fsum(blocks[:, 1])
     return Moments(n, shift + s1 / n, max(s2 - s1 * s1 / n, 0.0))
@@ -197,8 +197,8 @@ def merge_effect(blocks: np.ndarray, n: int, std: float, *, what: str) -> Effect
     """
     if blocks[:, 3].any():
         raise SourceError(
-            f"{what}: expected perturbed values that fit its dtype, got some that overflow. Lower --lam, or "
-            "leave the tensor out with --exclude."
+            f"{what}: expected perturbed values that fit its dtype, got some that overflow. Lower `lam`, or "
+            "leave the tensor out with `exclude`."
         )
     stride = BLOCK * SAMPLED_BLOCKS
     sampled = n // stride * LANES + min(n % stride, LANES)

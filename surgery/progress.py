@@ -1,4 +1,4 @@
-"""Progress bars: tqdm by bytes on stderr, on a terminal only, and not if HF_HUB_DISABLE_PROGRESS_BARS is set."""
+"""A tqdm bar of bytes on stderr: on a terminal only, and not if HF_HUB_DISABLE_PROGRESS_BARS is set."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""surgery.json, the recipe: what was done to which source, enough to do it again bit for bit."""
+"""surgery.json, the recipe: settings, and a record of every file and tensor, enough to do the run again bit for bit."""
 
 import json
 import logging

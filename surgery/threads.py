@@ -1,4 +1,4 @@
-"""How many threads to use."""
+"""How many threads to use: by the cores of this process, and by whether the work waits for the disk."""
 
 import os
 

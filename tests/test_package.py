@@ -78,6 +78,13 @@ def test_unknown_name_is_an_attribute_error(tmp_path):
     assert python("-c", code, cwd=tmp_path) == "module 'surgery' has no attribute 'nothing'\n"
 
 
+def test_dir_shows_public_names_only(tmp_path):
+    names = python("-c", "import surgery\nprint(*dir(surgery), '-', *surgery.__all__)", cwd=tmp_path)
+    shown, public = (set(part.split()) for part in names.split(" - "))
+    assert public <= shown
+    assert shown - public == {"__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"}
+
+
 @pytest.mark.parametrize("cwd", ["checkout", "elsewhere"])
 def test_hooks_are_found(cwd, tmp_path):
     code = "import surgery.hooks; print(surgery.hooks.__name__)"
@@ -141,6 +148,55 @@ def test_plain_installation_reaches_a_command_and_no_other(installed, tmp_path):
     site = next(installed.parent.parent.glob("lib/python*/site-packages")) / "surgery" / "hooks" / "site"
     shown = hidden[0] if hidden else site / "sitecustomize.py"
     assert (done.returncode, done.stdout) == (0, f"{shown} True\n"), done.stderr
+
+
+TYPED = """
+from pathlib import Path
+
+import torch
+
+import surgery
+from surgery import Anchor, Mixout, RDrop, Recipe, SurgeryError
+from surgery import describe, patch_model, patched, perturb_checkpoint, stats
+
+
+def prepare(model: torch.nn.Module) -> dict[str, float]:
+    recipe: Recipe = perturb_checkpoint("org/name", Path("out"), lam=0.15, include=["encoder.**"])
+    try:
+        surgery.perturb_model(model, seed=recipe.settings.seed)
+    except SurgeryError as error:
+        raise SystemExit(str(error)) from error
+    patch_model(model, mixout=Mixout(0.7), rdrop=RDrop(1.0), anchor=Anchor(0.01))
+    with patched(model, mixout=0.9):
+        print(describe(model), surgery.__version__)
+    surgery.unpatch_model(model)
+    print(surgery.verify_checkpoint("out").is_equal, surgery.diff_checkpoints("a", "b").tensors)
+    print(surgery.inspect_checkpoint("out").tensors, surgery.push_checkpoint("out", "org/name").url)
+    return stats(model)
+"""
+MISTAKEN = """
+perturb_checkpoint("org/name", lam="much")
+surgery.perturb_chekpoint("org/name")
+patch_model(3)
+"""
+
+
+def type_check(installed: Path, script: Path) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("mypy", reason="the type checker is in the extra `check`")
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(installed), str(script)]
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    return subprocess.run(command, cwd=script.parent, env=env, capture_output=True, text=True)
+
+
+def test_plain_installation_has_types(installed, tmp_path):
+    (tmp_path / "right.py").write_text(TYPED)
+    done = type_check(installed, tmp_path / "right.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "wrong.py").write_text(TYPED + MISTAKEN)
+    done = type_check(installed, tmp_path / "wrong.py")
+    for error in ('"lam" to "perturb_checkpoint"', 'no attribute "perturb_chekpoint"', '"patch_model"'):
+        assert error in done.stdout, done.stdout + done.stderr
+    assert "Found 3 errors in 1 file" in done.stdout
 
 
 def test_plain_installation_in_a_read_only_folder_perturbs(installed, tmp_path):

@@ -1,1 +1,1 @@
-"""Read checkpoints: what files there are, what is in them, on this machine or on the Hub."""
+"""Read checkpoints: which files there are, and the tensors in them, on this machine or on the Hub."""

@@ -1,4 +1,4 @@
-"""sha256 digests of source files, remembered between runs: ten seeds of one checkpoint hash it once.
+"""sha256 of files, cached by path, inode, size and times, so that ten seeds of one checkpoint hash it once.
 
 A digest is kept under the file's identity: path, device, inode, size, and the times of its last change to the
 nanosecond. A file changed within the last seconds is not remembered, since a change after it might bear the same time.

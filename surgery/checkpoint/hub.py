@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: fetch a checkpoint's weights and companions, and nothing else, into the Hub's own cache."""
+"""Download from the Hub into its own cache: the weights and companions that `layout` chooses, checked by sha256."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence

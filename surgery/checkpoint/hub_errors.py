@@ -1,4 +1,4 @@
-"""What the Hub's errors mean, in one line each, and how long to wait where trying again may help."""
+"""Exceptions of huggingface_hub as one line each, with what to do; a new error of the Hub is worded here."""
 
 import json
 import re
@@ -52,7 +52,7 @@ class Wording:
 
 
 _HINTS = {
-    401: "Correct --token, or `hf auth login` again.",
+    401: "Correct `token`, or `hf auth login` again.",
     403: "Ask for access at {url}, or `hf auth login` with a token that has it.",
     429: "Wait{wait}, or `hf auth login` for a higher limit.",
 }
@@ -69,7 +69,7 @@ FETCH = Wording(
 )
 PUSH = Wording(
     kind=OutputError,
-    missing="expected a model on {hub} that you may write to, got none. Check the name; `hf auth login`, or --token.",
+    missing="expected a model on {hub} that you may write to, got none. Check the name; `hf auth login`, or `token`.",
     malformed="expected a Hub id such as me/my-model, got another name. Correct it.",
     offline="expected a connection to {hub}, got none. Connect, and unset HF_HUB_OFFLINE.",
     broken="expected a complete upload, got {error} Try again.",
@@ -77,7 +77,7 @@ PUSH = Wording(
     hints=_HINTS
     | {
         400: "Change what it names.",
-        403: "Use a token that may write there, another name, or --create-pr.",
+        403: "Use a token that may write there, another name, or `create_pr`.",
         412: "Somebody else has pushed meanwhile: look at {url}/commits, then try again.",
         429: "Wait{wait}, then try again.",
     },

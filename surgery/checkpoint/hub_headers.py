@@ -1,4 +1,4 @@
-"""The headers of a model on the Hub, read by range requests: what it holds, without downloading its weights."""
+"""safetensors headers read from the Hub by range requests, to inspect a model without downloading its weights."""
 
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from surgery.errors import SourceError
 _REQUESTS = 8  # at once
 
 
-def read_remote(
+def read_remote_headers(
     repo_id: str, *, revision: str | None, variant: str | None, token: str | None
 ) -> tuple[Checkpoint, dict[str, Header]] | None:
     """Return a checkpoint whose weights need not be here, and the header of each of its weight files.

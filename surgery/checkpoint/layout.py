@@ -1,4 +1,4 @@
-"""Which files of a checkpoint are its weights, which accompany them, and which are left out, from their names alone.
+"""Which files are weights, which accompany them and which are left out, told from file names as loaders tell it.
 
 The rules of transformers, diffusers, sentence-transformers and PEFT: safetensors before pickles, one file before
 shards, and every folder with weights of its own is a component (`1_Dense/`, `unet/`, `vae/`).
@@ -83,23 +83,26 @@ def arrange(names: Iterable[str], *, variant: str | None, what: str) -> Layout:
         chosen, reasons = _choose(sets, variant, is_pipeline=is_pipeline, what=what)
         weights += chosen
         left_out += reasons
-        for name in plain:
-            base = name.rpartition("/")[2]
-            if _OTHER_FORMATS.fullmatch(base):
-                left_out.append((name, "weights in another format"))
-            elif _TRAINING.fullmatch(base):
-                left_out.append((name, "training state"))
-            else:
-                companions.append(name)
+        refused = [(name, why) for name in plain if (why := _reason_to_leave_out(name))]
+        left_out += refused
+        companions += [name for name in plain if name not in dict(refused)]
     if not weights:
         formats = "safetensors or PyTorch weights"
         found = f"{len(left_out) + len(companions)} files without any" if by_folder else "nothing"
         raise NoWeightsError(f"{what}: expected {formats}, got {found}. Point at the folder that holds the weights.")
     if variant and not any(chosen.variant == variant for chosen in weights):
         raise SourceError(
-            f"{what}: expected weights of variant {variant!r}, got none. Leave --variant out or correct it."
+            f"{what}: expected weights of variant {variant!r}, got none. Leave `variant` out or correct it."
         )
     return Layout(tuple(weights), tuple(companions), tuple(left_out))
+
+
+def _reason_to_leave_out(name: str) -> str | None:
+    """Say why a file that holds no weights of the checkpoint is no companion either."""
+    base = name.rpartition("/")[2]
+    if _OTHER_FORMATS.fullmatch(base):
+        return "weights in another format"
+    return "training state" if _TRAINING.fullmatch(base) else None
 
 
 def is_weight(name: str) -> bool:
@@ -162,7 +165,7 @@ def _choose(
     if sets and not chosen and not is_pipeline:
         variants = ", ".join(sorted({s.variant for s in sets if s.variant}))
         raise SourceError(
-            f"{what}: expected weights without a variant, got only {variants}. Choose one with --variant."
+            f"{what}: expected weights without a variant, got only {variants}. Choose one with `variant`."
         )
     pickles = [s for s in chosen if s.is_pickle]
     if len(pickles) > 1:

@@ -1,4 +1,4 @@
-"""PyTorch pickles, read only: .bin, .pt, .pth and .ckpt files as sources of tensors, memory-mapped, no code run."""
+"""PyTorch pickles (.bin, .pt, .pth, .ckpt) read with torch.load(weights_only=True, mmap=True), so that no code runs."""
 
 import pickle
 import re

@@ -1,4 +1,4 @@
-"""What a checkpoint is: a Hub id, a folder or a file, resolved to weight files that can be read and companions."""
+"""From a Hub id, folder or file to a Checkpoint: complete, safe to read, its shards those that the index names."""
 
 import json
 import os
@@ -70,12 +70,12 @@ def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | 
         raise SourceError("MODEL: expected a folder, a file or a Hub id, got an empty name. Name one.")
     path = Path(os.path.expanduser(source))  # noqa: PTH111  (Path's own fails for an unknown ~user)
     if revision and path.exists():
-        raise SettingError(f"--revision: expected a Hub id with it, got the local {source}. Leave one of them out.")
+        raise SettingError(f"`revision`: expected a Hub id with it, got the local {source}. Leave one of them out.")
     if path.is_file() or path.is_dir():
         return path
     name, _, at = str(source).partition("@")
     if at and revision:
-        raise SettingError(f"--revision: expected it once, got {revision} and {source}. Leave one of them out.")
+        raise SettingError(f"`revision`: expected it once, got {revision} and {source}. Leave one of them out.")
     if not REPO_ID.fullmatch(name) or name.endswith(_SUFFIXES) or isinstance(source, Path):
         raise SourceError(f"{source}: expected a folder, a file or a Hub id, got a path that does not exist. Check it.")
     return name, revision or at or None

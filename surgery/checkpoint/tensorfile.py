@@ -1,4 +1,4 @@
-"""One safetensors file: read and validate its header, stream its tensors' bytes, build a header to write.
+"""One safetensors file: validate its header, read its tensors' bytes by offset, build a header to write.
 
 Format (huggingface/safetensors README): 8 bytes, little-endian, the header's length N; N bytes of JSON, one entry
 per tensor with dtype, shape and the begin and end of its bytes; then the bytes, without gaps or overlaps.
@@ -7,6 +7,7 @@ per tensor with dtype, shape and the begin and end of its bytes; then the bytes,
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from surgery.checkpoint.digests import recall, remember
+from surgery.dtypes import BITS
 from surgery.errors import SourceError
 
-BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
-}
-"""Bits per element of every dtype of safetensors 0.8, in its order."""
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
 _MAX_HEADER = 100_000_000  # safetensors refuses more, and so do we before reading that much
@@ -73,7 +65,8 @@ class TensorFile:
     def __init__(self, path: Path, *, label: str) -> None:
         self.path = path
         self.header = read_header(path, label=label)
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        self._seek_lock = threading.Lock()
         self._stat = os.fstat(self._fd)
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
@@ -84,12 +77,21 @@ class TensorFile:
         """
         done = 0
         while done < len(buffer):
-            n = os.preadv(self._fd, [buffer[done:]], tensor.begin + start + done)
+            n = self._read_at(tensor.begin + start + done, buffer[done:])
             if n == 0:
                 raise SourceError(
                     f"{self.path}: expected {tensor.end} bytes, got fewer. It changed while it was read; run again."
                 )
             done += n
+
+    def _read_at(self, position: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [buffer], position)
+        with self._seek_lock:  # Windows: the position is the descriptor's, and threads share that
+            os.lseek(self._fd, position, os.SEEK_SET)
+            data = os.read(self._fd, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def sha256(self) -> str | None:
         """Return the file's digest if it is known; else the reader hashes the bytes as they pass: they are the file."""

@@ -1,4 +1,4 @@
-"""The names under which models keep tied weights, and which of them a file should keep."""
+"""The names of input and output embeddings that models tie, and which of them a file should keep."""
 
 import re
 

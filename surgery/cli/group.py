@@ -1,6 +1,7 @@
-"""The group that all commands belong to, and what they share: --json, --debug, one line per error, exit codes."""
+"""The click group that all commands belong to, and how each ends: one line per error, --json, --debug, exit codes."""
 
 import functools
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -8,7 +9,9 @@ from typing import Any
 
 import click
 
+from surgery.cli import options
 from surgery.errors import SurgeryError
+from surgery.exit_codes import FAILED, INTERRUPTED
 
 
 def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -27,13 +30,13 @@ def main() -> None:
     """Published regularizers for any checkpoint and any training script."""
 
 
-def command(function: Callable[..., None], *, code: int = 1, has_json: bool = True) -> Callable[..., None]:
-    """Give a command --json and --debug, one line per error, and exit codes `code` for errors and 130 for Ctrl-C.
+def command(function: Callable[..., None], *, code: int = FAILED, has_json: bool = True) -> Callable[..., None]:
+    """Give a command --json and --debug, one line per error, and the exit codes `code` for errors and that of Ctrl-C.
 
     One without --json leaves stdout to another program.
     """
 
-    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @options.debug
     @functools.wraps(function)
     def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
         try:
@@ -44,17 +47,20 @@ def command(function: Callable[..., None], *, code: int = 1, has_json: bool = Tr
             _fail(str(error), code, as_json=kwargs.get("as_json", False), debug=debug)
         except KeyboardInterrupt:
             click.echo("interrupted: run the same command again.", err=True)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
 
-    return _json_option(wrapped) if has_json else wrapped
+    return options.json(wrapped) if has_json else wrapped
 
 
-_json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON on stdout."
-)
+def _with_flags(message: str) -> str:
+    """Spell options as the command line has them: errors name them as Python does, `create_pr` and `out`."""
+    known = [parameter for each in main.commands.values() for parameter in each.params]
+    flags = {str(option.name): option.opts[0] for option in known if isinstance(option, click.Option)}
+    return re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[0]), message)
 
 
 def _fail(message: str, code: int, *, as_json: bool, debug: bool) -> None:
+    message = _with_flags(message)
     if debug:
         traceback.print_exc()
     if as_json:

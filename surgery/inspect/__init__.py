@@ -1,1 +1,1 @@
-"""Look at checkpoints: what one holds, and how two differ."""
+"""Read checkpoints to report on them: what one holds (inspect), how two differ (diff)."""

@@ -1,11 +1,11 @@
-"""Whether what differs between two checkpoints is what the recipe of the second says."""
+"""Check the differences between two checkpoints against B's recipe: is B = perturb(A), as far as the figures tell?"""
 
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from surgery.checkpoint.digests import sha256_of
-from surgery.inspect.comparison import Agreement, Difference
+from surgery.inspect.comparison import Agreement, TensorComparison
 from surgery.inspect.inspection import read_recipe
 from surgery.noise import BLOCK, LANES, SAMPLED_BLOCKS, UNIT_STD
 from surgery.noisytune import NoisyTune
@@ -13,7 +13,7 @@ from surgery.recipe import Recipe, TensorRecord
 
 if TYPE_CHECKING:
     from surgery.checkpoint.resolve import Checkpoint
-    from surgery.inspect.tensor_diff import Pair
+    from surgery.inspect.tensor_diff import TensorDiff
 
 _SIGMAS = 6.0
 _SPREAD = {"uniform": 0.2**0.5, "normal": 0.5**0.5}
@@ -24,7 +24,7 @@ _SAME = 1e-6
 """How far two figures may be apart that were measured on the same elements: perturb subtracts in float32."""
 
 
-def agree(a: "Checkpoint", b: "Checkpoint", tensors: "Iterable[Difference]") -> Agreement | None:
+def check_agreement(a: "Checkpoint", b: "Checkpoint", tensors: "Iterable[TensorComparison]") -> Agreement | None:
     """Compare the differences between A and B with B's recipe; None if B has none, or one of another source.
 
     For each perturbed tensor, std(A) must be the recipe's, to the bit, and rms d / std the one it recorded and
@@ -51,7 +51,7 @@ def _is_source(a: "Checkpoint", recipe: Recipe) -> bool:
     return all(path.is_file() for path in paths) and all(sha256_of(path) == known for path, known in paths.items())
 
 
-def _fault(recipe: Recipe, record: TensorRecord, pair: "Pair | None") -> str | None:
+def _fault(recipe: Recipe, record: TensorRecord, pair: "TensorDiff | None") -> str | None:
     """Say what is not as the recipe has it, in a few words."""
     if pair is None:
         return "missing, or of another shape"
@@ -82,7 +82,7 @@ def _sampled(n: int) -> int:
     return n // stride * LANES + min(n % stride, LANES)
 
 
-def _rounding(recipe: Recipe, record: TensorRecord, pair: "Pair") -> float:
+def _rounding(recipe: Recipe, record: TensorRecord, pair: "TensorDiff") -> float:
     """Bound the rms of what rounding to the tensor's dtype did, over the std that scaled the noise."""
     relative, smallest = _PRECISION[record.dtype]
     error = relative * math.sqrt(pair.sum_b2 / pair.measured) + smallest

@@ -1,4 +1,4 @@
-"""How two checkpoints differ, as data: a difference for each tensor, and whether they are what a recipe says."""
+"""The result of diff as frozen dataclasses: one TensorComparison for each tensor of A, of B, or of both."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from surgery.checkpoint.tensorfile import Tensor
 from surgery.recipe import Recipe
 
 if TYPE_CHECKING:
-    from surgery.inspect.tensor_diff import Pair
+    from surgery.inspect.tensor_diff import TensorDiff
 
 EQUAL, CHANGED, RESHAPED, ONLY_IN_A, ONLY_IN_B = "equal", "changed", "shape", "only in A", "only in B"
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorComparison:
     """One tensor of A, of B, or of both, perhaps under names that are tied.
 
     Args:
@@ -28,7 +28,7 @@ class Difference:
     component: str
     a: Tensor | None
     b: Tensor | None
-    pair: "Pair | None" = None
+    pair: "TensorDiff | None" = None
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ class Comparison:
 
     a: Checkpoint
     b: Checkpoint
-    tensors: tuple[Difference, ...]
+    tensors: tuple[TensorComparison, ...]
     agreement: Agreement | None
 
     def count(self, kind: str) -> int:
@@ -82,5 +82,5 @@ class Comparison:
         return Counter(tensor.kind for tensor in self.tensors)[kind]
 
     @property
-    def pairs(self) -> "list[Pair]":
+    def pairs(self) -> "list[TensorDiff]":
         return [tensor.pair for tensor in self.tensors if tensor.pair]

@@ -1,22 +1,22 @@
-"""How two checkpoints differ, tensor by tensor, whatever files each keeps them in."""
+"""diff_checkpoints: match tensors by name and tie, whatever files they are in, then compare them element by element."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.resolve import Checkpoint, resolve
 from surgery.checkpoint.tensorfile import Tensor
+from surgery.checkpoint.weight_file import WeightFile
 from surgery.errors import SourceError
-from surgery.inspect.comparison import EQUAL, Comparison, Difference
+from surgery.inspect.comparison import EQUAL, Comparison, TensorComparison
 from surgery.inspect.inspection import components, open_all
 from surgery.progress import bar
 
 if TYPE_CHECKING:
-    from surgery.inspect.scan import Job
-    from surgery.inspect.tensor_diff import Pair
-    from surgery.perturb.shard import Source
+    from surgery.inspect.scan import Measurement
+    from surgery.inspect.tensor_diff import TensorDiff
 
 
 def diff_checkpoints(
@@ -37,74 +37,85 @@ def diff_checkpoints(
     Raises:
         SettingError, SourceError: one of them is missing, malformed or unsafe.
     """
-    from surgery.inspect.agreement import agree
-    from surgery.inspect.scan import scan
-    from surgery.inspect.tensor_diff import is_comparable, pair_job
+    from surgery.inspect.agreement import check_agreement
     from surgery.threads import computing_workers
 
     sides = [resolve(source, variant=variant, token=token) for source in (a, b)]
     with ExitStack() as stack:
-        places = [Side(side, stack.enter_context(open_all(side))) for side in sides]
-        found = list(_match(*places))
-        jobs: dict[int, Job[Any, Pair]] = {}
-        for i, (_, one, other) in enumerate(found):
-            if one and other and is_comparable(one[1], other[1]):
-                jobs[i] = pair_job(one, other)
-        nbytes = sum(tensor.nbytes for job in jobs.values() for _, tensor in job.readers)
-        with bar(nbytes, "comparing") as on_bytes:
-            scan(jobs.values(), workers=workers or computing_workers(), on_bytes=on_bytes)
-    tensors = [
-        Difference(component, one and one[1], other and other[1], jobs[i].result if i in jobs else None)
-        for i, (component, one, other) in enumerate(found)
-    ]
+        indexes = [TensorIndex(side, stack.enter_context(open_all(side))) for side in sides]
+        tensors = _compare(list(_match(*indexes)), workers or computing_workers())
     tensors.sort(key=lambda tensor: tensor.name)  # for those that are equally bad
     tensors.sort(key=_badness, reverse=True)
-    return Comparison(sides[0], sides[1], tuple(tensors), agree(sides[0], sides[1], tensors))
+    return Comparison(sides[0], sides[1], tuple(tensors), check_agreement(sides[0], sides[1], tensors))
 
 
-_Place = tuple["Source", Tensor]
+_Located = tuple[WeightFile, Tensor]
 _Key = tuple[str, str]  # component and name
+_Matched = tuple[str, _Located | None, _Located | None]  # component, and the tensor on either side
 
 
-class Side:
-    """The tensors of one checkpoint, by component and by each name they go by there."""
+class TensorIndex:
+    """The tensors of one checkpoint, and the open file that each is in, by component and name.
 
-    def __init__(self, checkpoint: Checkpoint, sources: "dict[str, Source]") -> None:
-        self.kept: dict[_Key, _Place] = {}
-        self.places: dict[_Key, _Place] = {}
+    Args:
+        stored: under the names that the files store.
+        by_name: under those, and under the names that are tied to them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, sources: "dict[str, WeightFile]") -> None:
+        self.stored: dict[_Key, _Located] = {}
+        self.by_name: dict[_Key, _Located] = {}
         component_of = components(checkpoint)
         for file, source in sources.items():
             component = component_of[file]
             for tensor in source.header.tensors:
-                if (component, tensor.name) in self.kept:
+                if (component, tensor.name) in self.stored:
                     raise SourceError(
                         f"{checkpoint.path(file)}: expected each tensor in one shard, got {tensor.name!r} also in "
                         "another. Remove the stale one."
                     )
-                self.kept[component, tensor.name] = source, tensor
-            self.places |= {(component, name): self.kept[component, kept] for name, kept in source.tied.items()}
-        self.places |= self.kept
+                self.stored[component, tensor.name] = source, tensor
+            self.by_name |= {(component, name): self.stored[component, kept] for name, kept in source.tied.items()}
+        self.by_name |= self.stored
 
 
-def _match(a: Side, b: Side) -> Iterator[tuple[str, _Place | None, _Place | None]]:
-    """Pair the tensors of two sides: by name, and where one keeps a tied tensor under another name, by that."""
+def _match(a: TensorIndex, b: TensorIndex) -> Iterator[_Matched]:
+    """Pair the tensors of two checkpoints: by name, and where one keeps a tied tensor under another name, by that."""
     matched: set[tuple[int, int]] = set()
     used: set[int] = set()
-    for key in dict.fromkeys([*a.places, *b.places]):
-        one, other = a.places.get(key), b.places.get(key)
+    for key in dict.fromkeys([*a.by_name, *b.by_name]):
+        one, other = a.by_name.get(key), b.by_name.get(key)
         if one and other and (id(one), id(other)) not in matched:
             matched.add((id(one), id(other)))
             used |= {id(one), id(other)}
             yield key[0], one, other
-    for (component, _), one in a.kept.items():
+    for (component, _), one in a.stored.items():
         if id(one) not in used:
             yield component, one, None
-    for (component, _), other in b.kept.items():
+    for (component, _), other in b.stored.items():
         if id(other) not in used:
             yield component, None, other
 
 
-def _badness(tensor: Difference) -> tuple[int, float, float]:
+def _compare(found: Sequence[_Matched], workers: int) -> list[TensorComparison]:
+    """Read the tensors that can be compared element by element, and return a comparison of all."""
+    from surgery.inspect.scan import scan
+    from surgery.inspect.tensor_diff import diff_measurement, is_comparable
+
+    measurements: dict[int, Measurement[Any, TensorDiff]] = {}
+    for i, (_, one, other) in enumerate(found):
+        if one and other and is_comparable(one[1], other[1]):
+            measurements[i] = diff_measurement(one, other)
+    nbytes = sum(tensor.nbytes for measurement in measurements.values() for _, tensor in measurement.readers)
+    with bar(nbytes, "comparing") as on_bytes:
+        scan(measurements.values(), workers=workers, on_bytes=on_bytes)
+    return [
+        TensorComparison(component, a and a[1], b and b[1], measurements[i].result if i in measurements else None)
+        for i, (component, a, b) in enumerate(found)
+    ]
+
+
+def _badness(tensor: TensorComparison) -> tuple[int, float, float]:
     """Rank by what matters most: NaN and Inf, tensors without a match, then how far the elements moved."""
     pair = tensor.pair
     if tensor.kind == EQUAL or not pair:

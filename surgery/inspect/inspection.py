@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what perturb would do with each tensor: from headers alone, or from the bytes too."""
+"""inspect_checkpoint: every tensor of a checkpoint, and whether perturb would change it; from headers, or the bytes."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from surgery.checkpoint.layout import RECIPE
 from surgery.checkpoint.resolve import Checkpoint, locate, quantized, resolve
 from surgery.checkpoint.tensorfile import Header, Tensor
+from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError
 from surgery.noisytune import NO_SPREAD, NoisyTune
-from surgery.perturb.plan import ShardPlan, is_packed, open_source
+from surgery.perturb.plan import ShardPlan, is_packed
 from surgery.progress import bar
 from surgery.recipe import Recipe
 
 if TYPE_CHECKING:
     from surgery.inspect.stats import Stats
-    from surgery.perturb.shard import Source
 
 PACKED = "quantized: perturb refuses it"
 NOT_FINITE = "NaN or Inf: perturb refuses it"
@@ -91,9 +91,9 @@ def inspect_checkpoint(
     """
     found = locate(source, revision)
     if not stats and not isinstance(found, Path):
-        from surgery.checkpoint.hub_headers import read_remote
+        from surgery.checkpoint.hub_headers import read_remote_headers
 
-        if remote := read_remote(found[0], revision=found[1], variant=variant, token=token):
+        if remote := read_remote_headers(found[0], revision=found[1], variant=variant, token=token):
             checkpoint, headers = remote
             return _describe(checkpoint, [_shard(name, header, {}) for name, header in headers.items()])
     checkpoint = resolve(source, revision=revision, variant=variant, token=token)
@@ -104,12 +104,12 @@ def inspect_checkpoint(
 
 
 @contextmanager
-def open_all(checkpoint: Checkpoint) -> Iterator[dict[str, "Source"]]:
+def open_all(checkpoint: Checkpoint) -> Iterator[dict[str, WeightFile]]:
     """Open every weight file of a checkpoint to read, by name; close them at the end."""
     with ExitStack() as stack:
         sources = {}
         for name in (name for weight_set in checkpoint.layout.weights for name in weight_set.files):
-            sources[name] = open_source(checkpoint, name)
+            sources[name] = open_weights(checkpoint, name)
             stack.callback(sources[name].close)
         yield sources
 
@@ -167,21 +167,21 @@ def _by_folder(shards: list[ShardPlan]) -> dict[str, dict[str, str]]:
 
 
 def _measure(
-    described: Inspection, sources: dict[str, "Source"], shards: list[ShardPlan], workers: int | None
+    described: Inspection, sources: dict[str, WeightFile], shards: list[ShardPlan], workers: int | None
 ) -> Inspection:
     """Add what only the bytes tell: statistics, and tensors that repeat another one."""
     from surgery.dtypes import is_measurable
     from surgery.inspect.scan import scan
-    from surgery.inspect.stats import stats_job
+    from surgery.inspect.stats import stats_measurement
     from surgery.perturb.ties import find_ties
     from surgery.threads import computing_workers
 
     infos = [info for info in described.tensors if is_measurable(info.tensor.dtype)]
-    jobs = [stats_job(sources[info.file], info.tensor) for info in infos]
+    measurements = [stats_measurement(sources[info.file], info.tensor) for info in infos]
     with bar(sum(info.tensor.nbytes for info in infos), "reading") as on_bytes:
-        scan(jobs, workers=workers or computing_workers(), on_bytes=on_bytes)
-    results = {id(info): job.result for info, job in zip(infos, jobs, strict=True)}
-    ties = find_ties(shards, partial(open_source, described.checkpoint))
+        scan(measurements, workers=workers or computing_workers(), on_bytes=on_bytes)
+    results = {id(info): measurement.result for info, measurement in zip(infos, measurements, strict=True)}
+    ties = find_ties(shards, partial(open_weights, described.checkpoint))
     tied = _by_folder([replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in shards])
     tensors = tuple(_with_stats(info, results.get(id(info))) for info in described.tensors)
     return replace(described, tensors=tensors, tied=tied, is_measured=True)

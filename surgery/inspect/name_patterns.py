@@ -1,4 +1,4 @@
-"""Names that differ only in numbers, as one: `layers.{0..21}.mlp.up_proj.weight`, and how deep in the model each lies.
+"""Group tensor names that differ only in numbers (`layers.{0..21}.mlp.up_proj.weight`), and find each one's layer.
 
 A number is a whole dotted part of a name: `h.0`, `experts.7`; not `w1` or `conv2d_3`, which tell kinds of tensors
 apart.

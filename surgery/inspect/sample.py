@@ -1,17 +1,17 @@
-"""A few elements of each tensor, read from places that depend on its size alone: those of two copies line up."""
+"""Sample up to 8 blocks of a tensor, at places that depend on its size alone, so that two copies can be compared."""
 
 import numpy as np
 
-from surgery.checkpoint.tensorfile import BITS, Tensor
-from surgery.dtypes import storage, to_numbers
+from surgery.checkpoint.tensorfile import Tensor
+from surgery.checkpoint.weight_file import WeightFile
+from surgery.dtypes import BITS, storage, to_numbers
 from surgery.noise import BLOCK
 from surgery.noisytune import FLOATS
-from surgery.perturb.shard import Source
 
 _BLOCKS = 8
 
 
-def sample(source: Source, tensor: Tensor) -> np.ndarray:
+def sample(source: WeightFile, tensor: Tensor) -> np.ndarray:
     """Read up to 8 blocks of 4096 elements, spread evenly over a tensor.
 
     Args:
@@ -26,7 +26,7 @@ def sample(source: Source, tensor: Tensor) -> np.ndarray:
     return np.concatenate([np.empty(0), *(_read(source, tensor, block) for block in chosen)])
 
 
-def _read(source: Source, tensor: Tensor, block: int) -> np.ndarray:
+def _read(source: WeightFile, tensor: Tensor, block: int) -> np.ndarray:
     width = BITS[tensor.dtype] // 8
     count = min(BLOCK, tensor.size - block * BLOCK)
     data = bytearray(count * width)

@@ -1,20 +1,17 @@
-"""What the elements of a tensor are: mean, standard deviation, extremes, NaN and Inf; streamed."""
+"""Mean, std, min, max, NaN and Inf of one tensor: sums of its pieces, merged to the std that perturb uses."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from surgery.checkpoint.tensorfile import BITS, Tensor
-from surgery.dtypes import storage, to_numbers
-from surgery.inspect.scan import Job
+from surgery.checkpoint.tensorfile import Tensor
+from surgery.checkpoint.weight_file import WeightFile
+from surgery.dtypes import BITS, storage, to_numbers
+from surgery.inspect.scan import Measurement
 from surgery.kernels.sums import Sums, summarize
 from surgery.noisytune import FLOATS, Moments, merge_blocks, pool
-
-if TYPE_CHECKING:
-    from surgery.perturb.shard import Source
 
 
 @dataclass(frozen=True)
@@ -35,17 +32,17 @@ class Stats:
     inf: int
 
 
-def stats_job(source: "Source", tensor: Tensor) -> Job[Sums, Stats]:
+def stats_measurement(source: WeightFile, tensor: Tensor) -> Measurement[Sums, Stats]:
     """Return the work that measures a tensor of a dtype that holds numbers."""
     shift = first_number(source, tensor)
-    return Job(
+    return Measurement(
         [(source, tensor)],
         measure=lambda data: sums_of(data[0], tensor.dtype, shift),
         merge=lambda parts: merge_sums(parts, tensor.size, shift),
     )
 
 
-def first_number(source: "Source", tensor: Tensor) -> float:
+def first_number(source: WeightFile, tensor: Tensor) -> float:
     """Return a tensor's first element, from which the contract counts; 0 if it is not finite or there is none."""
     data = bytearray(BITS[tensor.dtype] // 8 if tensor.size else 0)
     source.read_into(tensor, 0, memoryview(data))

@@ -1,25 +1,22 @@
-"""How two tensors of one shape differ: streamed, over any two dtypes."""
+"""d = b - a of two tensors of one shape and any two dtypes: count, rms, max, cosine, merged from pieces."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from surgery.checkpoint.tensorfile import Tensor
+from surgery.checkpoint.weight_file import WeightFile
 from surgery.dtypes import is_measurable, storage, to_numbers
-from surgery.inspect.scan import Job
+from surgery.inspect.scan import Measurement
 from surgery.inspect.stats import Stats, first_number, merge_sums, sums_of
-from surgery.kernels.sums import Differences, Sums, compare
+from surgery.kernels.sums import PairSums, Sums, compare
 from surgery.noisytune import FLOATS
-
-if TYPE_CHECKING:
-    from surgery.perturb.shard import Source
 
 
 @dataclass(frozen=True)
-class Pair:
+class TensorDiff:
     """How tensor b differs from tensor a; d = b - a, over the pairs of elements of which both are finite.
 
     Args:
@@ -66,12 +63,14 @@ class Pair:
         return max(-1.0, min(1.0, (self.sum_a2 + self.sum_b2 - self.sum_d2) / 2 / lengths)) if lengths else None
 
 
-def pair_job(a: "tuple[Source, Tensor]", b: "tuple[Source, Tensor]") -> Job[tuple[Sums | None, Differences], Pair]:
+def diff_measurement(
+    a: "tuple[WeightFile, Tensor]", b: "tuple[WeightFile, Tensor]"
+) -> Measurement[tuple[Sums | None, PairSums], TensorDiff]:
     """Return the work that compares two tensors of one shape: of dtypes that hold numbers, or else of one dtype."""
     if not is_measurable(a[1].dtype):
-        return Job([a, b], measure=_compare_bytes, merge=_merge_bytes)
+        return Measurement([a, b], measure=_compare_bytes, merge=_merge_bytes)
     dtypes, shift = (a[1].dtype, b[1].dtype), first_number(*a)
-    return Job(
+    return Measurement(
         [a, b],
         measure=lambda data: (sums_of(data[0], dtypes[0], shift), _compare(data, dtypes)),
         merge=lambda parts: _merge(parts, a[1].size, shift),
@@ -84,7 +83,7 @@ def is_comparable(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and is_same
 
 
-def _compare(data: Sequence[memoryview], dtypes: tuple[str, str]) -> Differences:
+def _compare(data: Sequence[memoryview], dtypes: tuple[str, str]) -> PairSums:
     a, b = (storage(part, dtype) for part, dtype in zip(data, dtypes, strict=True))
     if dtypes[0] == dtypes[1] and dtypes[0] in FLOATS:
         return compare(a, b, dtypes[0])
@@ -95,14 +94,14 @@ def _compare(data: Sequence[memoryview], dtypes: tuple[str, str]) -> Differences
     if dtypes[0] != dtypes[1]:
         return found
     changed = int(np.count_nonzero(a != b))  # integers beyond 2^53 may differ where their floats do not
-    return Differences(found.blocks, changed, found.broken, found.skipped)
+    return PairSums(found.blocks, changed, found.broken, found.skipped)
 
 
-def _merge(parts: Sequence[tuple[Sums | None, Differences]], size: int, shift: float) -> Pair:
+def _merge(parts: Sequence[tuple[Sums | None, PairSums]], size: int, shift: float) -> TensorDiff:
     found = [part for _, part in parts]
     blocks = np.concatenate([np.empty((0, 4)), *(part.blocks for part in found)])
     d2, a2, b2 = (math.fsum(column.tolist()) if np.isfinite(column).all() else math.inf for column in blocks[:, :3].T)
-    return Pair(
+    return TensorDiff(
         changed=sum(part.changed for part in found),
         broken=sum(part.broken for part in found),
         measured=size - sum(part.skipped for part in found),
@@ -114,10 +113,10 @@ def _merge(parts: Sequence[tuple[Sums | None, Differences]], size: int, shift: f
     )
 
 
-def _compare_bytes(data: Sequence[memoryview]) -> tuple[None, Differences]:
+def _compare_bytes(data: Sequence[memoryview]) -> tuple[None, PairSums]:
     a, b = (np.frombuffer(part, np.uint8) for part in data)
-    return None, Differences(np.empty((0, 4)), int(np.count_nonzero(a != b)), 0, 0)
+    return None, PairSums(np.empty((0, 4)), int(np.count_nonzero(a != b)), 0, 0)
 
 
-def _merge_bytes(parts: Sequence[tuple[Sums | None, Differences]]) -> Pair:
-    return Pair(sum(part.changed for _, part in parts))
+def _merge_bytes(parts: Sequence[tuple[Sums | None, PairSums]]) -> TensorDiff:
+    return TensorDiff(sum(part.changed for _, part in parts))

@@ -1,1 +1,1 @@
-"""The noise contract's arithmetic, twice: numba for the CPU (`cpu`), Triton for the GPU (`gpu`), with the same bits."""
+"""The arithmetic of the noise, twice: numba on the CPU (`cpu`), Triton on the GPU (`gpu`), with the same bits."""

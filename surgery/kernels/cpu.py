@@ -1,4 +1,4 @@
-"""The noise contract on the CPU: numba kernels over raw tensor storage, a block of 4096 elements at a time.
+"""numba kernels that measure and perturb raw tensor storage in place, a block of 4096 elements at a time.
 
 float16 and bfloat16 travel as uint16 arrays; float32 and float64 as themselves. No kernel here is compiled with
 fastmath: reassociation or fusing would change the bits. Inner loops are short and plain, so that they vectorize.

@@ -1,4 +1,4 @@
-"""The noise contract on the GPU: Triton for the noise, plain torch for the moments, with the bits of `cpu`.
+"""Triton kernel that perturbs a CUDA tensor in place, with the bits that `cpu` gives.
 
 Every floating-point step is one IEEE operation. Launched with enable_fp_fusion=False, because a fused multiply-add
 would change the bits; free of libdevice, whose log is not the CPU's; and with constants built by `_f64`, because Triton
@@ -17,8 +17,6 @@ from surgery.noise import BLOCK, LANES, NOISE_STREAM, ROUNDING_STREAM, SAMPLED_B
 _LANES = tl.constexpr(LANES)
 _NOISE, _SECOND, _ROUNDING = tl.constexpr(NOISE_STREAM), tl.constexpr(SECOND_STREAM), tl.constexpr(ROUNDING_STREAM)
 _UNIT_STD, _SAMPLED_BLOCKS = tl.constexpr(UNIT_STD), tl.constexpr(SAMPLED_BLOCKS)
-
-_CHUNK = 1024 * BLOCK  # elements whose moments are taken at once: 32 MB of float64 for each temporary
 
 
 @triton.jit
@@ -275,32 +273,3 @@ def add_noise(
     with torch.cuda.device(w.device) if w.is_cuda else nullcontext():
         _add_noise[(blocks,)](storage, job, out, dtype, is_normal, is_stochastic, enable_fp_fusion=False)
     return out
-
-
-def moments(w: torch.Tensor, shift: float) -> torch.Tensor:
-    """Sum d = w - shift and d * d per block of the contract: cpu.moments, bit for bit.
-
-    Elementwise torch operations in the contract's order; torch.sum has an order of its own.
-
-    Args:
-        w: flat, contiguous, on any device.
-        shift: the tensor's first element.
-    Returns:
-        float64, shape (blocks, 2), on w's device.
-    """
-    return torch.cat([_chunk_moments(chunk, shift) for chunk in w.split(_CHUNK)])
-
-
-def _chunk_moments(w: torch.Tensor, shift: float) -> torch.Tensor:
-    d = w.to(torch.float64) - shift
-    d = torch.nn.functional.pad(d, (0, -d.numel() % BLOCK)).view(-1, 4, LANES)
-    squares = d * d
-    return torch.stack([_fold(d), _fold(squares)], dim=1)
-
-
-def _fold(rows: torch.Tensor) -> torch.Tensor:
-    t = (rows[:, 0] + rows[:, 1]) + (rows[:, 2] + rows[:, 3])
-    while t.shape[1] > 1:
-        half = t.shape[1] // 2
-        t = t[:, :half] + t[:, half:]
-    return t[:, 0]

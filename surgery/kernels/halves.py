@@ -1,4 +1,4 @@
-"""float16 and bfloat16 on the CPU, as uint16 bits: exact widening, and the two ways of rounding."""
+"""float16 and bfloat16 as uint16 bits in numba: exact widening to float32, and rounding, to nearest or stochastic."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Compiling the CPU kernels once per machine, not once per run."""
+"""numba.njit with a cache on disk outside of site-packages, so that kernels are compiled once per machine."""
 
 import hashlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Kernels as plain machine code: compiled with numba once per machine, and from then on loaded without it.
+"""Machine code of numba kernels, kept on disk and loaded with llvmlite alone, which starts ten times as fast.
 
 numba takes 0.3 s to load, llvmlite 0.02 s: a command that reads its input in 0.3 s should not wait for a compiler.
 Such a kernel takes pointers and 64-bit numbers, allocates nothing and raises nothing, so that it needs no runtime.

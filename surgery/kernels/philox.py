@@ -1,4 +1,4 @@
-"""The generator of the noise contract on the CPU: Philox words, and u from them."""
+"""Philox4x32-10 in numba: the random words of a block, and the uniform or normal u made of them."""
 
 import numpy as np
 from numba import njit

@@ -1,4 +1,4 @@
-"""What a tensor holds, and how two of them differ: numba kernels over raw storage, a block of the contract at a time.
+"""numba kernels behind `surgery inspect --stats` and `diff`: sums, extremes, NaN and Inf of a block, or of two.
 
 The sums of one tensor are the noise contract's, so that its standard deviation is the one that scales its noise, to the
 bit. NaN and Inf are counted and left out of the sums, as are pairs of which one is not finite. Minimum and maximum are
@@ -165,7 +165,7 @@ def summarize(bits, n, dtype, mask, inf, shift, x, scratch, out, keys, counts):
 
 
 def compare(a, b, n, dtype, mask, inf, x, y, scratch, out, counts):
-    """Enter `_compare` in the same way, with room for two blocks, and the results of sums.Differences."""
+    """Enter `_compare` in the same way, with room for two blocks, and the results of sums.PairSums."""
     w, room = carray(a, n), carray(scratch, (2, LANES))
     of_type = w.dtype.type
     _compare(

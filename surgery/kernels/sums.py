@@ -1,4 +1,4 @@
-"""What a tensor's elements come to, alone or beside another's: the kernels of `stats` over numpy arrays."""
+"""The kernels of `stats` called on NumPy arrays: summarize(a) and compare(a, b), over runs of a tensor's elements."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Differences:
+class PairSums:
     """What `compare` finds in a run of two tensors' elements.
 
     Args:
@@ -75,7 +75,7 @@ def summarize(w: np.ndarray, dtype: str, shift: float) -> Sums:
     return Sums(out, low, high, int(counts[0]), int(counts[1]))
 
 
-def compare(a: np.ndarray, b: np.ndarray, dtype: str) -> Differences:
+def compare(a: np.ndarray, b: np.ndarray, dtype: str) -> PairSums:
     """Compare two runs of elements of one dtype, as `summarize` takes them."""
     bits, others = a.view(_SIGNED[dtype]), b.view(_SIGNED[dtype])
     mask = int(np.iinfo(bits.dtype).max)
@@ -83,7 +83,7 @@ def compare(a: np.ndarray, b: np.ndarray, dtype: str) -> Differences:
     counts = np.zeros(3, np.int64)
     entry = _ENTRIES["compare", 8 * bits.itemsize]
     entry(bits, others, a.size, CODES[dtype], mask, _INF[dtype], _block(dtype), _block(dtype), _rows(), out, counts)
-    return Differences(out, *(int(count) for count in counts))
+    return PairSums(out, *(int(count) for count in counts))
 
 
 def _block(dtype: str) -> np.ndarray:

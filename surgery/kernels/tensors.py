@@ -1,4 +1,4 @@
-"""The kernels over torch tensors: on the CPU in place, on CUDA with Triton, and elsewhere by way of the CPU."""
+"""The kernels called on torch tensors: on the CPU in place, on CUDA with Triton, elsewhere by way of the CPU."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgery.kernels import cpu
+from surgery.kernels import cpu, torch_moments
 from surgery.noise import BLOCK
 from surgery.threads import computing_workers
 
@@ -31,9 +31,7 @@ def moments(tensor: torch.Tensor, dtype: str, pool: ThreadPoolExecutor) -> tuple
     w = flatten(tensor)
     shift = float(w[0])
     if w.is_cuda:
-        from surgery.kernels import gpu
-
-        return gpu.moments(w, shift).cpu().numpy(), shift
+        return torch_moments.moments(w, shift).cpu().numpy(), shift
     pieces = _pieces(w)
     return np.concatenate(list(_map(pool, lambda piece: cpu.moments(piece, dtype, shift), pieces))), shift
 

@@ -1,1 +1,1 @@
-"""Perturb a model or a state_dict in memory."""
+"""Perturb a torch model or a state_dict in memory, with the bits that its perturbed checkpoint would have."""

@@ -1,4 +1,4 @@
-"""The names that a live model's parameters have in its checkpoint, which are the ones that noise is drawn for.
+"""From a live model's parameters to the names that its checkpoint has for them: noise is drawn for those names.
 
 The checkpoint is the one that the model was loaded from. A model of one's own may hold several pretrained parts, each
 with a checkpoint; what is in none of them is new.
@@ -17,7 +17,7 @@ from surgery.checkpoint.pickles import DTYPES, PickleFile
 from surgery.checkpoint.resolve import Checkpoint, resolve
 from surgery.checkpoint.tensorfile import read_header
 from surgery.errors import SourceError
-from surgery.live.renames import CheckpointNames, Counterparts, send
+from surgery.live.renames import CheckpointNames, Counterparts, match_names
 from surgery.noisytune import BUFFER
 
 NEW = "new: not in the checkpoint"
@@ -68,9 +68,8 @@ def find_names(model: torch.nn.Module, source: str | Path | Checkpoint | None) -
     for path, part in _choose_parts(model, parts, source):
         checkpoint = _read_names(_resolve(source)) if source else _local_names(part)
         members = {name: _inner(name, path) for name in tensors if not path or name.startswith(f"{path}.")}
-        found = (
-            send(part, {inner: tensors[name] for name, inner in members.items()}, checkpoint) if checkpoint else None
-        )
+        inside = {inner: tensors[name] for name, inner in members.items()}
+        found = match_names(part, inside, checkpoint) if checkpoint else None
         mapped |= members.keys()
         if checkpoint is None or not found:
             notes.append(_no_checkpoint(part, checkpoint, is_given=source is not None))

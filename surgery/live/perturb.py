@@ -1,4 +1,4 @@
-"""NoisyTune in memory: on a state_dict, or on a live model, with the bits that `surgery perturb` writes to files."""
+"""perturb_model and perturb_state_dict: NoisyTune on torch tensors in place, measured whole before the first write."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ _LARGEST_U = 2.5  # the normal distribution's: its quantile at 2^-53 is 8.3, tim
 
 
 @dataclass
-class _Target:
+class _LiveTensor:
     """One tensor, under its canonical name, and why it is left as it is, or None if it is perturbed."""
 
     name: str
@@ -147,7 +147,7 @@ def refuse_flattened(model: torch.nn.Module) -> None:
 
 def _targets(
     found: Mapping[str, torch.Tensor], canonical: Mapping[str, str], copied: Mapping[str, str], settings: NoisyTune
-) -> tuple[list[_Target], dict[str, str]]:
+) -> tuple[list[_LiveTensor], dict[str, str]]:
     """Settle what happens to every tensor, as far as that is known without reading it.
 
     Args:
@@ -163,13 +163,13 @@ def _targets(
     groups: dict[str, list[str]] = {name: [name] for name in found}
     for name, first in ties({name: t for name, t in parameters.items() if dtypes[name] in FLOATS}, "model").items():
         groups[first] += groups.pop(name)
-    targets: list[_Target] = []
+    targets: list[_LiveTensor] = []
     tied: dict[str, str] = {}
     for members in groups.values():
         name = next((member for member in members if member not in copied), members[0])
         tensor, dtype = found[name], dtypes[name]
         reason = copied.get(name) or settings.reason_to_copy(canonical[name], dtype, tensor.shape)
-        targets.append(_Target(canonical[name], tensor, dtype, reason))
+        targets.append(_LiveTensor(canonical[name], tensor, dtype, reason))
         tied |= {canonical[other]: canonical[name] for other in members if canonical[other] != canonical[name]}
     return targets, tied
 
@@ -197,7 +197,7 @@ def _dtype(name: str, tensor: torch.Tensor) -> str:
 
 
 def _perturb(
-    targets: list[_Target],
+    targets: list[_LiveTensor],
     tied: dict[str, str],
     settings: NoisyTune,
     *,
@@ -229,7 +229,7 @@ def _perturb(
     return recipe
 
 
-def _measure(targets: list[_Target], settings: NoisyTune, workers: ThreadPoolExecutor) -> float | None:
+def _measure(targets: list[_LiveTensor], settings: NoisyTune, workers: ThreadPoolExecutor) -> float | None:
     """Take the moments of what is to be perturbed, and set the flat tensors apart; return the std of scale="global"."""
     for target in targets:
         if target.copied is None:
@@ -240,7 +240,7 @@ def _measure(targets: list[_Target], settings: NoisyTune, workers: ThreadPoolExe
     return pool(spreads).std if settings.scale == "global" and spreads else None
 
 
-def _refuse_nothing(targets: list[_Target], settings: NoisyTune, source: str) -> None:
+def _refuse_nothing(targets: list[_LiveTensor], settings: NoisyTune, source: str) -> None:
     if settings.lam and all(target.copied for target in targets):
         reasons = "; ".join(sorted({str(target.copied) for target in targets})) or "no tensors"
         raise SettingError(
@@ -249,12 +249,12 @@ def _refuse_nothing(targets: list[_Target], settings: NoisyTune, source: str) ->
         )
 
 
-def _scale(target: _Target, settings: NoisyTune, pooled: float | None) -> float:
+def _scale(target: _LiveTensor, settings: NoisyTune, pooled: float | None) -> float:
     assert target.moments is not None
     return settings.noise_scale(pooled or target.moments.std, target.dtype)
 
 
-def _may_overflow(target: _Target, settings: NoisyTune, pooled: float | None) -> bool:
+def _may_overflow(target: _LiveTensor, settings: NoisyTune, pooled: float | None) -> bool:
     """Bound the largest |w'| from the moments, for nearly no weight comes near; the rest is tried on a copy."""
     assert target.moments is not None
     bound = abs(target.moments.mean) + target.moments.m2**0.5 + _LARGEST_U * _scale(target, settings, pooled)
@@ -262,7 +262,7 @@ def _may_overflow(target: _Target, settings: NoisyTune, pooled: float | None) ->
 
 
 def _add_noise(
-    target: _Target, tensor: torch.Tensor, settings: NoisyTune, pooled: float | None, workers: ThreadPoolExecutor
+    target: _LiveTensor, tensor: torch.Tensor, settings: NoisyTune, pooled: float | None, workers: ThreadPoolExecutor
 ) -> Effect:
     assert target.moments is not None
     sums = kernels.add_noise(

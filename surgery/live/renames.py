@@ -1,4 +1,4 @@
-"""From the names in a checkpoint to those of the live model it is loaded into.
+"""Checkpoint names sent through transformers' key renaming, to learn which live parameter each is loaded into.
 
 transformers renames while loading, and may fuse, split or transpose. Every name in the checkpoint is sent through its
 own machinery, and only a tensor that arrives alone under one name, in its shape, is a counterpart.
@@ -48,7 +48,7 @@ class Counterparts:
         return len(self.canonical) + len(self.converted)
 
 
-def send(part: Any, tensors: Mapping[str, torch.Tensor], checkpoint: CheckpointNames) -> Counterparts:
+def match_names(part: Any, tensors: Mapping[str, torch.Tensor], checkpoint: CheckpointNames) -> Counterparts:
     """Send every name of the checkpoint forward; of several ways to do so, take the one that reaches most tensors.
 
     The ways: with what the model was loaded with; with what transformers would load it with now; by plain rules. The
@@ -62,14 +62,14 @@ def send(part: Any, tensors: Mapping[str, torch.Tensor], checkpoint: CheckpointN
     found = []
     for conversions in _conversions(part):
         try:
-            found.append(_arrive(_with_transformers(conversions, prefix, tensors), tensors, checkpoint))
+            found.append(_match(_with_transformers(conversions, prefix, tensors), tensors, checkpoint))
         except (ImportError, AttributeError, TypeError):
             continue
-    found.append(_arrive(lambda name: (_plain(name, prefix, tensors), []), tensors, checkpoint))
+    found.append(_match(lambda name: (_plain(name, prefix, tensors), []), tensors, checkpoint))
     return max(found, key=len)
 
 
-def _arrive(rename: _Rename, tensors: Mapping[str, torch.Tensor], checkpoint: CheckpointNames) -> Counterparts:
+def _match(rename: _Rename, tensors: Mapping[str, torch.Tensor], checkpoint: CheckpointNames) -> Counterparts:
     found = Counterparts()
     for name in sorted(checkpoint.written, key=_natural):
         live, made = rename(name)

@@ -1,1 +1,1 @@
-"""Write a perturbed checkpoint, and later write it again or check it."""
+"""Write a perturbed checkpoint into a folder; write it again from its recipe; check it against its recipe."""

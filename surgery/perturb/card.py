@@ -1,4 +1,4 @@
-"""The model card, README.md: what was done to which model, how to verify and repeat it, how to load it.
+"""README.md of a perturbed checkpoint, the Hub's model card: source, settings, how to verify, repeat and load.
 
 It is written once; what its owner then writes in it stays. Nothing in it depends on the time, the machine or this
 package's version number, so the same run writes the same card.

@@ -1,4 +1,4 @@
-"""A file compared with what should be in it, while that streams past: nothing is written, and nothing kept but sums."""
+"""The sink of `verify`: compare the bytes that a file should hold with those on disk, while they stream past."""
 
 import json
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.checkpoint.tensorfile import BITS, Header, Tensor, TensorFile
-from surgery.dtypes import storage, to_numbers
+from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
+from surgery.dtypes import BITS, storage, to_numbers
 from surgery.errors import some
 
 _RUN = 1 << 15  # elements at a time: their values stay in a core's cache
 
 
 @dataclass
-class Difference:
+class TensorMismatch:
     """How one tensor differs from what it should be.
 
     Args:
@@ -62,7 +62,7 @@ def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
     return to_numbers(storage(bits.data, dtype), dtype)[0].astype(np.float64)
 
 
-class Comparison:
+class FileComparison:
     """Takes the bytes that a file should hold, front to back, and compares them with those that it holds.
 
     Where its header is another, each tensor is compared with the one of its name, dtype and shape.
@@ -77,7 +77,7 @@ class Comparison:
     """
 
     def __init__(self, path: Path, name: str, header: Header) -> None:
-        self.differences: dict[str, Difference] = {}
+        self.differences: dict[str, TensorMismatch] = {}
         self._name = name
         self._header = header
         self._file = TensorFile(path, label=name)
@@ -102,7 +102,7 @@ class Comparison:
         found = self._buffer[: len(data)]
         self._file.read_into(theirs, position - tensor.begin, found)
         if not np.array_equal(np.frombuffer(data, np.uint8), np.frombuffer(found, np.uint8)):
-            new = Difference(self._name, tensor.name, tensor.dtype, tensor.size)
+            new = TensorMismatch(self._name, tensor.name, tensor.dtype, tensor.size)
             self.differences.setdefault(tensor.name, new).add(data, found)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether a recipe says what comes out of its source and settings."""
+"""Compare two recipes of one run field by field: what was recorded, and what source and settings give."""
 
 from collections.abc import Iterator
 from dataclasses import asdict

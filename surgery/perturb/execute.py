@@ -1,4 +1,4 @@
-"""NoisyTune on checkpoint files: stream every shard into the output folder, then companions, card and recipe."""
+"""perturb_checkpoint: carry out a Plan shard by shard, then copy companions, and write model card and recipe."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from surgery.noise import CONTRACT
 from surgery.noisytune import Moments, NoisyTune, as_globs
 from surgery.perturb import stream
 from surgery.perturb.compare_recipe import file_faults, recipe_faults
-from surgery.perturb.output import OutputFolder, is_finished
+from surgery.perturb.output import OutputFolder, is_finished, refuse_windows
 from surgery.perturb.partfile import PartFile
 from surgery.perturb.plan import Plan, ShardPlan, make_plan
-from surgery.perturb.shard import Task
-from surgery.perturb.tasks import Measured, make_record, make_task, measure, with_ties
+from surgery.perturb.shard import ShardTask
+from surgery.perturb.tasks import GlobalMoments, make_record, make_task, measure, with_ties
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, warn_of_vanished
 from surgery.threads import streaming_workers
@@ -63,6 +63,7 @@ def perturb_checkpoint(
         SourceError: the source is missing, malformed, unsafe, quantized, or holds NaN or Inf.
         OutputError: `out` cannot be used, or the disk is full.
     """
+    refuse_windows("perturb")
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     plan = make_plan(source, out, settings, revision=revision, variant=variant, token=token)
     recipe = execute(plan, overwrite=overwrite, workers=workers)
@@ -81,7 +82,7 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
         todo = [shard for shard in plan.shards if shard.name not in folder.finished]
         by_name = {shard.name: shard for shard in todo}
         kept = folder.notes.get("measured")
-        measured = Measured.from_json(kept) if kept else measure(plan, workers)
+        measured = GlobalMoments.from_json(kept) if kept else measure(plan, workers)
         if measured.moments and not kept:
             folder.note("measured", measured.to_json())
         with bar(sum(shard.nbytes for shard in todo), "perturbing") as on_bytes:
@@ -116,14 +117,14 @@ def _job(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _finish_shard(task: Task, plan: Plan, shard: ShardPlan, folder: OutputFolder, measured: Measured) -> None:
+def _finish_shard(task: ShardTask, plan: Plan, shard: ShardPlan, folder: OutputFolder, measured: GlobalMoments) -> None:
     """Give a complete shard its name and note in the journal what was done to it."""
     record = make_record(task, shard, measured)
     if plan.recorded:
         recorded = next(file for file in plan.recorded.files if file.name == record.name)
         _refuse(file_faults(recorded, record), folder)
-    assert isinstance(task.target, PartFile)
-    size = folder.finish_part(shard.name, task.target)
+    assert isinstance(task.sink, PartFile)
+    size = folder.finish_part(shard.name, task.sink)
     folder.record(shard.name, {"size": size, **record.to_json()})
 
 

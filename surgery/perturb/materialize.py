@@ -1,4 +1,4 @@
-"""Write the checkpoint that a recipe describes, from its source: the same bytes that `surgery perturb` wrote."""
+"""materialize_checkpoint: plan the run that a recipe records, check its source, and write the same bytes again."""
 
 import logging
 import os
@@ -11,8 +11,9 @@ from surgery.checkpoint.digests import sha256_of_all
 from surgery.checkpoint.layout import CARD
 from surgery.errors import OutputError
 from surgery.perturb.execute import execute
+from surgery.perturb.output import refuse_windows
 from surgery.perturb.plan import Plan, choose_out
-from surgery.perturb.replay import find_recipe, find_source, plan_again, refuse_other
+from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
 from surgery.recipe import Recipe
 
 _log = logging.getLogger(__name__)
@@ -45,27 +46,33 @@ def materialize_checkpoint(
         SourceError: no recipe, one of a live model or a hostile one; or the source is missing or not the recipe's.
         OutputError: `out` cannot be used, or what comes out is not what the recipe says.
     """
-    return execute_again(plan_recipe(recipe, out, source=source, token=token), overwrite=overwrite, workers=workers)
+    plan = plan_materialize(recipe, out, source=source, token=token)
+    return execute_materialize(plan, overwrite=overwrite, workers=workers)
 
 
-def plan_recipe(recipe: str | Path, out: str | Path | None, *, source: str | Path | None, token: str | None) -> Plan:
+def plan_materialize(
+    recipe: str | Path, out: str | Path | None, *, source: str | Path | None, token: str | None
+) -> Plan:
     """Plan what materialize_checkpoint does, with the source checked. Writes nothing; raises as it does."""
+    refuse_windows("materialize")
     path = find_recipe(recipe, token=token)
     recorded = Recipe.read(path)
     checkpoint = find_source(recorded, str(recipe), source=source, token=token)
     named = replace(checkpoint, id=recorded.source, commit=recorded.commit)
     folder = choose_out(out, checkpoint, recorded.settings, name=named.short_name)
     if folder.resolve() == path.parent.resolve():
-        raise OutputError(f"{folder}: expected another folder than the recipe's, got that one. Choose another with -o.")
-    plan = plan_again(recorded, checkpoint, folder)
+        raise OutputError(
+            f"{folder}: expected another folder than the recipe's, got that one. Choose another with `out`."
+        )
+    plan = plan_replay(recorded, checkpoint, folder)
     _refuse_other_weights(plan, recorded)
     is_local = Path(os.path.expanduser(recipe)).exists()  # noqa: PTH111
     words = ["surgery", "materialize", str(path if is_local else recipe), *_source_option(source), "-o", str(folder)]
     return replace(plan, command=shlex.join(words))
 
 
-def execute_again(plan: Plan, *, overwrite: bool, workers: int | None) -> Recipe:
-    """Do what `plan_recipe` planned. Raises as materialize_checkpoint."""
+def execute_materialize(plan: Plan, *, overwrite: bool, workers: int | None) -> Recipe:
+    """Do what `plan_materialize` planned. Raises as materialize_checkpoint."""
     recipe = execute(plan, overwrite=overwrite, workers=workers)
     if plan.recorded and recipe.card != plan.recorded.card:
         _log.warning("%s: its text is not the one that the recipe records; all other files are", plan.out / CARD)
@@ -83,4 +90,4 @@ def _refuse_other_weights(plan: Plan, recorded: Recipe) -> None:
     """Hash the source before anything is written; what is hashed is remembered, so the run does not do it again."""
     expected = {plan.checkpoint.path(file.source): file.source_sha256 for file in recorded.files}
     for path, digest in sha256_of_all(expected, "checking the source").items():
-        refuse_other(path, digest, expected[path])
+        refuse_other_source(path, digest, expected[path])

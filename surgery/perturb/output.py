@@ -1,4 +1,4 @@
-"""The output folder: locked, atomic and resumable. What is not finished does not load, and says why.
+"""The output folder: locked with flock, written atomically (rename, fsync), resumable through a journal.
 
 While a run is under way the folder holds `surgery.unfinished.json`, the journal: the job, and the results of every
 shard that is finished. Shards get their name when they are complete and on the disk; indexes, configs and the other
@@ -6,21 +6,23 @@ companions come after them, so no loader finds a checkpoint before that; card an
 """
 
 import errno
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
 from surgery.errors import OutputError
 from surgery.perturb.partfile import PartFile
 
+_log = logging.getLogger(__name__)
 _PART = ".surgery-part"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -73,13 +75,21 @@ class OutputFolder:
             os.close(lock)
 
     def _lock(self, fd: int) -> None:
+        """Lock the folder itself: the lock goes with the process that holds it, and leaves no file behind."""
+        from filelock import lock_descriptor  # not before there is something to lock: it takes a while to import
+
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            is_ours = lock_descriptor(fd, blocking=False)
+        except OSError as error:  # ENOSYS, ENOLCK, EOPNOTSUPP: nobody holds it
+            _log.warning(
+                "%s: its file system has no locks (%s): let no other run write to it", self.path, error.strerror
+            )
+            return
+        if not is_ours:
             raise OutputError(
                 f"{self.path}: expected a folder for this run alone, got one that another run is writing to. "
-                "Wait for it, or choose another with -o."
-            ) from error
+                "Wait for it, or choose another with `out`."
+            )
 
     def _prepare(self, *, overwrite: bool) -> None:
         present = {
@@ -93,18 +103,14 @@ class OutputFolder:
         is_same = former.get("job") == self._job
         strangers = sorted(n for n in present if n.removesuffix(_PART) not in owned | {JOURNAL, RECIPE})
         if former and not is_same and not overwrite:
-            if former.get("resume") == self._resume:
-                raise OutputError(
-                    f"{self.path}: expected the source as it was when this run began, got one that has changed since. "
-                    "Start again with --overwrite."
-                )
-            raise OutputError(
-                f"{self.path}: expected a new or empty folder, got one that another command did not finish. "
-                f"Finish it with `{former.get('resume')}`, or replace it with --overwrite."
-            )
+            self._refuse_other_job(former)
         if strangers or (present and not former and not (recipe and overwrite)):
             found = f"{len(strangers or present)} files, such as {(strangers or sorted(present))[0]!r}"
-            hint = "Choose another with -o." if strangers or not recipe else "Replace it with --overwrite, or use -o."
+            hint = (
+                "Choose another with `out`."
+                if strangers or not recipe
+                else "Replace it with `overwrite`, or use `out`."
+            )
             raise OutputError(f"{self.path}: expected a new or empty folder, got {found}. {hint}")
         self._refuse_edited_card(recipe or {})
         if is_same:
@@ -119,6 +125,17 @@ class OutputFolder:
         for folder in sorted({parent for name in doomed for parent in PurePosixPath(name).parents}, reverse=True):
             with suppress(OSError):  # not empty
                 (self.path / folder).rmdir()
+
+    def _refuse_other_job(self, journal: dict[str, Any]) -> NoReturn:
+        if journal.get("resume") == self._resume:
+            raise OutputError(
+                f"{self.path}: expected the source as it was when this run began, got one that has changed since. "
+                "Start again with `overwrite`."
+            )
+        raise OutputError(
+            f"{self.path}: expected a new or empty folder, got one that another command did not finish. "
+            f"Finish it with `{journal.get('resume')}`, or replace it with `overwrite`."
+        )
 
     def _refuse_edited_card(self, recipe: dict[str, Any]) -> None:
         """Spare a card that its owner has written in: what else is removed here can be made again."""
@@ -139,7 +156,7 @@ class OutputFolder:
         if needed > free:
             raise OutputError(
                 f"{self.path}: expected {_gb(needed)} free on this disk, got {_gb(free)}. "
-                "Free some space, or choose another disk with -o."
+                "Free some space, or choose another disk with `out`."
             )
 
     # -- writing --------------------------------------------------------------------------------------------------
@@ -193,6 +210,19 @@ class OutputFolder:
         self.write(JOURNAL, (json.dumps(journal, indent=1) + "\n").encode())
 
 
+def refuse_windows(command: str) -> None:
+    """Refuse to write where a folder can be neither locked nor put on the disk.
+
+    Raises:
+        OutputError: on Windows.
+    """
+    if sys.platform == "win32":
+        raise OutputError(
+            f"surgery {command}: expected Linux or macOS, got Windows, which can neither lock a folder nor sync it to "
+            "the disk. Use WSL, or call perturb_model in the script instead."
+        )
+
+
 def is_finished(path: Path) -> bool:
     """Tell whether a run has finished in this folder."""
     return (path / RECIPE).is_file() and not (path / JOURNAL).exists()
@@ -237,7 +267,7 @@ def _as_output_error(path: Path, resume: str) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             reason = os.strerror(error.errno)
             raise OutputError(
-                f"{path}: expected a folder to write to, got {reason}. Choose another with -o."
+                f"{path}: expected a folder to write to, got {reason}. Choose another with `out`."
             ) from error
         raise
 
@@ -257,12 +287,14 @@ def refuse_output(out: Path, source_root: Path) -> None:
     out, root = out.resolve(), source_root.resolve()
     if out == root or out.is_relative_to(root):
         raise OutputError(
-            f"{out}: expected a folder outside the source, got one inside {root}. Choose another with -o."
+            f"{out}: expected a folder outside the source, got one inside {root}. Choose another with `out`."
         )
     if root.is_relative_to(out):  # --overwrite would remove it
         raise OutputError(
-            f"{out}: expected a folder outside the source, got one that holds it. Choose another with -o."
+            f"{out}: expected a folder outside the source, got one that holds it. Choose another with `out`."
         )
     cache = Path(constants.HF_HUB_CACHE).resolve()
     if out.is_relative_to(cache) or ("snapshots" in out.parts and any(p.startswith("models--") for p in out.parts)):
-        raise OutputError(f"{out}: expected a folder of your own, got one in the Hub's cache. Choose another with -o.")
+        raise OutputError(
+            f"{out}: expected a folder of your own, got one in the Hub's cache. Choose another with `out`."
+        )

@@ -1,7 +1,6 @@
-"""A file written from front to back, past the page cache where the file system allows that."""
+"""A file written front to back with O_DIRECT where the file system has it, to spare the page cache and a copy."""
 
 import errno
-import fcntl
 import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -87,6 +86,10 @@ class PartFile:
 
     def _go_through_the_cache(self) -> bool:
         """End direct writing; return whether there was any."""
+        if not _DIRECT:
+            return False
+        import fcntl  # not on Windows, which has no direct writes either
+
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~_DIRECT)
         return bool(flags & _DIRECT)

@@ -1,4 +1,4 @@
-"""What `surgery perturb` will do, settled from headers alone."""
+"""Plan: which tensor of which shard is perturbed or copied, and every file to write, settled from headers alone."""
 
 import json
 import os
@@ -6,18 +6,15 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from surgery.checkpoint.layout import CARD, WeightSet
 from surgery.checkpoint.resolve import Checkpoint, read_weight_map, refuse_quantized, resolve
-from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
+from surgery.checkpoint.tensorfile import Header, Tensor
+from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError, SourceError
 from surgery.noisytune import FLOATS, NoisyTune
 from surgery.perturb.output import refuse_output
 from surgery.recipe import Recipe
-
-if TYPE_CHECKING:
-    from surgery.perturb.shard import Source
 
 _PACKED_NAMES = (".qweight", ".qzeros", ".absmax", ".weight_packed")  # GPTQ and AWQ, bitsandbytes, compressed-tensors
 
@@ -156,31 +153,14 @@ def plan_checkpoint(checkpoint: Checkpoint, out: Path, settings: NoisyTune, *, v
         reasons = sorted({reason for shard in shards for reason in shard.copied.values()})
         raise SettingError(
             f"{checkpoint.id}: expected a tensor to perturb, got {len(names)} to copy ({'; '.join(reasons)}). "
-            "Correct --include and --exclude."
+            "Correct `include` and `exclude`."
         )
     command = perturb_command(checkpoint.id, settings, commit=checkpoint.commit, variant=variant, out=out)
     return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command)
 
 
-def open_source(checkpoint: Checkpoint, name: str) -> "Source":
-    """Open one weight file of a checkpoint to read.
-
-    Raises:
-        SourceError: it cannot be read, or is malformed.
-    """
-    path = checkpoint.path(name)
-    try:
-        if path.suffix == ".safetensors":
-            return TensorFile(path, label=str(path))
-        from surgery.checkpoint.pickles import PickleFile
-
-        return PickleFile(path, label=str(path))
-    except OSError as error:
-        raise SourceError(f"{path}: expected a file to read, got {error.strerror}. Check its permissions.") from error
-
-
 def _plan_shard(checkpoint: Checkpoint, weight_set: WeightSet, name: str, settings: NoisyTune) -> ShardPlan:
-    source = open_source(checkpoint, name)
+    source = open_weights(checkpoint, name)
     source.close()
     header = source.header
     copied: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""A run that a recipe describes, planned again from its source: what `materialize` and `verify` have in common."""
+"""Plan a recorded run again from recipe and source, which materialize and verify do alike."""
 
 import hashlib
 import os
@@ -75,12 +75,12 @@ def find_source(recipe: Recipe, what: str, *, source: str | Path | None, token: 
         if not source.is_absolute() or not source.exists():
             raise SourceError(
                 f"{what}: expected its source, {recipe.source}, on this machine, got no such path. "
-                "Say with --source where it is."
+                "Say with `source` where it is."
             )
     return resolve(source, variant=recipe.variant, token=token)
 
 
-def plan_again(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
+def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
     """Plan a recipe's run on its source, under the name that the source had.
 
     Raises:
@@ -105,7 +105,7 @@ def _refuse_other_files(plan: Plan, recorded: Mapping[str, str]) -> None:
         expected, got = (some(sorted(files.values())) for files in (recorded, found))
         raise SourceError(
             f"{plan.checkpoint.id}: expected the weight files that the recipe was made from ({expected}), got others "
-            f"({got}). Say with --source where the right ones are."
+            f"({got}). Say with `source` where the right ones are."
         )
 
 
@@ -113,16 +113,16 @@ def _refuse_other_companions(plan: Plan, recorded: Mapping[str, str]) -> None:
     for name, sha256 in recorded.items():
         path = plan.checkpoint.path(name)
         if name in plan.indexes:
-            refuse_other(path, hashlib.sha256(plan.indexes[name]).hexdigest(), sha256)
+            refuse_other_source(path, hashlib.sha256(plan.indexes[name]).hexdigest(), sha256)
         elif name in plan.companions:
-            refuse_other(path, sha256_of(path), sha256)
+            refuse_other_source(path, sha256_of(path), sha256)
         else:
             raise SourceError(
-                f"{path}: expected a file of the recipe's source, got none. Say with --source where the right one is."
+                f"{path}: expected a file of the recipe's source, got none. Say with `source` where the right one is."
             )
 
 
-def refuse_other(path: Path, sha256: str, expected: str) -> None:
+def refuse_other_source(path: Path, sha256: str, expected: str) -> None:
     """Refuse a file of the source that is not the one a recipe was made from.
 
     Raises:
@@ -131,5 +131,5 @@ def refuse_other(path: Path, sha256: str, expected: str) -> None:
     if sha256 != expected:
         raise SourceError(
             f"{path}: expected the recipe's source (sha256 {expected[:12]}...), got another file ({sha256[:12]}...). "
-            "Say with --source where the right one is."
+            "Say with `source` where the right one is."
         )

@@ -1,7 +1,7 @@
-"""One shard under way: read a piece, hash it, measure or perturb it, hash the result, write it.
+"""One shard of a checkpoint, streamed: read a piece, hash it, measure or perturb it, hash the result, hand it on.
 
 Pieces may be worked on in any order and at once, since noise is a function of position; only the two sha256 digests and
-the disk want them in file order, and a `_Turnstile` sees to each. A tensor of several pieces is read twice: once for
+the disk want them in file order, and a `_Sequencer` sees to each. A tensor of several pieces is read twice: once for
 its std, once for the noise.
 """
 
@@ -16,7 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from surgery.checkpoint.tensorfile import Header, Tensor
+from surgery.checkpoint.tensorfile import Tensor
+from surgery.checkpoint.weight_file import WeightFile
 from surgery.kernels import cpu
 from surgery.noise import BLOCK, key
 from surgery.noisytune import Effect, Moments, NoisyTune, merge_blocks, merge_effect
@@ -25,34 +26,22 @@ from surgery.noisytune import Effect, Moments, NoisyTune, merge_blocks, merge_ef
 PIECE = 2 << 20
 
 
-class Source(Protocol):
-    """What a shard is read from: a TensorFile or a PickleFile."""
-
-    header: Header
-    tied: dict[str, str]
-
-    def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None: ...
-    def sha256(self) -> str | None: ...
-    def settle(self, sha256: str) -> None: ...
-    def close(self) -> None: ...
-
-
-class Target(Protocol):
-    """What a shard is handed to, from front to back: a PartFile that writes it, or a Comparison with a file."""
+class Sink(Protocol):
+    """What a shard is handed to, from front to back: a PartFile that writes it, or a FileComparison."""
 
     def append(self, data: memoryview) -> None: ...
     def close(self) -> None: ...
 
 
 @dataclass
-class Task:
+class ShardTask:
     """One shard's work, and its results once `run` hands it to `on_done`.
 
     Args:
         name: the shard's name in the output.
         label: the shard's name in errors.
         open_source: opens the shard to read.
-        open_target: opens what the shard is handed to, which on_done finishes; None: measure only.
+        open_sink: opens what the shard is handed to, which on_done finishes; None: measure only.
         copied: names of the tensors to copy unchanged.
         tied: names of tensors that get the noise of another, and that one's name.
         pooled_std: if given, the std that scales every tensor's noise, none of which is then measured.
@@ -61,12 +50,12 @@ class Task:
 
     name: str
     label: str
-    open_source: Callable[[], Source]
-    open_target: Callable[[], Target] | None
+    open_source: Callable[[], WeightFile]
+    open_sink: Callable[[], Sink] | None
     copied: frozenset[str]
     tied: Mapping[str, str] = field(default_factory=dict)
     pooled_std: float | None = None
-    target: Target | None = None
+    sink: Sink | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
     effects: dict[str, Effect] = field(default_factory=dict)
     source_sha256: str = ""
@@ -77,7 +66,7 @@ class StoppedError(Exception):
     """Another thread failed, or the user interrupted the run."""
 
 
-class _Turnstile:
+class _Sequencer:
     """Lets numbered pieces through one at a time, in order."""
 
     def __init__(self, stop: threading.Event) -> None:
@@ -98,7 +87,7 @@ class _Turnstile:
             self._condition.notify_all()
 
 
-class _Perturbed:
+class _PerturbedTensor:
     """A tensor that gets noise: its pieces' block sums come in, and the last of them settles its std."""
 
     def __init__(self, pieces: int, std: float | None) -> None:
@@ -117,9 +106,9 @@ class _Perturbed:
 class Piece:
     """A run of one tensor's bytes, and what is to be done with it."""
 
-    shard: "Shard"
+    shard: "OpenShard"
     tensor: Tensor
-    state: _Perturbed | None
+    state: _PerturbedTensor | None
     index: int
     start: int
     nbytes: int
@@ -128,17 +117,17 @@ class Piece:
     write_turn: int | None
 
 
-class Shard:
+class OpenShard:
     """A task under way: its open files, digests and turnstiles, and what is done with each of its pieces."""
 
-    def __init__(self, task: Task, settings: NoisyTune, stop: threading.Event) -> None:
+    def __init__(self, task: ShardTask, settings: NoisyTune, stop: threading.Event) -> None:
         self.task = task
         self.left = 0
         self.lock = threading.Lock()
         self._settings = settings
         self._stop = stop
         self._read_digest, self._written_digest = hashlib.sha256(), hashlib.sha256()
-        self._read_turns, self._hash_turns, self._write_turns = _Turnstile(stop), _Turnstile(stop), _Turnstile(stop)
+        self._read_turns, self._hash_turns, self._write_turns = _Sequencer(stop), _Sequencer(stop), _Sequencer(stop)
         self._source = task.open_source()
         self._header = self._source.header
         self._read_numbers, self._write_numbers = count(), count()
@@ -146,9 +135,9 @@ class Shard:
         self._hashes_reads = not task.source_sha256
         self._read_digest.update(self._header.raw)
         self._written_digest.update(self._header.raw)
-        if task.open_target:
-            task.target = task.open_target()
-            task.target.append(memoryview(self._header.raw))
+        if task.open_sink:
+            task.sink = task.open_sink()
+            task.sink.append(memoryview(self._header.raw))
 
     def pieces(self) -> list[Piece]:
         """List the work in an order in which no piece waits for a later one.
@@ -162,9 +151,9 @@ class Shard:
             starts = range(0, tensor.nbytes, PIECE)
             state = None
             if tensor.name not in self.task.copied:
-                state = _Perturbed(len(starts), self.task.pooled_std)
+                state = _PerturbedTensor(len(starts), self.task.pooled_std)
             measures = state is not None and self.task.pooled_std is None
-            writes = self.task.open_target is not None
+            writes = self.task.open_sink is not None
             cut = partial(self._cut, tensor, state, starts)
             if measures and writes and len(starts) > 1:
                 measured = cut(reads=True, measures=True, writes=False)
@@ -178,7 +167,14 @@ class Shard:
         return plan
 
     def _cut(
-        self, tensor: Tensor, state: "_Perturbed | None", starts: range, *, reads: bool, measures: bool, writes: bool
+        self,
+        tensor: Tensor,
+        state: _PerturbedTensor | None,
+        starts: range,
+        *,
+        reads: bool,
+        measures: bool,
+        writes: bool,
     ) -> list[Piece]:
         """Cut one pass over a tensor into pieces; `reads` says whether it is the first."""
         pieces = []
@@ -203,9 +199,9 @@ class Shard:
                 self._perturb(piece, piece.state, data)
             with self._hash_turns.turn(piece.write_turn):
                 self._written_digest.update(data)
-            assert self.task.target is not None
+            assert self.task.sink is not None
             with self._write_turns.turn(piece.write_turn):
-                self.task.target.append(data)
+                self.task.sink.append(data)
 
     def _measure(self, piece: Piece, data: memoryview) -> None:
         state = piece.state
@@ -226,7 +222,7 @@ class Shard:
         state.std = moments.std
         state.is_settled.set()
 
-    def _perturb(self, piece: Piece, state: _Perturbed, data: memoryview) -> None:
+    def _perturb(self, piece: Piece, state: _PerturbedTensor, data: memoryview) -> None:
         while not state.is_settled.wait(0.1):
             if self._stop.is_set():
                 raise StoppedError
@@ -270,5 +266,5 @@ class Shard:
     def abandon(self) -> None:
         """Release the files of a shard that will not be finished."""
         self._source.close()
-        if self.task.target:
-            self.task.target.close()
+        if self.task.sink:
+            self.task.sink.close()

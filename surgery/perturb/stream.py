@@ -1,22 +1,19 @@
-"""Stream shards through memory with a few threads that share the pieces of one shard after another.
-
-Memory is one piece per thread, whatever the size of a tensor or a checkpoint.
-"""
+"""The threads that stream shards: each holds one piece at a time, whatever the size of a tensor or a checkpoint."""
 
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 from surgery.noisytune import NoisyTune
-from surgery.perturb.shard import PIECE, Piece, Shard, StoppedError, Task
+from surgery.perturb.shard import PIECE, OpenShard, Piece, ShardTask, StoppedError
 
 
 def run(
-    tasks: Iterable[Task],
+    tasks: Iterable[ShardTask],
     settings: NoisyTune,
     *,
     workers: int,
-    on_done: Callable[[Task], None],
+    on_done: Callable[[ShardTask], None],
     on_bytes: Callable[[int], object],
 ) -> None:
     """Do all tasks with `workers` threads; call `on_done` from a worker as each task ends, `on_bytes` as bytes pass.
@@ -24,36 +21,36 @@ def run(
     A shard is bound by its sequential digests, so there are two threads to a shard and as many shards at once as that
     allows. The first error of any thread stops all of them and is raised; so is KeyboardInterrupt.
     """
-    crew = _Crew(tasks, settings, workers, on_done, on_bytes)
+    shared = _Shared(tasks, settings, workers, on_done, on_bytes)
     threads: list[threading.Thread] = []
     try:
         for i in range(workers):
-            thread = threading.Thread(target=crew.work, args=(i,), daemon=True, name=f"surgery-{i}")
+            thread = threading.Thread(target=shared.work, args=(i,), daemon=True, name=f"surgery-{i}")
             thread.start()
             threads.append(thread)
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.5)  # a join without a timeout would hold up Ctrl-C
     finally:
-        crew.stop.set()
+        shared.stop.set()
         deadline = time.monotonic() + 0.5
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if not any(thread.is_alive() for thread in threads):
-            crew.abandon()  # else a straggler would write to whatever file gets its descriptor next
-    if crew.error:
-        raise crew.error
+            shared.abandon()  # else a straggler would write to whatever file gets its descriptor next
+    if shared.error:
+        raise shared.error
 
 
-class _Crew:
+class _Shared:
     """The threads' common state: the tasks to take, the first error, and the signal to stop."""
 
     def __init__(
         self,
-        tasks: Iterable[Task],
+        tasks: Iterable[ShardTask],
         settings: NoisyTune,
         workers: int,
-        on_done: Callable[[Task], None],
+        on_done: Callable[[ShardTask], None],
         on_bytes: Callable[[int], object],
     ) -> None:
         self.stop = threading.Event()
@@ -62,21 +59,21 @@ class _Crew:
         self._settings = settings
         self._on_done = on_done
         self._on_bytes = on_bytes
-        self._open: list[Shard] = []
+        self._open: list[OpenShard] = []
         self._lock = threading.Lock()
-        self._lanes = [_Lane(self) for _ in range(max(1, workers // 2))]
+        self._lanes = [_ShardQueue(self) for _ in range(max(1, workers // 2))]
 
-    def next_task(self) -> Task | None:
+    def next_task(self) -> ShardTask | None:
         with self._lock:
             return next(self._tasks, None)
 
-    def start(self, task: Task) -> Shard:
-        shard = Shard(task, self._settings, self.stop)
+    def start(self, task: ShardTask) -> OpenShard:
+        shard = OpenShard(task, self._settings, self.stop)
         with self._lock:
             self._open.append(shard)
         return shard
 
-    def close(self, shard: Shard) -> None:
+    def close(self, shard: OpenShard) -> None:
         """Hand on a shard whose pieces are all done."""
         shard.finish()
         with self._lock:
@@ -100,7 +97,7 @@ class _Crew:
         try:
             while not self.stop.is_set() and (piece := self._next_piece(number)):
                 piece.shard.process(piece, buffer)
-                if piece.write_turn is not None or not piece.shard.task.open_target:
+                if piece.write_turn is not None or not piece.shard.task.open_sink:
                     self._on_bytes(piece.nbytes)
                 with piece.shard.lock:
                     piece.shard.left -= 1
@@ -115,19 +112,19 @@ class _Crew:
             self.stop.set()
 
 
-class _Lane:
+class _ShardQueue:
     """The pieces of one shard after another, for the threads that share them."""
 
-    def __init__(self, crew: _Crew) -> None:
+    def __init__(self, shared: _Shared) -> None:
         self._lock = threading.Lock()
-        self._pieces = self._all(crew)
+        self._pieces = self._all(shared)
 
-    def _all(self, crew: _Crew) -> Iterator[Piece]:
-        while task := crew.next_task():
-            shard = crew.start(task)
+    def _all(self, shared: _Shared) -> Iterator[Piece]:
+        while task := shared.next_task():
+            shard = shared.start(task)
             pieces = shard.pieces()
             if not pieces:
-                crew.close(shard)
+                shared.close(shard)
             yield from pieces
 
     def next_piece(self) -> Piece | None:

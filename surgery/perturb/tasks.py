@@ -1,14 +1,15 @@
-"""From a plan to the tasks that stream its shards, and from what these measured to the recipe's records."""
+"""From a Plan to the ShardTasks that stream it, and from their results to the records of the recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from surgery.checkpoint.weight_file import open_weights
 from surgery.noisytune import NO_SPREAD, Moments, pool
 from surgery.perturb import stream
-from surgery.perturb.plan import Plan, ShardPlan, open_source
-from surgery.perturb.shard import Target, Task
+from surgery.perturb.plan import Plan, ShardPlan
+from surgery.perturb.shard import ShardTask, Sink
 from surgery.perturb.ties import find_ties
 from surgery.progress import bar
 from surgery.recipe import FileRecord, TensorRecord
@@ -16,13 +17,13 @@ from surgery.recipe import FileRecord, TensorRecord
 
 def with_ties(plan: Plan) -> Plan:
     """Add the tensors that repeat another one, which only their bytes tell."""
-    ties = find_ties(plan.shards, partial(open_source, plan.checkpoint))
+    ties = find_ties(plan.shards, partial(open_weights, plan.checkpoint))
     shards = [replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in plan.shards]
     return replace(plan, shards=tuple(shards))
 
 
 @dataclass(frozen=True)
-class Measured:
+class GlobalMoments:
     """What scale="global" has to know of all shards before the first is perturbed; for other scales, nothing.
 
     Args:
@@ -49,36 +50,36 @@ class Measured:
         }
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> "Measured":
+    def from_json(cls, document: dict[str, Any]) -> "GlobalMoments":
         sha256 = {name: entry["source_sha256"] for name, entry in document.items()}
         moments = {name: {t: Moments(*m) for t, m in entry["moments"].items()} for name, entry in document.items()}
         return cls(sha256, moments)
 
 
-def measure(plan: Plan, workers: int) -> Measured:
+def measure(plan: Plan, workers: int) -> GlobalMoments:
     """Read everything once, if the plan's scale is "global"."""
-    measured = Measured()
+    measured = GlobalMoments()
     if plan.settings.scale != "global":
         return measured
 
-    def keep(task: Task) -> None:
+    def keep(task: ShardTask) -> None:
         measured.sha256[task.name], measured.moments[task.name] = task.source_sha256, task.moments
 
     with bar(sum(shard.nbytes for shard in plan.shards), "measuring") as on_bytes:
-        tasks = (make_task(plan, shard, Measured(), None) for shard in plan.shards)
+        tasks = (make_task(plan, shard, GlobalMoments(), None) for shard in plan.shards)
         stream.run(tasks, plan.settings, workers=workers, on_done=keep, on_bytes=on_bytes)
     return measured
 
 
-def make_task(plan: Plan, shard: ShardPlan, measured: Measured, open_target: Callable[[], Target] | None) -> Task:
-    """Make the task that hands one shard to what `open_target` opens, or only measures it."""
+def make_task(plan: Plan, shard: ShardPlan, measured: GlobalMoments, open_sink: Callable[[], Sink] | None) -> ShardTask:
+    """Make the task that hands one shard to what `open_sink` opens, or only measures it."""
     flat = {name for name, moments in measured.moments.get(shard.name, {}).items() if not moments.std}
     pooled = measured.pooled
-    return Task(
+    return ShardTask(
         name=shard.name,
         label=str(plan.checkpoint.path(shard.source)),
-        open_source=partial(open_source, plan.checkpoint, shard.source),
-        open_target=open_target,
+        open_source=partial(open_weights, plan.checkpoint, shard.source),
+        open_sink=open_sink,
         copied=frozenset(shard.copied.keys() | flat),
         tied=shard.tied,
         pooled_std=pooled.std if pooled else None,
@@ -86,7 +87,7 @@ def make_task(plan: Plan, shard: ShardPlan, measured: Measured, open_target: Cal
     )
 
 
-def make_record(task: Task, shard: ShardPlan, measured: Measured) -> FileRecord:
+def make_record(task: ShardTask, shard: ShardPlan, measured: GlobalMoments) -> FileRecord:
     """Say what a task that is done did to its shard."""
     moments = measured.moments.get(shard.name, task.moments)
     tensors = []

@@ -1,4 +1,4 @@
-"""Tied tensors that a checkpoint stores twice: equal input and output embeddings, which must get equal noise.
+"""Find tied embeddings that a checkpoint stores twice, by equal bytes, so that both copies get equal noise.
 
 transformers writes tied weights once, but other tools write them under each name. With a noise of their own each, they
 would no longer be equal, and the model would load untied or with half of its noise lost.
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.tied_names import rank
+from surgery.checkpoint.weight_file import WeightFile
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
     from surgery.perturb.plan import ShardPlan
-    from surgery.perturb.shard import Source
 
 _CHUNK = 1 << 20
 
 
-def find_ties(shards: Sequence["ShardPlan"], open_source: Callable[[str], "Source"]) -> dict[str, dict[str, str]]:
+def find_ties(shards: Sequence["ShardPlan"], open_source: Callable[[str], WeightFile]) -> dict[str, dict[str, str]]:
     """Find tensors that repeat another one, bit for bit, under a name that models tie to it.
 
     Args:
@@ -49,7 +49,7 @@ def find_ties(shards: Sequence["ShardPlan"], open_source: Callable[[str], "Sourc
 
 
 def _are_equal(
-    one: tuple["ShardPlan", Tensor], other: tuple["ShardPlan", Tensor], open_source: Callable[[str], "Source"]
+    one: tuple["ShardPlan", Tensor], other: tuple["ShardPlan", Tensor], open_source: Callable[[str], WeightFile]
 ) -> bool:
     """Compare two tensors' bytes, up to the first piece that differs."""
     sources = [open_source(shard.source) for shard, _ in (one, other)]

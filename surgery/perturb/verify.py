@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what its recipe says: all of it is computed again from the source, and compared."""
+"""verify_checkpoint: compute every shard again from source and recipe, and compare with what is there, bit for bit."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +11,11 @@ from surgery.checkpoint.resolve import resolve
 from surgery.checkpoint.tensorfile import read_header
 from surgery.errors import NoWeightsError, SourceError
 from surgery.perturb import stream
-from surgery.perturb.compare_file import Comparison, Difference
+from surgery.perturb.compare_file import FileComparison, TensorMismatch
 from surgery.perturb.compare_recipe import recipe_faults
 from surgery.perturb.plan import Plan, ShardPlan
-from surgery.perturb.replay import find_recipe, find_source, plan_again, refuse_other
-from surgery.perturb.shard import Task
+from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
+from surgery.perturb.shard import ShardTask
 from surgery.perturb.tasks import make_record, make_task, measure, with_ties
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe
@@ -42,7 +42,7 @@ class Verification:
     commit: str | None
     tensors: int
     nbytes: int
-    differences: tuple[Difference, ...]
+    differences: tuple[TensorMismatch, ...]
     faults: tuple[str, ...]
 
     @property
@@ -72,7 +72,7 @@ def verify_checkpoint(
     """
     root, names, recipe = _find(folder, token)
     checkpoint = find_source(recipe, str(folder), source=source, token=token)
-    plan = with_ties(plan_again(recipe, checkpoint, root))
+    plan = with_ties(plan_replay(recipe, checkpoint, root))
     damaged = list(_header_faults(plan, names))
     todo = [shard for shard in plan.shards if shard.name in names and shard.name not in dict(damaged)]
     faults = [*_companion_faults(recipe, root), *_weight_file_faults(recipe, names), *(fault for _, fault in damaged)]
@@ -88,7 +88,7 @@ def verify_checkpoint(
     )
 
 
-def _badness(difference: Difference) -> tuple[bool, float, int]:
+def _badness(difference: TensorMismatch) -> tuple[bool, float, int]:
     size = difference.max_over_std if difference.std else difference.max_abs
     return difference.not_finite > 0, size or 0.0, difference.differing
 
@@ -142,27 +142,27 @@ def _header_faults(plan: Plan, names: set[str]) -> Iterator[tuple[str, str]]:
 
 def _compare(
     plan: Plan, recipe: Recipe, shards: Sequence[ShardPlan], workers: int
-) -> tuple[list[Difference], list[str]]:
+) -> tuple[list[TensorMismatch], list[str]]:
     """Stream shards past the files that they should be; return differences, and faults of headers and the recipe."""
     by_name = {shard.name: shard for shard in shards}
     recorded = {file.name: file for file in recipe.files}
     measured = measure(plan, workers)
     made: dict[str, FileRecord] = {}
-    differences: list[Difference] = []
+    differences: list[TensorMismatch] = []
     faults: list[str] = []
 
-    def settle(task: Task) -> None:
+    def settle(task: ShardTask) -> None:
         path, expected = plan.checkpoint.path(by_name[task.name].source), recorded[task.name].source_sha256
-        refuse_other(path, task.source_sha256, expected)
-        assert isinstance(task.target, Comparison)
+        refuse_other_source(path, task.source_sha256, expected)
+        assert isinstance(task.sink, FileComparison)
         record = made[task.name] = make_record(task, by_name[task.name], measured)
         stds = {tensor.name: tensor.std for tensor in record.tensors}
-        differences.extend(replace(d, std=stds[d.name]) for d in task.target.differences.values())
-        faults.extend(task.target.faults())
-        task.target.close()
+        differences.extend(replace(d, std=stds[d.name]) for d in task.sink.differences.values())
+        faults.extend(task.sink.faults())
+        task.sink.close()
 
     tasks = (
-        make_task(plan, shard, measured, partial(Comparison, plan.out / shard.name, shard.name, shard.header))
+        make_task(plan, shard, measured, partial(FileComparison, plan.out / shard.name, shard.name, shard.header))
         for shard in shards
     )
     with bar(sum(shard.nbytes for shard in shards), "verifying") as on_bytes:

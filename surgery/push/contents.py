@@ -1,4 +1,4 @@
-"""What is pushed of an output folder: the files its recipe names, unaltered, the card and the recipe."""
+"""The files of an output folder that a push sends: those its recipe names, checked by sha256, card and recipe."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from surgery.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Item:
+class LocalFile:
     """One file: its name in the repository, its content as a path or bytes, its size in bytes."""
 
     name: str
@@ -30,7 +30,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Contents:
     """What is pushed of a folder.
 
     Args:
@@ -42,9 +42,9 @@ class Parcel:
     """
 
     recipe: Recipe
-    items: tuple[Item, ...]
+    items: tuple[LocalFile, ...]
     is_recipe_only: bool
-    held_back: tuple[Item, ...]
+    held_back: tuple[LocalFile, ...]
     left_out: tuple[str, ...]
 
     @property
@@ -54,7 +54,7 @@ class Parcel:
         return f"NoisyTune of {self.recipe.source}: lam {settings.lam:g}, seed {settings.seed}"
 
 
-def pack(folder: Path, *, recipe_only: bool) -> Parcel:
+def read_contents(folder: Path, *, recipe_only: bool) -> Contents:
     """Choose what to push of a folder that `surgery perturb` wrote, and check it against the recipe.
 
     Args:
@@ -71,17 +71,17 @@ def pack(folder: Path, *, recipe_only: bool) -> Parcel:
     _refuse_altered(pushed)
     if not (folder / CARD).is_file():  # a former push's card would stay, and speak of other weights
         raise OutputError(
-            f"{folder / CARD}: expected a card, got none. Restore it, write one, or perturb again with --overwrite."
+            f"{folder / CARD}: expected a card, got none. Restore it, write one, or perturb again with `overwrite`."
         )
     content = _inside(folder, CARD).read_bytes()
-    pushed.append(Item(CARD, content, len(content), hashlib.sha256(content).hexdigest()))
+    pushed.append(LocalFile(CARD, content, len(content), hashlib.sha256(content).hexdigest()))
     text = _without_local_path(folder)
-    pushed.append(Item(RECIPE, text, len(text), hashlib.sha256(text).hexdigest()))
+    pushed.append(LocalFile(RECIPE, text, len(text), hashlib.sha256(text).hexdigest()))
     held_back = tuple(_item(folder, name, sha256) for name, sha256 in held.items())
     present = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
     named = digests.keys() | {CARD, RECIPE}
     left_out = tuple(name for name in present if name not in named)
-    return Parcel(Recipe.from_json(text.decode()), tuple(pushed), recipe_only, held_back, left_out)
+    return Contents(Recipe.from_json(text.decode()), tuple(pushed), recipe_only, held_back, left_out)
 
 
 def _read_recipe(folder: Path) -> Recipe:
@@ -104,24 +104,24 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _item(folder: Path, name: str, sha256: str) -> Item:
+def _item(folder: Path, name: str, sha256: str) -> LocalFile:
     path = _inside(folder, name).absolute()
-    return Item(name, path, path.stat().st_size if path.is_file() else 0, sha256)
+    return LocalFile(name, path, path.stat().st_size if path.is_file() else 0, sha256)
 
 
-def _refuse_altered(items: list[Item]) -> None:
+def _refuse_altered(items: list[LocalFile]) -> None:
     for item in items:
         if isinstance(item.content, Path) and not item.content.is_file():
             raise OutputError(
                 f"{item.content}: expected a file, as {RECIPE} names it, got none. "
-                "Restore it, or perturb again with --overwrite."
+                "Restore it, or perturb again with `overwrite`."
             )
     by_path = {item.content: item for item in items if isinstance(item.content, Path)}
     for path, found in sha256_of_all(by_path, "checking").items():
         if found != (sha256 := by_path[path].sha256):
             raise OutputError(
                 f"{path}: expected sha256 {sha256[:12]}..., as in {RECIPE}, got {found[:12]}...: it was altered. "
-                "Restore it, or perturb again with --overwrite."
+                "Restore it, or perturb again with `overwrite`."
             )
 
 

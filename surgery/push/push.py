@@ -1,4 +1,4 @@
-"""Push an output folder to the Hub: look what is there, send what is not, in one commit that holds all or nothing."""
+"""push_checkpoint: send an output folder through HfApi in one commit, so that the Hub never holds half of it."""
 
 import logging
 import re
@@ -17,14 +17,14 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from surgery.checkpoint.hub_errors import PUSH, HttpLibraryError, one_line, wait_before_retry
 from surgery.errors import OutputError, SettingError
-from surgery.push.contents import Parcel, pack
-from surgery.push.remote import Remote, Shipment, look, make_shipment
+from surgery.push.contents import Contents, read_contents
+from surgery.push.remote import PushPlan, RemoteRevision, plan_push, read_revision
 
 _TRIES = 5
 
 
 @dataclass(frozen=True)
-class Order:
+class PushOptions:
     """What to push where, as asked for.
 
     Args:
@@ -48,7 +48,7 @@ class Order:
     def __post_init__(self) -> None:
         if self.create_pr and self.revision not in (None, constants.DEFAULT_REVISION):
             raise SettingError(
-                f"--create-pr: expected no --revision with it, got {self.revision}. "
+                f"`create_pr`: expected no `revision` with it, got {self.revision}. "
                 "A pull request is opened against main: leave one of them out."
             )
 
@@ -59,9 +59,9 @@ class Order:
     @property
     def command(self) -> str:
         """The command that does this, without the token."""
-        options = {"--revision": self.revision, "--commit-message": self.commit_message}
+        valued = {"--revision": self.revision, "--commit-message": self.commit_message}
         flags = {"--private": self.private, "--create-pr": self.create_pr, "--recipe-only": self.recipe_only}
-        given = [part for option, value in options.items() if value for part in (option, value)]
+        given = [part for option, value in valued.items() if value for part in (option, value)]
         parts = ["surgery", "push", str(self.folder), self.repo_id, *(flag for flag, on in flags.items() if on), *given]
         return shlex.join(parts)
 
@@ -79,7 +79,7 @@ class Pushed:
 
     url: str
     commit: str
-    shipment: Shipment
+    shipment: PushPlan
     notes: tuple[str, ...] = ()
 
 
@@ -116,7 +116,7 @@ def push_checkpoint(
         SourceError: surgery.json is no recipe.
         OutputError: the folder is altered or unfinished, other weights are there, no access, or the Hub failed.
     """
-    order = Order(
+    options = PushOptions(
         Path(folder),
         repo_id,
         private=private,
@@ -126,53 +126,53 @@ def push_checkpoint(
         token=token,
         recipe_only=recipe_only,
     )
-    refuse_without_token(order)
-    return execute(order, pack(order.folder, recipe_only=recipe_only))
+    refuse_without_token(options)
+    return execute(options, read_contents(options.folder, recipe_only=recipe_only))
 
 
-def plan(order: Order, parcel: Parcel) -> Shipment:
+def make_plan(options: PushOptions, contents: Contents) -> PushPlan:
     """Return what would be sent, from what is there; changes nothing on the Hub. Raises as push_checkpoint."""
-    with _quiet(), one_line(order.repo_id, order.repo_id, PUSH):
-        return _plan(HfApi(token=order.token), order, parcel)
+    with _quiet(), one_line(options.repo_id, options.repo_id, PUSH):
+        return _plan(HfApi(token=options.token), options, contents)
 
 
-def check(order: Order) -> None:
+def check(options: PushOptions) -> None:
     """Refuse what can be told before there is anything to push: no access, no branch. Raises as push_checkpoint."""
-    refuse_without_token(order)
-    with _quiet(), one_line(order.repo_id, order.repo_id, PUSH):
-        _look(HfApi(token=order.token), order)
+    refuse_without_token(options)
+    with _quiet(), one_line(options.repo_id, options.repo_id, PUSH):
+        _remote(HfApi(token=options.token), options)
 
 
-def refuse_without_token(order: Order) -> None:
+def refuse_without_token(options: PushOptions) -> None:
     """Refuse to push with no token at all, before any work is done."""
-    if not order.is_logged_in:
-        raise OutputError("--token: expected a token to push with, got none. `hf auth login`, or give --token.")
+    if not options.is_logged_in:
+        raise OutputError("`token`: expected a token to push with, got none. `hf auth login`, or give `token`.")
 
 
-def execute(order: Order, parcel: Parcel) -> Pushed:
+def execute(options: PushOptions, contents: Contents) -> Pushed:
     """Push, trying again where that may help. Raises as push_checkpoint; the message has the command that resumes."""
     try:
-        with _quiet() as remarks, one_line(order.repo_id, order.repo_id, PUSH):
-            pushed = _try_often(order, parcel)
+        with _quiet() as remarks, one_line(options.repo_id, options.repo_id, PUSH):
+            pushed = _try_often(options, contents)
     except OutputError as error:
-        again = ", and --token again" if order.token else ""
-        raise OutputError(f"{error} Resume with `{order.command}`{again}.") from error
+        again = ", and `token` again" if options.token else ""
+        raise OutputError(f"{error} Resume with `{options.command}`{again}.") from error
     return replace(pushed, notes=tuple(dict.fromkeys(remarks)))
 
 
-def _try_often(order: Order, parcel: Parcel) -> Pushed:
-    """Look and send, again after a failure that passes.
+def _try_often(options: PushOptions, contents: Contents) -> Pushed:
+    """Terminal and send, again after a failure that passes.
 
     Each try looks at the Hub anew, so one whose answer was lost is found there, and neither committed nor opened as a
     pull request twice.
     """
-    api = HfApi(token=order.token)
-    first: Shipment | None = None
+    api = HfApi(token=options.token)
+    first: PushPlan | None = None
     for attempt in range(_TRIES):
         try:
-            shipment = _plan(api, order, parcel)
-            first = first or shipment
-            return replace(_send(api, order, shipment), shipment=first)
+            plan = _plan(api, options, contents)
+            first = first or plan
+            return replace(_send(api, options, plan), shipment=first)
         except (OSError, ValueError, RuntimeError, HttpLibraryError) as error:
             wait = wait_before_retry(error, attempt)
             if wait is None or attempt == _TRIES - 1:
@@ -181,54 +181,54 @@ def _try_often(order: Order, parcel: Parcel) -> Pushed:
     raise AssertionError
 
 
-def _look(api: HfApi, order: Order) -> Remote:
-    return look(api, order.repo_id, revision=order.revision, private=order.private)
+def _remote(api: HfApi, options: PushOptions) -> RemoteRevision:
+    return read_revision(api, options.repo_id, revision=options.revision, private=options.private)
 
 
-def _plan(api: HfApi, order: Order, parcel: Parcel) -> Shipment:
-    title = order.commit_message or parcel.title
-    return make_shipment(api, _look(api, order), parcel, pull_title=title if order.create_pr else None)
+def _plan(api: HfApi, options: PushOptions, contents: Contents) -> PushPlan:
+    title = options.commit_message or contents.title
+    return plan_push(api, _remote(api, options), contents, pull_title=title if options.create_pr else None)
 
 
-def _send(api: HfApi, order: Order, shipment: Shipment) -> Pushed:
+def _send(api: HfApi, options: PushOptions, plan: PushPlan) -> Pushed:
     """Make what is missing: repository, branch, large files, then one commit.
 
     Not upload_folder: it takes files as they lie in a folder, where the recipe to push differs, and with hf_xet it
     makes several commits, between which the repository holds half a checkpoint.
     """
-    if shipment.remote.head is None:
-        api.create_repo(shipment.remote.repo_id, private=order.private or None, exist_ok=True)
-        shipment = _plan(api, order, shipment.parcel)
-    remote = shipment.remote
+    if plan.remote.head is None:
+        api.create_repo(plan.remote.repo_id, private=options.private or None, exist_ok=True)
+        plan = _plan(api, options, plan.contents)
+    remote = plan.remote
     if remote.is_new_branch:
         api.create_branch(remote.repo_id, branch=remote.revision, exist_ok=True)
-    if not shipment.changed and not shipment.deleted:
-        return Pushed(shipment.url, str(remote.head), shipment)
-    return _commit(api, order, shipment)
+    if not plan.changed and not plan.deleted:
+        return Pushed(plan.url, str(remote.head), plan)
+    return _commit(api, options, plan)
 
 
-def _commit(api: HfApi, order: Order, shipment: Shipment) -> Pushed:
-    remote = shipment.remote
-    additions = [CommitOperationAdd(item.name, item.content) for item in shipment.changed]
-    for addition, item in zip(additions, shipment.changed, strict=True):
+def _commit(api: HfApi, options: PushOptions, plan: PushPlan) -> Pushed:
+    remote = plan.remote
+    additions = [CommitOperationAdd(item.name, item.content) for item in plan.changed]
+    for addition, item in zip(additions, plan.changed, strict=True):
         addition.upload_info.sha256 = bytes.fromhex(item.sha256)  # it was checked, and need not be read once more
-    opens_pull = order.create_pr and remote.pull is None
+    opens_pull = options.create_pr and remote.pull is None
     where: dict[str, Any] = {"revision": remote.revision, "create_pr": opens_pull}
     api.preupload_lfs_files(remote.repo_id, additions, free_memory=False, **where)
     done = api.create_commit(
         remote.repo_id,
-        [*additions, *(CommitOperationDelete(name, is_folder=False) for name in shipment.deleted)],
-        commit_message=order.commit_message or shipment.parcel.title,
+        [*additions, *(CommitOperationDelete(name, is_folder=False) for name in plan.deleted)],
+        commit_message=options.commit_message or plan.contents.title,
         parent_commit=remote.head,
         **where,
     )
     there = remote.at(api, done.oid)
-    if ignored := [item.name for item in shipment.changed if not there.holds(item)]:
+    if ignored := [item.name for item in plan.changed if not there.holds(item)]:
         raise OutputError(
             f"{remote.repo_id}: expected {ignored[0]} in the commit, got it left out by the .gitignore there. "
             "Correct that file."
         )
-    return Pushed(str(done.pr_url or shipment.pull_url or done.commit_url), done.oid, shipment)
+    return Pushed(str(done.pr_url or plan.pull_url or done.commit_url), done.oid, plan)
 
 
 @contextmanager

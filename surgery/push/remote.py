@@ -1,4 +1,4 @@
-"""What a repository on the Hub holds, and what a push to it would send and delete."""
+"""What one revision of a repository on the Hub holds, and the PushPlan: what to send there, and what to delete."""
 
 import re
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from huggingface_hub.hf_api import RepoFile
 
 from surgery.checkpoint.layout import RECIPE, is_weight
 from surgery.errors import OutputError, SourceError
-from surgery.push.contents import Item, Parcel
+from surgery.push.contents import Contents, LocalFile
 from surgery.recipe import Recipe
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteRevision:
     """One revision of a model repository, as it was when looked at.
 
     Args:
@@ -42,7 +42,7 @@ class Remote:
     def url(self) -> str:
         return f"{constants.ENDPOINT}/{self.repo_id}"
 
-    def holds(self, item: Item) -> bool:
+    def holds(self, item: LocalFile) -> bool:
         """Tell whether it holds the very content of a file."""
         there = self.files.get(item.name)
         if there is None:
@@ -51,7 +51,7 @@ class Remote:
             return bool(there.lfs.sha256 == item.sha256)
         return there.size == item.size and there.blob_id == item.blob_id
 
-    def at(self, api: HfApi, commit: str) -> "Remote":
+    def at(self, api: HfApi, commit: str) -> "RemoteRevision":
         """Return another commit of the repository."""
         tree = api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
         files = {file.path: file for file in tree if isinstance(file, RepoFile)}
@@ -59,7 +59,7 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class Shipment:
+class PushPlan:
     """What a push sends.
 
     Args:
@@ -68,10 +68,10 @@ class Shipment:
         deleted: weights there that a former push wrote and loaders might prefer to these.
     """
 
-    remote: Remote
-    parcel: Parcel
-    changed: tuple[Item, ...]
-    unchanged: tuple[Item, ...]
+    remote: RemoteRevision
+    contents: Contents
+    changed: tuple[LocalFile, ...]
+    unchanged: tuple[LocalFile, ...]
     deleted: tuple[str, ...]
 
     @property
@@ -80,12 +80,12 @@ class Shipment:
 
     @property
     def url(self) -> str:
-        """Where to look at what is there."""
+        """Where to read_revision at what is there."""
         return self.pull_url or f"{self.remote.url}/commit/{self.remote.head}"
 
 
-def look(api: HfApi, repo_id: str, *, revision: str | None, private: bool) -> Remote:
-    """Look at a repository. Raises the Hub's errors as they come.
+def read_revision(api: HfApi, repo_id: str, *, revision: str | None, private: bool) -> RemoteRevision:
+    """Terminal at a repository. Raises the Hub's errors as they come.
 
     Args:
         private: it is to be private.
@@ -94,7 +94,7 @@ def look(api: HfApi, repo_id: str, *, revision: str | None, private: bool) -> Re
     """
     if "/" not in repo_id:
         repo_id = f"{_user(api, repo_id)}/{repo_id}"
-    remote = Remote(repo_id, revision or constants.DEFAULT_REVISION)
+    remote = RemoteRevision(repo_id, revision or constants.DEFAULT_REVISION)
     try:
         info = api.model_info(repo_id)
     except GatedRepoError:
@@ -103,8 +103,8 @@ def look(api: HfApi, repo_id: str, *, revision: str | None, private: bool) -> Re
         return remote
     if private and not info.private:
         raise OutputError(
-            f"{repo_id}: expected a private model, as --private asks, got a public one. "
-            f"Make it private at {remote.url}/settings, or leave --private out."
+            f"{repo_id}: expected a private model, as `private` asks, got a public one. "
+            f"Make it private at {remote.url}/settings, or leave `private` out."
         )
     remote = replace(remote, is_private=bool(info.private))
     head = str(info.sha)
@@ -122,7 +122,7 @@ def _user(api: HfApi, what: str) -> str:
     return str(api.whoami(cache=True)["name"])  # the Hub limits how often one may ask
 
 
-def _branch(api: HfApi, remote: Remote) -> str | None:
+def _branch(api: HfApi, remote: RemoteRevision) -> str | None:
     """Return the sha of the branch's last commit, None if there is no such branch, and refuse what cannot be one."""
     refs = api.list_repo_refs(remote.repo_id)
     heads = {branch.name: branch.target_commit for branch in refs.branches}
@@ -131,12 +131,12 @@ def _branch(api: HfApi, remote: Remote) -> str | None:
         if is_tag or _COMMIT.fullmatch(remote.revision):
             found = "a tag" if is_tag else "a commit"
             raise OutputError(
-                f"--revision: expected a branch to push to, got {found}, {remote.revision}. Name a branch."
+                f"`revision`: expected a branch to push to, got {found}, {remote.revision}. Name a branch."
             )
     return heads.get(remote.revision)
 
 
-def make_shipment(api: HfApi, remote: Remote, parcel: Parcel, *, pull_title: str | None) -> Shipment:
+def plan_push(api: HfApi, remote: RemoteRevision, contents: Contents, *, pull_title: str | None) -> PushPlan:
     """Choose what to send to a repository, and what to delete there. Raises the Hub's errors as they come.
 
     Args:
@@ -144,20 +144,20 @@ def make_shipment(api: HfApi, remote: Remote, parcel: Parcel, *, pull_title: str
     Raises:
         OutputError: it holds other weights.
     """
-    if pull_title and remote.head and (pull := _find_pull(api, remote, parcel, pull_title)):
+    if pull_title and remote.head and (pull := _find_pull(api, remote, contents, pull_title)):
         revision = f"refs/pr/{pull}"
         head = str(api.model_info(remote.repo_id, revision=revision).sha)
         remote = replace(remote, revision=revision, pull=pull).at(api, head)
-    changed = tuple(item for item in parcel.items if not remote.holds(item))
-    unchanged = tuple(item for item in parcel.items if remote.holds(item))
-    return Shipment(remote, parcel, changed, unchanged, _stale(api, remote, parcel))
+    changed = tuple(item for item in contents.items if not remote.holds(item))
+    unchanged = tuple(item for item in contents.items if remote.holds(item))
+    return PushPlan(remote, contents, changed, unchanged, _stale(api, remote, contents))
 
 
-def _find_pull(api: HfApi, remote: Remote, parcel: Parcel, title: str) -> int | None:
+def _find_pull(api: HfApi, remote: RemoteRevision, contents: Contents, title: str) -> int | None:
     """Find an open pull request of this user that holds this recipe; of this title, where main holds it as well."""
     if not (api.token or get_token()):
         return None
-    recipe = next(item for item in parcel.items if item.name == RECIPE)
+    recipe = next(item for item in contents.items if item.name == RECIPE)
     user = _user(api, remote.repo_id)
     pulls = api.get_repo_discussions(
         remote.repo_id, author=user, discussion_type="pull_request", discussion_status="open"
@@ -170,14 +170,14 @@ def _find_pull(api: HfApi, remote: Remote, parcel: Parcel, title: str) -> int | 
     return None
 
 
-def _stale(api: HfApi, remote: Remote, parcel: Parcel) -> tuple[str, ...]:
+def _stale(api: HfApi, remote: RemoteRevision, contents: Contents) -> tuple[str, ...]:
     """Name the weights that a former push left and this one does not replace; refuse any others.
 
     Loaders would take a stale model.safetensors rather than the shards that are pushed beside it.
     """
-    fitting = {item.name for item in parcel.items} | {i.name for i in parcel.held_back if remote.holds(i)}
+    fitting = {item.name for item in contents.items} | {i.name for i in contents.held_back if remote.holds(i)}
     stray = sorted(name for name in remote.files if is_weight(name) and name not in fitting)
-    former = _former_digests(api, remote) if stray and not parcel.is_recipe_only else {}
+    former = _former_digests(api, remote) if stray and not contents.is_recipe_only else {}
     foreign = [name for name in stray if not _is_former(remote.files[name], former)]
     if foreign:
         count = f"{len(foreign)} such as {foreign[0]}" if len(foreign) > 1 else foreign[0]
@@ -193,7 +193,7 @@ def _is_former(file: RepoFile, digests: Mapping[str, str]) -> bool:
     return sha256 is not None and (file.lfs is None or file.lfs.sha256 == sha256)
 
 
-def _former_digests(api: HfApi, remote: Remote) -> dict[str, str]:
+def _former_digests(api: HfApi, remote: RemoteRevision) -> dict[str, str]:
     """Return the sha256 of every file that the recipe in the repository names, if there is one."""
     if RECIPE not in remote.files:
         return {}

@@ -1,1 +1,1 @@
-"""What was done, or would be, or is there: rows first, then a table for people, JSON for programs, or a picture."""
+"""Results as rows of plain data, then as a table, JSON or a picture: every command's file has rows() and table()."""

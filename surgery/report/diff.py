@@ -1,4 +1,4 @@
-"""How two checkpoints differ."""
+"""`surgery diff` as rows and as a table: totals, and the tensors that differ, the worst first."""
 
 import math
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from surgery.errors import some
 from surgery.inspect.comparison import CHANGED, EQUAL, ONLY_IN_A, ONLY_IN_B, RESHAPED
 from surgery.noise import UNIT_STD
 from surgery.report.inspect import as_shape, as_source, number, recipe_row, recipe_text
-from surgery.report.tables import Alarm, Column, Look, lay_out
+from surgery.report.tables import Alarm, Column, Terminal, lay_out
 from surgery.report.text import finite, line
 
 if TYPE_CHECKING:
     from surgery.checkpoint.resolve import Checkpoint
-    from surgery.inspect.comparison import Comparison, Difference
-    from surgery.inspect.tensor_diff import Pair
+    from surgery.inspect.comparison import Comparison, TensorComparison
+    from surgery.inspect.tensor_diff import TensorDiff
 
 _SHOWN = 20
 
@@ -50,19 +50,19 @@ def _side(checkpoint: "Checkpoint") -> dict[str, Any]:
     return {"source": checkpoint.id, "commit": checkpoint.commit}
 
 
-def _rms(pairs: "list[Pair]") -> float:
+def _rms(pairs: "list[TensorDiff]") -> float:
     n = sum(pair.measured for pair in pairs)
     return math.sqrt(math.fsum(pair.sum_d2 for pair in pairs) / n) if n else 0.0
 
 
-def _rms_over_std(pairs: "list[Pair]") -> float:
+def _rms_over_std(pairs: "list[TensorDiff]") -> float:
     """Return the root of the mean of (d / std(A))^2 over all elements of tensors that have a std."""
     spread = [(pair.measured, pair.rms_over_std) for pair in pairs if math.isfinite(pair.rms_over_std)]
     n = sum(count for count, _ in spread)
     return math.sqrt(math.fsum(count * far * far for count, far in spread) / n) if n else 0.0
 
 
-def _tensor_row(tensor: "Difference") -> dict[str, Any]:
+def _tensor_row(tensor: "TensorComparison") -> dict[str, Any]:
     row: dict[str, Any] = {"name": tensor.name, "kind": tensor.kind}
     for label, side in (("a", tensor.a), ("b", tensor.b)):
         if side:
@@ -87,7 +87,7 @@ _COLUMNS = (
 )
 
 
-def table(rows: Mapping[str, Any], look: Look, *, is_all: bool) -> str:
+def table(rows: Mapping[str, Any], terminal: Terminal, *, is_all: bool) -> str:
     """Lay out rows for people.
 
     Args:
@@ -96,10 +96,10 @@ def table(rows: Mapping[str, Any], look: Look, *, is_all: bool) -> str:
     lines = [f"{label} {as_source(rows[label.lower()])}" for label in "AB"] + _summary(rows)
     listed = [row for row in rows["tensors"] if is_all or row["kind"] != EQUAL]
     shown = listed if is_all else listed[:_SHOWN]
-    body = ["", *lay_out(_COLUMNS, [_cells(row) for row in shown], look)] if shown else []
+    body = ["", *lay_out(_COLUMNS, [_cells(row) for row in shown], terminal)] if shown else []
     if len(listed) > len(shown):
-        body += look.wrap(f"{len(listed) - len(shown)} more differ less: --all shows them")
-    return "\n".join([*look.wrap_all(lines), *body])
+        body += terminal.wrap(f"{len(listed) - len(shown)} more differ less: --all shows them")
+    return "\n".join([*terminal.wrap_all(lines), *body])
 
 
 def _summary(rows: Mapping[str, Any]) -> list[str]:

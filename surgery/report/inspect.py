@@ -1,16 +1,15 @@
-"""What a checkpoint holds."""
+"""`surgery inspect` as rows and as a table: totals, and tensors grouped by layer pattern."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import some
 from surgery.inspect.inspection import REFUSED, components
 from surgery.inspect.name_patterns import group
 from surgery.recipe import Recipe
-from surgery.report.tables import Alarm, Column, Look, lay_out
-from surgery.report.text import as_bytes, finite, line
+from surgery.report.tables import Alarm, Column, Terminal, lay_out
+from surgery.report.text import as_bytes, finite, line, reason_lines
 
 if TYPE_CHECKING:
     from surgery.inspect.inspection import Inspection, TensorInfo
@@ -132,15 +131,15 @@ _COLUMNS = (
 )
 
 
-def table(rows: Mapping[str, Any], look: Look, *, is_all: bool) -> str:
+def table(rows: Mapping[str, Any], terminal: Terminal, *, is_all: bool) -> str:
     """Lay out rows for people.
 
     Args:
         is_all: a line for each tensor instead of one for each group.
     """
-    lines = look.wrap_all([as_source(rows), *_summary(rows)])
+    lines = terminal.wrap_all([as_source(rows), *_summary(rows)])
     listed = rows["tensors"] if is_all else rows["groups"]
-    return "\n".join([*lines, "", *lay_out(_COLUMNS, [_cells(row) for row in listed], look)])
+    return "\n".join([*lines, "", *lay_out(_COLUMNS, [_cells(row) for row in listed], terminal)])
 
 
 def _summary(rows: Mapping[str, Any]) -> list[str]:
@@ -158,11 +157,7 @@ def _summary(rows: Mapping[str, Any]) -> list[str]:
     if rows["recipe"]:
         lines.append(line("recipe", recipe_text(rows["recipe"], as_source(rows["recipe"]))))
     lines += [line("tied", f"{name} is {kept}") for name, kept in rows["tied"].items()]
-    by_reason: dict[str, list[str]] = {}
-    for name, why in rows["left_out"].items():
-        by_reason.setdefault(why, []).append(name)
-    lines += [line("left out", f"{len(names)} ({some(names)}): {why}") for why, names in by_reason.items()]
-    return lines
+    return lines + reason_lines("left out", rows["left_out"].items())
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `surgery perturb` did, or would do."""
+"""`surgery perturb` and `materialize` as rows and as a table: what was done, or with --dry-run would be."""
 
 import math
 import shlex
@@ -11,8 +11,8 @@ from surgery.errors import some
 from surgery.noise import UNIT_STD
 from surgery.perturb.plan import Plan
 from surgery.recipe import Recipe
-from surgery.report.tables import Look
-from surgery.report.text import as_bytes, line
+from surgery.report.tables import Terminal
+from surgery.report.text import as_bytes, line, reason_lines
 
 
 def plan_rows(plan: Plan) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def plan_rows(plan: Plan) -> dict[str, Any]:
     }
 
 
-def result_rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> dict[str, Any]:
+def rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> dict[str, Any]:
     """Describe a finished run: counts, what the noise did, time and, per tensor, the recipe's record.
 
     Args:
@@ -111,21 +111,21 @@ def _parameters(tensors: list[dict[str, Any]]) -> int:
     return sum(math.prod(tensor["shape"]) for tensor in tensors if tensor["perturbed"])
 
 
-def plan_table(rows: Mapping[str, Any], look: Look) -> str:
+def plan_table(rows: Mapping[str, Any], terminal: Terminal) -> str:
     """Lay out plan_rows for people."""
     lines = [
         _title(rows, "would be perturbed into"),
         *_tensor_lines(rows),
         line("bytes", f"{as_bytes(rows['bytes'])} in {rows['shards']} shard{'s' * (rows['shards'] > 1)} and "
               f"{len(rows['companions'])} companion files"),
-        *_left_out_lines(rows),
+        *reason_lines("left out", rows["left_out"].items()),
     ]  # fmt: skip
     commands = [f"run: {rows['command']}", *([f"then: {rows['push']}"] if "push" in rows else [])]
-    return "\n".join(look.wrap_all(lines) + commands)
+    return "\n".join(terminal.wrap_all(lines) + commands)
 
 
-def result_table(rows: Mapping[str, Any], look: Look) -> str:
-    """Lay out result_rows for people, with the next command to try."""
+def table(rows: Mapping[str, Any], terminal: Terminal) -> str:
+    """Lay out rows for people, with the next command to try."""
     expected = rows["noise_over_std_expected"]
     lines = [
         _title(rows, "perturbed into"),
@@ -137,8 +137,8 @@ def result_table(rows: Mapping[str, Any], look: Look) -> str:
         hint = "--rounding stochastic keeps its mean"
         lines.append(line("vanished", f"noise lost in {len(vanished)} tensors ({some(vanished)}); {hint}"))
     lines += [line("note", note) for note in rows["notes"]]
-    lines += [line("written", _written(rows)), *_left_out_lines(rows)]
-    return "\n".join([*look.wrap_all(lines), f"next: {rows['next']}"])
+    lines += [line("written", _written(rows)), *reason_lines("left out", rows["left_out"].items())]
+    return "\n".join([*terminal.wrap_all(lines), f"next: {rows['next']}"])
 
 
 def _title(rows: Mapping[str, Any], verb: str) -> str:
@@ -153,16 +153,5 @@ def _tensor_lines(rows: Mapping[str, Any]) -> list[str]:
         line("tensors", f"{perturbed} perturbed, {len(tensors) - perturbed} copied"),
         line("parameters", f"{rows['parameters']:,} perturbed"),
     ]
-    by_reason: dict[str, list[str]] = {}
-    for tensor in tensors:
-        if not tensor["perturbed"]:
-            by_reason.setdefault(tensor["why"], []).append(tensor["name"])
-    lines += [line("copied", f"{len(names)} ({some(names)}): {why}") for why, names in by_reason.items()]
+    lines += reason_lines("copied", [(tensor["name"], tensor["why"]) for tensor in tensors if not tensor["perturbed"]])
     return lines + [line("tied", f"{name} shares the noise of {kept}") for name, kept in rows["tied"].items()]
-
-
-def _left_out_lines(rows: Mapping[str, Any]) -> list[str]:
-    by_reason: dict[str, list[str]] = {}
-    for name, why in rows["left_out"].items():
-        by_reason.setdefault(why, []).append(name)
-    return [line("left out", f"{len(names)} ({some(names)}): {why}") for why, names in by_reason.items()]

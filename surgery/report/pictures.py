@@ -1,4 +1,4 @@
-"""What there is to see of a run of NoisyTune, of two checkpoints, or of one: as a picture to draw."""
+"""Choose what --plot draws of a perturbation, a diff or an inspection: a figure per tensor, and a histogram."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from surgery.checkpoint.tensorfile import Tensor, TensorFile
+from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError
-from surgery.inspect.comparison import EQUAL, Comparison, Difference
-from surgery.inspect.diff import Side
+from surgery.inspect.comparison import EQUAL, Comparison, TensorComparison
+from surgery.inspect.diff import TensorIndex
 from surgery.inspect.inspection import Inspection, TensorInfo, components, open_all
 from surgery.inspect.sample import sample
 from surgery.noise import UNIT_STD
 from surgery.noisytune import FLOATS, Moments, NoisyTune
-from surgery.perturb.plan import Plan, open_source
+from surgery.perturb.plan import Plan
 from surgery.recipe import Recipe
 from surgery.report.plot import Density, Histogram, Picture, check_plot
 
@@ -93,7 +94,7 @@ class _Drawn:
     value: float
 
 
-def _drawn(tensor: Difference, pooled_std: float | None) -> _Drawn | None:
+def _drawn(tensor: TensorComparison, pooled_std: float | None) -> _Drawn | None:
     """Return what to draw of a tensor; None if it is unchanged, or has no spread to measure a change by."""
     a, b, pair = tensor.a, tensor.b, tensor.pair
     if not (a and b and pair and pair.stats and pair.changed and not pair.broken and {a.dtype, b.dtype} <= set(FLOATS)):
@@ -105,10 +106,10 @@ def _drawn(tensor: Difference, pooled_std: float | None) -> _Drawn | None:
 def _differences(comparison: Comparison, drawn: Sequence[_Drawn]) -> Iterator[np.ndarray]:
     """Sample d / std of every tensor that changed."""
     with open_all(comparison.a) as a_sources, open_all(comparison.b) as b_sources:
-        a, b = Side(comparison.a, a_sources), Side(comparison.b, b_sources)
+        a, b = TensorIndex(comparison.a, a_sources), TensorIndex(comparison.b, b_sources)
         for tensor in drawn:
-            before = sample(*a.kept[tensor.component, tensor.a.name])
-            after = sample(*b.kept[tensor.component, tensor.b.name])
+            before = sample(*a.stored[tensor.component, tensor.a.name])
+            after = sample(*b.stored[tensor.component, tensor.b.name])
             yield _finite(after - before) / tensor.std
 
 
@@ -136,7 +137,7 @@ def _changes(recipe: Recipe, plan: Plan) -> Iterator[np.ndarray]:
     for file in recipe.files:
         path = plan.out / file.name
         with (
-            closing(open_source(plan.checkpoint, file.source)) as before,
+            closing(open_weights(plan.checkpoint, file.source)) as before,
             closing(TensorFile(path, label=str(path))) as after,
         ):
             old = {tensor.name: tensor for tensor in before.header.tensors}

@@ -1,4 +1,4 @@
-"""Pictures: a figure per tensor by depth and kind of matrix, and a histogram of elements beside what is expected.
+"""Draw a Picture with matplotlib: a map of figures by layer and kind of matrix, beside a histogram of elements.
 
 Each tensor is a cell of a map rather than a point, so that 400 of them stay apart and one that stands out is seen.
 """
@@ -18,6 +18,7 @@ from surgery.inspect.name_patterns import depths, without_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 Density = Callable[[np.ndarray], np.ndarray]
@@ -154,17 +155,7 @@ def _draw_map(
     layers: Sequence[int | None],
     grid: np.ndarray,
 ) -> None:
-    from matplotlib.colors import LogNorm, Normalize
-
-    finite = grid[np.isfinite(grid)]
-    if picture.expected:
-        # what is as expected has the colour in the middle; what strays by chance, a percent or so, looks the same
-        span = max(0.25, float(np.abs(finite / picture.expected - 1).max(initial=0)))
-        norm = Normalize(picture.expected * (1 - span), picture.expected * (1 + span))
-    elif finite.size and 0 < finite.min() < finite.max():  # figures of any size, such as std
-        norm = LogNorm(float(finite.min()), float(finite.max()))
-    else:
-        norm = Normalize(0.0, float(finite.max(initial=0.0)) or 1.0)
+    norm = _norm(grid[np.isfinite(grid)], picture.expected)
     axes.set_facecolor("0.9")
     shown = np.ma.masked_invalid(grid)
     image = axes.imshow(shown, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
@@ -187,6 +178,19 @@ def _draw_map(
     bar.ax.tick_params(labelsize=7)
     if picture.expected:
         bar.ax.axhline(picture.expected, color="black", linewidth=1)
+
+
+def _norm(values: np.ndarray, expected: float | None) -> "Normalize":
+    """Return how values become colours."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    if expected:
+        # what is as expected has the colour in the middle; what strays by chance, a percent or so, looks the same
+        span = max(0.25, float(np.abs(values / expected - 1).max(initial=0)))
+        return Normalize(expected * (1 - span), expected * (1 + span))
+    if values.size and 0 < values.min() < values.max():  # figures of any size, such as std
+        return LogNorm(float(values.min()), float(values.max()))
+    return Normalize(0.0, float(values.max(initial=0.0)) or 1.0)
 
 
 def _draw_histogram(axes: "Axes", histogram: Histogram) -> None:

@@ -1,65 +1,65 @@
-"""What `surgery push` sent, or would send."""
+"""`surgery push` as rows and as a table: what was sent, or with --dry-run would be."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from surgery.errors import some
-from surgery.push.push import Order, Pushed
-from surgery.push.remote import Shipment
-from surgery.report.tables import Look
+from surgery.push.push import Pushed, PushOptions
+from surgery.push.remote import PushPlan
+from surgery.report.tables import Terminal
 from surgery.report.text import as_bytes, line
 
 
-def plan_rows(order: Order, shipment: Shipment) -> dict[str, Any]:
+def plan_rows(options: PushOptions, plan: PushPlan) -> dict[str, Any]:
     """Describe what a push would do: where to, what it sends, what is there already, what it deletes."""
-    return _rows(order, shipment) | {"logged_in": order.is_logged_in, "command": order.command}
+    return _rows(options, plan) | {"logged_in": options.is_logged_in, "command": options.command}
 
 
-def result_rows(order: Order, pushed: Pushed) -> dict[str, Any]:
+def rows(options: PushOptions, pushed: Pushed) -> dict[str, Any]:
     """Describe what a push did, with the URL of the commit or the pull request."""
     result = {"url": pushed.url, "commit": pushed.commit, "notes": list(pushed.notes)}
-    return _rows(order, pushed.shipment) | result
+    return _rows(options, pushed.shipment) | result
 
 
-def _rows(order: Order, shipment: Shipment) -> dict[str, Any]:
-    remote = shipment.remote
+def _rows(options: PushOptions, plan: PushPlan) -> dict[str, Any]:
+    remote = plan.remote
     is_new = remote.head is None
     return {
         "repo": remote.repo_id,
         "revision": remote.revision,
         "new": is_new,
-        "new_branch": remote.is_new_branch or (is_new and order.revision not in (None, "main")),
-        "private": order.private if is_new else remote.is_private,
-        "pull_request": order.create_pr,
-        "resumed_pull_request": shipment.pull_url,
-        "files": [{"name": item.name, "bytes": item.size} for item in shipment.changed],
-        "bytes": sum(item.size for item in shipment.changed),
-        "unchanged": [{"name": item.name, "bytes": item.size} for item in shipment.unchanged],
-        "unchanged_bytes": sum(item.size for item in shipment.unchanged),
-        "deleted": list(shipment.deleted),
-        "recipe_only": shipment.parcel.is_recipe_only,
-        "left_out": list(shipment.parcel.left_out),
+        "new_branch": remote.is_new_branch or (is_new and options.revision not in (None, "main")),
+        "private": options.private if is_new else remote.is_private,
+        "pull_request": options.create_pr,
+        "resumed_pull_request": plan.pull_url,
+        "files": [{"name": item.name, "bytes": item.size} for item in plan.changed],
+        "bytes": sum(item.size for item in plan.changed),
+        "unchanged": [{"name": item.name, "bytes": item.size} for item in plan.unchanged],
+        "unchanged_bytes": sum(item.size for item in plan.unchanged),
+        "deleted": list(plan.deleted),
+        "recipe_only": plan.contents.is_recipe_only,
+        "left_out": list(plan.contents.left_out),
     }
 
 
-def plan_table(rows: Mapping[str, Any], look: Look) -> str:
+def plan_table(rows: Mapping[str, Any], terminal: Terminal) -> str:
     """Lay out plan_rows for people."""
     state = f"{'new' if rows['new'] else 'existing'}, {'private' if rows['private'] else 'public'}"
     lines = [f"would push {_amount(rows)}, to {_target(rows)}, {state}", *_lines(rows, "would go")]
     if not rows["logged_in"]:
         unknown = "; if the model is there and private, it is not seen" if rows["new"] else ""
         lines.append(line("login", f"none: `hf auth login`, or give --token, to push{unknown}"))
-    return "\n".join([*look.wrap_all(lines), f"run: {rows['command']}"])
+    return "\n".join([*terminal.wrap_all(lines), f"run: {rows['command']}"])
 
 
-def result_table(rows: Mapping[str, Any], look: Look) -> str:
-    """Lay out result_rows for people."""
+def table(rows: Mapping[str, Any], terminal: Terminal) -> str:
+    """Lay out rows for people."""
     if rows["files"] or rows["deleted"]:
         title = f"pushed {_amount(rows)}, to {_target(rows)}"
     else:
         title = f"nothing to push: all of it is in {_branch(rows)}"
     lines = [title, *_lines(rows, "are gone"), *(line("note", note) for note in rows["notes"])]
-    return "\n".join([*look.wrap_all(lines), line("url", rows["url"])])
+    return "\n".join([*terminal.wrap_all(lines), line("url", rows["url"])])
 
 
 def _amount(rows: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Tables for people: aligned columns that fit the terminal, with a little colour on one."""
+"""Lay out columns to the terminal's width, with colour if it has any; escape what a terminal would act on."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ _SHORTEST = 12  # what is left of a name
 
 
 @dataclass(frozen=True)
-class Look:
+class Terminal:
     """How wide lines may be, in columns, or None for as wide as they are; and whether to use colour."""
 
     width: int | None = None
@@ -44,11 +44,11 @@ class Look:
         return [wrapped for line in lines for wrapped in self.wrap(line)]
 
 
-def look_of_stdout() -> Look:
+def stdout_terminal() -> Terminal:
     """Return the terminal's width and colour, unless NO_COLOR is set; a pipe has neither."""
     if not sys.stdout.isatty():
-        return Look()
-    return Look(shutil.get_terminal_size().columns, not os.environ.get("NO_COLOR"))
+        return Terminal()
+    return Terminal(shutil.get_terminal_size().columns, not os.environ.get("NO_COLOR"))
 
 
 class Alarm(str):
@@ -74,24 +74,24 @@ class Column:
     rank: int = 0
 
 
-def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], look: Look) -> list[str]:
+def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], terminal: Terminal) -> list[str]:
     """Return the lines of a table; columns without a cell are left out."""
     cells = [[printable(cell) for cell in row] for row in rows]
     shown = [i for i in range(len(columns)) if any(row[i] for row in cells)]
     widths = {i: max(width_of(text) for text in [columns[i].title, *(row[i] for row in cells)]) for i in shown}
-    if look.width is not None:
-        shown = _squeeze(columns, shown, widths, look.width)
+    if terminal.width is not None:
+        shown = _squeeze(columns, shown, widths, terminal.width)
 
     def line(row: Sequence[str]) -> str:
         parts = []
         for i in shown:
             text = shorten(row[i], widths[i])
             blank = " " * (widths[i] - width_of(text))
-            text = look.alarm(text) if isinstance(row[i], Alarm) else text
+            text = terminal.alarm(text) if isinstance(row[i], Alarm) else text
             parts.append(blank + text if columns[i].is_number else text + blank)
         return _GAP.join(parts).rstrip()
 
-    return [look.bold(line([column.title for column in columns])), *map(line, cells)]
+    return [terminal.bold(line([column.title for column in columns])), *map(line, cells)]
 
 
 def _squeeze(columns: Sequence[Column], shown: list[int], widths: dict[int, int], width: int) -> list[int]:

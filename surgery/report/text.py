@@ -1,9 +1,11 @@
-"""What the reports are laid out with: lines, lists, bytes, JSON."""
+"""The pieces of all reports: labelled lines, names grouped by reason, sizes, JSON."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from surgery.errors import by_reason, some
 
 VALUE_AT = 15
 """Column at which the values of labelled lines begin."""
@@ -22,6 +24,11 @@ def finite(value: float | None) -> float | None:
 def line(label: str, value: str) -> str:
     """Lay out one labelled value."""
     return f"  {label:<{VALUE_AT - 3}} {value}"
+
+
+def reason_lines(label: str, reasons: Iterable[tuple[str, str]]) -> list[str]:
+    """Lay out names that each come with a reason: a line for each reason."""
+    return [line(label, f"{len(names)} ({some(names)}): {reason}") for reason, names in by_reason(reasons).items()]
 
 
 def as_bytes(n: int) -> str:

@@ -106,7 +106,7 @@ def test_arrange_sorts_files(
 def test_arrange_without_the_only_variant_names_it() -> None:
     with pytest.raises(SourceError) as error:
         arrange(["model.fp16.safetensors"], variant=None, what="model")
-    assert str(error.value) == ("model: expected weights without a variant, got only fp16. Choose one with --variant.")
+    assert str(error.value) == ("model: expected weights without a variant, got only fp16. Choose one with `variant`.")
 
 
 # -- what is written ----------------------------------------------------------------------------------------------

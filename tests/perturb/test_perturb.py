@@ -416,14 +416,14 @@ def test_stale_shard_is_left_out_and_named(tmp_path):
 
 
 def test_revision_of_a_local_checkpoint_is_refused(source, tmp_path):
-    with pytest.raises(SettingError, match=r"^--revision: expected a Hub id with it, got the local"):
+    with pytest.raises(SettingError, match=r"^`revision`: expected a Hub id with it, got the local"):
         perturb_checkpoint(source, tmp_path / "out", revision="main")
 
 
 def test_finished_folder_that_lost_a_file_is_not_taken_for_finished(source, tmp_path):
     perturb_checkpoint(source, tmp_path / "out")
     (tmp_path / "out" / "config.json").unlink()
-    with pytest.raises(OutputError, match="Replace it with --overwrite"):
+    with pytest.raises(OutputError, match="Replace it with `overwrite`"):
         perturb_checkpoint(source, tmp_path / "out")
 
 

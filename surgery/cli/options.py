@@ -1,0 +1,74 @@
+"""The options that several commands share, as decorators, each written once.
+
+Where only the help differs from command to command, the option is a function of it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+json = click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON on stdout.")
+
+revision = click.option("--revision", help="Branch, tag or commit on the Hub.")
+source = click.option("--source", help="Where the source is now: Hub id, folder or file.  [default: where it was]")
+token = click.option("--token", help="Hub token.  [default: the one of `hf auth login`]")
+
+out = click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-noisytune-lam…-seed…]"
+)
+overwrite = click.option("--overwrite", is_flag=True, help="Replace what a former run wrote to the folder.")
+
+
+def variant(of: str = "") -> _Decorator:
+    """Add --variant. `of` says of which checkpoints, where there are several."""
+    return click.option("--variant", help=f"Weights' variant, such as fp16{of}.")
+
+
+def workers(default: str) -> _Decorator:
+    """Add --workers. `default` says how many threads that is to a core."""
+    return click.option("--workers", type=click.IntRange(min=1), help=f"Threads.  [default: {default}, at most 16]")
+
+
+def plot(help: str) -> _Decorator:
+    """Add --plot."""
+    return click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help=help)
+
+
+def show_all(help: str) -> _Decorator:
+    """Add --all."""
+    return click.option("--all", "is_all", is_flag=True, help=help)
+
+
+def dry_run(help: str) -> _Decorator:
+    """Add --dry-run."""
+    return click.option("--dry-run", is_flag=True, help=help)
+
+
+def include(help: str) -> _Decorator:
+    """Add --include."""
+    return click.option("--include", multiple=True, metavar="GLOB", help=help)
+
+
+def exclude(help: str) -> _Decorator:
+    """Add --exclude."""
+    return click.option("--exclude", multiple=True, metavar="GLOB", help=help)
+
+
+def private(help: str) -> _Decorator:
+    """Add --private."""
+    return click.option("--private", is_flag=True, help=help)
+
+
+def create_pr(help: str) -> _Decorator:
+    """Add --create-pr."""
+    return click.option("--create-pr", is_flag=True, help=help)
+
+
+def commit_message(help: str) -> _Decorator:
+    """Add --commit-message."""
+    return click.option("--commit-message", help=help)
