@@ -7,12 +7,11 @@ from typing import Any
 import click
 
 from surgery.cli.group import command, main
-from surgery.cli.run_options import read_options, regularizer_options
+from surgery.cli.run_options import RegularizerCommand, read_options
 from surgery.exit_codes import USAGE
 
 
-@main.command()
-@regularizer_options
+@main.command(cls=RegularizerCommand)
 @partial(command, code=USAGE)
 def env(*, as_json: bool, **flags: Any) -> None:
     """Print the variables that regularize what is trained where they are set.

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import click
 import pytest
 from runs import MODEL, ROOT, python, training, write_program
 
@@ -233,7 +234,14 @@ def test_report_that_became_impossible_is_told(run_cli, tmp_path):
 
 @pytest.mark.parametrize("name", ["run", "env"])
 def test_each_flag_mirrors_a_variable(name):
-    flags = {one.name for one in main.commands[name].params} - {"arguments", "debug", "as_json"}
+    command = main.commands[name]
+    flags = {one.name for one in command.get_params(click.Context(command))} - {
+        "arguments",
+        "debug",
+        "as_json",
+        "help",
+        "_click_default_help",
+    }
     assert flags == variable_readers().keys()
 
 
