@@ -332,7 +332,9 @@ def test_run_reports_what_it_did(kind: type[Settings], tmp_path: Path, run_cli: 
     assert all(entry[name] == idle for other in others for name, idle in other.idle_report.items())
     assert entry["steps"] == 3
     assert (entry["distance"] is not None) is (kind.acts_on is not None)
-    begun, ended = (line for line in ran.err.splitlines() if "BertForSequenceClassification" in line)
+    lines = ran.err.splitlines()
+    begun = next(line for line in lines if line.startswith("surgery: rank 0: BertForSequenceClassification"))
+    ended = next(line for line in lines if line.startswith("surgery: active: BertForSequenceClassification"))
     (settings,) = as_settings({kind.name: NUMBERS[kind.name]})
     assert settings.announcement(entry) in begun
     assert all(f"{entry[name]:,} {name}" in ended for name in kind.counts)
