@@ -107,7 +107,7 @@ def test_ctrl_c_does_not_wait_for_a_large_file(tmp_path):
     os.truncate(tmp_path / "large", 1 << 40)
     code = f"""
 from pathlib import Path
-from surgery.digests import sha256_of_all
+from surgery.checkpoint.digests import sha256_of_all
 print("begun", flush=True)
 sha256_of_all([Path({str(tmp_path / "large")!r})], "hashing")
 """

@@ -118,23 +118,19 @@ def test_kernel_compiled_has_the_bits_of_the_cpu(dtype: str, normal: bool, stoch
             )
 
 
-@needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_moments_have_the_bits_of_the_cpu(dtype: str, size: int) -> None:
-
     w = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64).to(DTYPES[dtype])
     shift = float(w[0])
     assert torch_moments.moments(w, shift).numpy().tobytes() == cpu.moments(storage(w), dtype, shift).tobytes()
 
 
 @pytest.mark.gpu
-@needs_triton
 @needs_gpu
 @pytest.mark.parametrize("size", [*SIZES, 5_000_000])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_moments_on_cuda_have_the_bits_of_the_cpu(dtype: str, size: int) -> None:
-
     w = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64).to(DTYPES[dtype])
     shift = float(w[0])
     assert (
