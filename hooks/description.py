@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.errors import SettingError, some
+from surgery.errors import SettingError, by_reason, some
 from surgery.live.names import unwrap
 
 from .lifecycle import Patch
@@ -43,12 +43,12 @@ _NONE = Acted()
 class Description:
     """What is patched, what is not, and why. str() lays it out for people.
 
-    Each method of the registry adds an attribute of its name, its settings or None, and its facts: of Mixout
-    `uncalled`, weights whose layers no forward in training mode has called yet, once there was one, `replaced` and
-    `kept`, names of the dropout rates set to 0 and of those that stay, and `unmixed`, optimizer steps without it; of
-    R-Drop `fired`, forwards that its KL was a part of, `missed`, optimizer steps without it after some with it, and
-    `unjoined`, names of losses that it has no formula for; of the anchor `anchored`, optimizer steps that it acted in;
-    of RecAdam `recalled`, optimizer steps that it acted in, and `recadam_t`, the step that its schedule is at.
+    Each method of the registry adds an attribute of its name, its settings or None, and its facts, `idle_facts` of its
+    Settings. Those of Mixout are `uncalled`, weights whose layers no forward in training mode has called yet, once
+    there was one, `replaced` and `kept`, names of the dropout rates set to 0 and of those that stay, and `unmixed`,
+    optimizer steps without it; of R-Drop `fired`, forwards that its KL was a part of, `missed`, optimizer steps without
+    it after some with it, and `unjoined`, names of losses that it has no formula for; of the anchor `anchored`,
+    optimizer steps that it acted in.
 
     Args:
         settings: of the methods at work; none if the model is not patched.
@@ -89,7 +89,7 @@ class Description:
 
     @property
     def left(self) -> Mapping[str, str] | None:
-        """Why each other parameter is left alone, by name; by RecAdam, if only that acts on weights."""
+        """Why each other parameter is left alone, by name."""
         if self.settings and not self.acted:
             return {}
         return (self.acted.get("layers") or self.acted.get("parameters") or _NONE).left
@@ -128,20 +128,13 @@ class Description:
         where = f"{self.w_pre_bytes / 1e6:,.1f} MB on {self.w_pre_device or 'no device'}"
         lines.append(("w_pre", f"{self.w_pre}; {_LOST if self.is_w_pre_lost else where}"))
         for acted in self.acted.values():
-            for reason, names in _by_reason(acted.left or {}).items():
+            for reason, names in by_reason((acted.left or {}).items()).items():
                 lines.append((f"not {acted.verb}", f"{len(names)} ({reason}): {first_of(names)}"))
         return lines
 
 
 _LOST = "MISSING: a pickle does not carry it. Call patch_model with w_pre and all settings again"
 _NOTHING = "NOTHING IS REGULARIZED, for all of them are frozen"
-
-
-def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
-    turned: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        turned.setdefault(reason, []).append(name)
-    return turned
 
 
 def describe(model: nn.Module) -> Description:
@@ -218,12 +211,11 @@ def stats(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         steps: forward passes in training mode since it was patched; mixed: number of weights that mixout or anchor acts
-        on; w_pre_bytes: on this rank; distance: ||w - w_pre||_2 over all of these weights, in float64.
+        on; w_pre_bytes: on this rank; distance: ||w - w_pre||_2 over all weights that a method acts on, in float64.
         With rdrop also: kl, ce: the symmetric KL, without alpha, and the mean cross-entropy of the last forward on this
         rank, as the loss has them (mean over the losses, if it has several); kl_mean, ce_mean: over all forwards since
         they were last read; None where there were none. rdrop_fired: forwards that the KL was a part of.
-        With recadam also: recadam_t: optimizer steps of its schedule; recadam_lambda: lambda(t), what of the last
-        step's own change was taken.
+        What other methods add, their cards say.
     Raises:
         SettingError: the model is not patched.
     """

@@ -16,10 +16,10 @@ from .patch import find_patch, unpatch_model
 class SurgeryCallback(TrainerCallback):
     """Log what the regularizers do beside the training loss, for all reporters.
 
-    Adds to every log that has a training loss: with mixout, anchor or recadam `w_pre_distance`, ||w - w_pre||_2 over
-    the weights chosen by patch_model, and, where they are mixed, `mixed_share`, the share of the model's trainable
-    elements that they are; with rdrop `rdrop_kl` and `rdrop_ce`, the KL and the cross-entropy, means over the forwards
-    since the last log; with recadam `recadam_t` and `recadam_lambda`, where its schedule is.
+    Adds to every log that has a training loss, with methods that act on weights, `w_pre_distance`, ||w - w_pre||_2 over
+    the weights chosen by patch_model, and what each method logs, as its card says: of Mixout `mixed_share`, the share
+    of the model's trainable elements that are mixed; of R-Drop `rdrop_kl` and `rdrop_ce`, the KL and the cross-entropy,
+    means over the forwards since the last log.
 
     Args:
         unpatch: call unpatch_model when training ends.
@@ -31,7 +31,7 @@ class SurgeryCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Check that there is something to log, and go before the callbacks that report logs.
 
-        A resumed run goes on with RDrop's `every` and RecAdam's t where the saved one was.
+        In a resumed run the methods go on where the saved one was: R-Drop with its `every`, for instance.
 
         Raises:
             SettingError: the model is not patched.

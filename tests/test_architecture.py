@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from surgery.hooks import registry
+
 ROOT = Path(__file__).resolve().parent.parent
 Graph = Mapping[str, set[str]]
 
@@ -20,7 +22,7 @@ SURGERY = (
     ("noisytune", "checkpoint", "kernels"),
     ("noise", "errors", "exit_codes", "dtypes", "globs", "caches", "progress", "threads"),
 )
-METHODS = ("mixout", "anchor", "recadam", "rdrop")
+METHODS = tuple(kind.name for kind in registry.METHODS)
 HOOKS = (
     ("site",),
     ("run",),

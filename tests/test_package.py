@@ -105,7 +105,7 @@ def installed(tmp_path_factory) -> Path:
     checkout.mkdir()
     for name in ("surgery", "hooks"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(checkout)]
     subprocess.run(build, check=True, cwd=folder)

@@ -4,7 +4,7 @@ A forward writes to a KV cache of transformers and returns it, so that each of t
 """
 
 import copy
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -64,3 +64,14 @@ def map_kv_cache(cache: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     made = copy.copy(cache)
     vars(made).update({name: tree_map(apply, value) for name, value in vars(cache).items()})
     return made
+
+
+def copy_containers(arguments: Any) -> Any:
+    """Copy containers and caches, which a forward may write to; other tensors are the same."""
+    return tree_map(_copy_leaf, arguments)
+
+
+def _copy_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Mapping):
+        return copy.copy(leaf)
+    return map_kv_cache(leaf, torch.clone) if is_kv_cache(leaf) else leaf

@@ -1,6 +1,5 @@
 """Forward hooks that make two passes of each training forward, whose losses become R-Drop's."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -9,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim.optimizer import Optimizer
-from torch.utils._pytree import tree_map
 
 from surgery.errors import SettingError, SourceError
 
@@ -24,7 +22,7 @@ from .logprobs import PairedLogProbs, UnreducedLoss, as_log_probs, as_unreduced_
 from .loss_calls import USE_TWO_PASSES, LossCall, check_is_doubled, doubled_batch_loss, read_call, two_pass_loss
 from .metrics import Metrics
 from .objective import Objective, RDropLoss
-from .outputs import is_kv_cache, map_kv_cache
+from .outputs import copy_containers
 from .paired import PairedForward, PairedTensor, forwards_in, pair_outputs, split_passes
 from .randomness import Randomness
 from .schedule import Schedule
@@ -100,7 +98,7 @@ class RDropRegularizer(AuditedRegularizer):
         if is_doubled:
             return None, doubling.double_batch(arguments)
         first, second = split_passes(arguments)
-        return _copy_containers(first), second
+        return copy_containers(first), second
 
     @eagerly
     def turn(self, output: Any) -> None:
@@ -278,17 +276,6 @@ def _own(root: nn.Module) -> RDropRegularizer | None:
     """Return the R-Drop of a patched model: hooks are functions of a module, which copies of a model share."""
     at_work: tuple[Regularizer, ...] = root.__dict__[PATCH].regularizers
     return next((one for one in at_work if isinstance(one, RDropRegularizer)), None)
-
-
-def _copy_containers(arguments: Any) -> Any:
-    """Copy containers and caches, which a forward may write to; other tensors are the same."""
-    return tree_map(_copy_leaf, arguments)
-
-
-def _copy_leaf(leaf: Any) -> Any:
-    if isinstance(leaf, Mapping):
-        return copy.copy(leaf)
-    return map_kv_cache(leaf, torch.clone) if is_kv_cache(leaf) else leaf
 
 
 def _check_has_loss(output: Any, forward: PairedForward) -> None:

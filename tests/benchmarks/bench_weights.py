@@ -1,11 +1,11 @@
-"""Time a training step with Mixout beside dropout, neither, and a straight MixLinear; and its peak memory.
+"""Time a training step with Mixout, the anchor or RecAdam beside dropout and a straight MixLinear; and its peak memory.
 
 One BERT-shaped model and one AdamW go through all ways in turn, step by step, so that every ratio is of one run. The
 straight way is the authors' layer re-derived from its formula: a mask value for each row of inputs, repeated, a clone
 and five elementwise passes. Memory is that of a process of its own for each way: the peak above the plain step's, in
-units of the bytes of w_pre and of the largest layer.
+units of the bytes of its w_pre. RecAdam is timed while it recalls: later it costs nothing.
 
-    python tests/benchmarks/bench_mixout.py [--device cuda] [--compile] [--quick] [--rounds N]
+    python tests/benchmarks/bench_weights.py [--device cuda] [--compile] [--quick] [--rounds N]
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.nn import functional as F  # noqa: N812
 from training import Training, plain
 from transformers import BertConfig, BertForSequenceClassification
 
-from surgery import Mixout, patched, stats
+from surgery import Mixout, RecAdam, patched, stats
 
 P = 0.7
 BASE = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -86,6 +86,8 @@ def ways(model: nn.Module) -> dict[str, Callable[[], Any]]:
         "dropout 0.1": lambda: dropout(model, 0.1),
         "mixout neuron": lambda: patched(model, mixout=P),
         "mixout element": lambda: patched(model, mixout=Mixout(P, granularity="element")),
+        "anchor": lambda: patched(model, anchor=0.01),
+        "recadam": lambda: patched(model, recadam=RecAdam(5000.0, t0=1e9)),
         "straight MixLinear": lambda: straight(model, memory),
     }
 
@@ -117,7 +119,8 @@ def peak(name: str, training: Training, *, compiles: bool) -> tuple[int, int, in
         model = prepare(training, compiles=compiles)
         for _ in range(3):
             training.step(plain, model)
-        mixed = stats(training.model) if name.startswith("mixout") else {"w_pre_bytes": 0}
+        is_ours = name.split()[0] in ("mixout", "anchor", "recadam")
+        mixed = stats(training.model) if is_ours else {"w_pre_bytes": 0}
     largest = max(m.weight.nbytes for m in training.model.modules() if isinstance(m, nn.Linear))
     if training.device == "cuda":
         return torch.cuda.max_memory_allocated(), mixed["w_pre_bytes"], largest
@@ -162,16 +165,16 @@ def report(
 ) -> None:
     what = "bf16 autocast" if arguments.device == "cuda" else f"float32, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {arguments.device}, {what}, {batch[0]} x {batch[1]} tokens, AdamW, p = {P}")
-    w_pre, layer = max(bytes_ for _, bytes_, _ in peaks.values()), next(iter(peaks.values()))[2]
-    print(f"w_pre {w_pre / 1e6:.0f} MB, largest layer {layer / 1e6:.0f} MB")
+    layer = next(iter(peaks.values()))[2]
+    print(f"w_pre of mixout {peaks['mixout neuron'][1] / 1e6:.0f} MB, largest layer {layer / 1e6:.0f} MB")
     print(f"{'':20}{'median s':>10}{'best s':>10}{'x dropout':>11}{'peak MB':>10}{'over plain':>12}{'in w_pre':>10}")
     reference = statistics.median(seconds["dropout 0.1"])
     for name, values in seconds.items():
-        median, bytes_ = statistics.median(values), peaks[name][0]
+        median, (bytes_, w_pre, _) = statistics.median(values), peaks[name]
         over = bytes_ - peaks["no dropout"][0]
         print(
             f"{name:20}{median:10.3f}{min(values):10.3f}{median / reference:11.3f}{bytes_ / 1e6:10.0f}"
-            f"{over / 1e6:12.0f}{over / w_pre:10.2f}"
+            f"{over / 1e6:12.0f}{over / (w_pre or peaks['mixout neuron'][1]):10.2f}"
         )
 
 
