@@ -51,11 +51,8 @@ HEADINGS = ["Use", "Settings", "What it does", "Works with and refuses", "Number
 HUB = {"surgery/push"}
 
 _INSTALLS = "it installs packages, and CI does the same"
-_AWAITED = "RecAdam is not in this version yet"
 NOT_RUN = {
     "README-1": _INSTALLS,
-    "hooks/recadam-1": _AWAITED,
-    "hooks/recadam-2": _AWAITED,
 }
 """Why a block is not run, by its id."""
 
@@ -298,10 +295,8 @@ def test_only_these_blocks_are_not_run() -> None:
 
 
 def test_every_folder_with_a_method_has_its_card() -> None:
-    methods = {"surgery/perturb", "surgery/push", "hooks/run"} | {
-        f"hooks/{name}" for name in ("mixout", "anchor", "rdrop", "recadam")
-    }
-    assert {name_of(card) for card in CARDS} == methods
+    methods = {f"hooks/{kind.name}" for kind in METHODS}
+    assert {name_of(card) for card in CARDS} == {"surgery/perturb", "surgery/push", "hooks/run", *methods}
 
 
 @pytest.mark.parametrize("card", CARDS, ids=name_of)
@@ -323,8 +318,6 @@ def test_readme_is_one_screen() -> None:
 
 @pytest.mark.parametrize("call", re.findall(r"\| `([^`]+\))` \|", README.read_text(encoding="utf-8")), ids=str)
 def test_calls_in_the_table_run(call: str) -> None:
-    if call.startswith("patch_model(model, recadam=") and not hasattr(surgery, "RecAdam"):
-        pytest.skip(_AWAITED)
     model = load_model()
     names = {"model": model, "perturb_model": surgery.perturb_model, "patch_model": surgery.patch_model}
     before = surgery.describe(model), model.classifier.weight.clone(), model.bert.pooler.dense.weight.clone()
