@@ -4,27 +4,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .anchor.settings import Anchor as Anchor
     from .description import Description as Description
+    from .description import describe as describe
+    from .description import stats as stats
+    from .mixout.settings import Mixout as Mixout
     from .patch import patch_model as patch_model
     from .patch import patched as patched
     from .patch import unpatch_model as unpatch_model
-    from .report import describe as describe
-    from .report import stats as stats
-    from .settings import Anchor as Anchor
-    from .settings import Mixout as Mixout
-    from .settings import RDrop as RDrop
+    from .rdrop.settings import RDrop as RDrop
+    from .recadam.settings import RecAdam as RecAdam
     from .trainer import SurgeryCallback as SurgeryCallback
 
 _HOMES = {
-    "Anchor": "settings",
+    "Anchor": "anchor.settings",
     "Description": "description",
-    "Mixout": "settings",
-    "RDrop": "settings",
+    "Mixout": "mixout.settings",
+    "RDrop": "rdrop.settings",
+    "RecAdam": "recadam.settings",
     "SurgeryCallback": "trainer",
-    "describe": "report",
+    "describe": "description",
     "patch_model": "patch",
     "patched": "patch",
-    "stats": "report",
+    "stats": "description",
     "unpatch_model": "patch",
 }
 __all__ = sorted(_HOMES)

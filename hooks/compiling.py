@@ -1,4 +1,4 @@
-"""Keep torch.compile from running a graph without hooks for a model that has them, or one whose losses go unheard."""
+"""torch._dynamo settings and torch.compiler.disable, so that compiled graphs run our hooks and call loss functions."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,12 +10,12 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def guard_hooks() -> None:
-    """Have compiled graphs check a module's hooks, and forget those that do not.
+    """Have compiled graphs guard on a module's hooks, and discard graphs that do not.
 
     By default torch.compile leaves these checks out, so that of two models of one class, the second one to be compiled
-    runs the graph of the first: a patched one would not be mixed, in silence. The setting stays for the process.
+    runs the graph of the first, without its own hooks and without an error. The setting stays for the process.
     """
-    from torch._dynamo import config  # not with surgery: it takes a second, that an optimizer takes anyway
+    from torch._dynamo import config  # not at import of surgery: it takes a second, and an optimizer imports it anyway
 
     if getattr(config, "skip_nnmodule_hook_guards", False):
         config.skip_nnmodule_hook_guards = False
@@ -23,19 +23,19 @@ def guard_hooks() -> None:
 
 
 def eagerly(function: _Function) -> _Function:
-    """Have torch.compile leave a function, and all that it calls, to Python."""
+    """Run a function, and all that it calls, outside of compiled graphs."""
     eager: _Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return eager
 
 
 def between_graphs(function: _Function) -> _Function:
-    """Have torch.compile leave a function to Python, but compile what it calls."""
+    """Run a function itself outside of compiled graphs, but compile the functions that it calls."""
     eager: _Function = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]
     return eager
 
 
 def run_uncompiled(*kinds: type[torch.Tensor]) -> None:
-    """Have torch.compile leave functions of these kinds of tensors to Python."""
+    """Run torch functions of these tensor subclasses outside of compiled graphs."""
     from torch._dynamo import config
 
     known: set[type[Any]] = getattr(config, "nontraceable_tensor_subclasses", set())
@@ -43,17 +43,18 @@ def run_uncompiled(*kinds: type[torch.Tensor]) -> None:
 
 
 class _CrossEntropyLoss(nn.CrossEntropyLoss):
-    """Stands in for the class that torch.compile knows by sight."""
+    """Is torch.nn.CrossEntropyLoss while torch.compile looks whether it has to do with that class."""
 
 
 _REAL = nn.CrossEntropyLoss
 
 
 def trace_cross_entropy() -> None:
-    """Have torch.compile trace nn.CrossEntropyLoss as it does any module. That stays for the process.
+    """Have torch.compile trace nn.CrossEntropyLoss as it does any module. The change stays for the process.
 
-    It takes one that is made in a forward for its function, and then asks no TorchFunctionMode. It tells the class by
-    comparing it with torch.nn.CrossEntropyLoss, so that another one of that name, for just that moment, is enough.
+    It replaces one that is constructed in a forward by the function, and then asks no TorchFunctionMode. It recognizes
+    the class by comparing it with torch.nn.CrossEntropyLoss, so that another class under that name, for just that
+    moment, is enough.
     """
     from torch._dynamo.variables.user_defined import UserDefinedClassVariable as Variable
 
@@ -62,7 +63,7 @@ def trace_cross_entropy() -> None:
 
 
 def _call_as_any(variable: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-    """Take the way of another class through torch.compile's `call_function`, which has called this."""
+    """Call `call_function` of torch.compile, which has called this, once more: now it treats the class as any other."""
     nn.CrossEntropyLoss = _CrossEntropyLoss  # type: ignore[misc]
     try:
         return variable.call_function(tx, args, kwargs)

@@ -1,125 +1,244 @@
-"""What a patch does to a model, as data and in words."""
+"""describe and stats: what a patch does to a model, as data and in words; what is measured of it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from .settings import Anchor, Mixout, RDrop
+from torch import nn
+
+from surgery.errors import SettingError, some
+from surgery.live.names import unwrap
+
+from .lifecycle import Patch
+from .marks import PATCH, Part, find_orphans
+from .patch import find_patch
+from .registry import METHODS
+from .regularizer import Settings, first_of
+from .weights.selection import Scope
+
+
+@dataclass(frozen=True)
+class Acted:
+    """The weights of one scope that methods act on.
+
+    Args:
+        verb: what the first of these methods does to them.
+        names: of the weights.
+        tied: further names of these weights.
+        elements: how many elements they have.
+        left: why each other parameter is left alone, by name.
+    """
+
+    verb: str = ""
+    names: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+    elements: int = 0
+    left: Mapping[str, str] | None = None
+
+
+_NONE = Acted()
 
 
 @dataclass(frozen=True)
 class Description:
     """What is patched, what is not, and why. str() lays it out for people.
 
+    Each method of the registry adds an attribute of its name, its settings or None, and its facts: of Mixout
+    `uncalled`, weights whose layers no forward in training mode has called yet, once there was one, `replaced` and
+    `kept`, names of the dropout rates set to 0 and of those that stay, and `unmixed`, optimizer steps without it; of
+    R-Drop `fired`, forwards that its KL was a part of, `missed`, optimizer steps without it after some with it, and
+    `unjoined`, names of losses that it has no formula for; of the anchor `anchored`, optimizer steps that it acted in;
+    of RecAdam `recalled`, optimizer steps that it acted in, and `recadam_t`, the step that its schedule is at.
+
     Args:
-        mixout, rdrop, anchor: the settings; all None if the model is not patched.
-        mixed: names of the weights that the regularizers act on.
-        tied: further names of these weights.
-        elements: how many elements those weights have; of_elements: how many the model's parameters have.
-        left: why each other parameter is left alone, by name.
-        uncalled: mixed weights whose layers no forward in training mode has called yet, once there was one.
-        replaced, kept: names of the dropout rates set to 0, and of those that stay.
+        settings: of the methods at work; none if the model is not patched.
+        facts: theirs.
+        acted: the weights that they act on, by scope.
+        of_elements: how many elements the model's parameters have.
         w_pre: where the pretrained weights come from.
         w_pre_bytes: what they take on this rank, in bytes.
         w_pre_device: where they lie.
         is_w_pre_lost: they have stayed behind a pickle.
-        anchored: optimizer steps that the anchor acted in.
-        fired: forwards that R-Drop's KL was a part of.
-        missed: optimizer steps without R-Drop, after some with it.
-        unjoined: names of losses that R-Drop has no formula for, and has left as they are in the second pass.
-        unmixed: optimizer steps without Mixout.
         elsewhere: of a model that is not patched itself: what of it, or around it, is.
     """
 
-    mixout: Mixout | None = None
-    rdrop: RDrop | None = None
-    anchor: Anchor | None = None
-    mixed: tuple[str, ...] = ()
-    tied: tuple[str, ...] = ()
-    elements: int = 0
+    settings: tuple[Settings, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    acted: Mapping[Scope, Acted] = field(default_factory=dict)
     of_elements: int = 0
-    left: dict[str, str] | None = None
-    uncalled: tuple[str, ...] = ()
-    replaced: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
     w_pre: str = ""
     w_pre_bytes: int = 0
     w_pre_device: str = ""
     is_w_pre_lost: bool = False
-    anchored: int = 0
-    fired: int = 0
-    missed: int = 0
-    unjoined: tuple[str, ...] = ()
-    unmixed: int = 0
     elsewhere: str = ""
 
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """Names of the layers' weights that mixout or the anchor acts on."""
+        return self._layers.names
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Further names of these weights."""
+        return self._layers.tied
+
+    @property
+    def elements(self) -> int:
+        """How many elements these weights have."""
+        return self._layers.elements
+
+    @property
+    def left(self) -> Mapping[str, str] | None:
+        """Why each other parameter is left alone, by name; by RecAdam, if only that acts on weights."""
+        if self.settings and not self.acted:
+            return {}
+        return (self.acted.get("layers") or self.acted.get("parameters") or _NONE).left
+
+    @property
+    def _layers(self) -> Acted:
+        return self.acted.get("layers") or _NONE
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a method's settings or one of its facts."""
+        for kind in METHODS:
+            if name == kind.name:
+                return next((one for one in self.settings if isinstance(one, kind)), None)
+            if name in kind.idle_facts:
+                return self.facts.get(name, kind.idle_facts[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        if not self.settings:
+            return f"not patched{self.elsewhere and ' itself, but '}{self.elsewhere}"
+        aside = [one for one in self.settings if one.acts_on is None]
+        lines = [line for one in aside for line in one.lines(self.facts)]
+        lines += [line for one in self.settings if one not in aside for line in one.lines(self.facts)]
+        if self.acted:
+            lines += self._weight_lines()
+        lines += [line for one in self.settings for line in one.lines_below(self.facts)]
+        return "\n".join(f"{label:12} {text}" for label, text in lines)
 
-
-def _lines(found: Description) -> list[str]:
-    if found.mixout is None and found.rdrop is None and found.anchor is None:
-        return [f"not patched{found.elsewhere and ' itself, but '}{found.elsewhere}"]
-    lines = []
-    if found.rdrop is not None:
-        lines.append(_rdrop_line(found.rdrop, found.fired))
-        if found.missed:
-            lines.append(f"NOT IN       {found.missed} {_MISSED}")
-        if found.unjoined:
-            lines.append(f"not joined   {', '.join(found.unjoined)}: no formula; as the second pass has it")
-    if found.mixout is None and found.anchor is None:
+    def _weight_lines(self) -> list[tuple[str, str]]:
+        lines: list[tuple[str, str]] = []
+        for acted in self.acted.values():
+            share = f"{acted.elements:,} of {self.of_elements:,} elements"
+            lines.append((acted.verb, f"{len(acted.names)} weights, {share}: {first_of(acted.names) or _NOTHING}"))
+            if acted.tied:
+                lines.append(("", f"{len(acted.tied)} more names for them (tied): {first_of(acted.tied)}"))
+        where = f"{self.w_pre_bytes / 1e6:,.1f} MB on {self.w_pre_device or 'no device'}"
+        lines.append(("w_pre", f"{self.w_pre}; {_LOST if self.is_w_pre_lost else where}"))
+        for acted in self.acted.values():
+            for reason, names in _by_reason(acted.left or {}).items():
+                lines.append((f"not {acted.verb}", f"{len(names)} ({reason}): {first_of(names)}"))
         return lines
-    if found.mixout is not None:
-        m = found.mixout
-        lines.append(f"mixout       p = {m.p:g}, one mask value per {_UNIT[m.granularity]}, {m.gradient} gradient")
-    if found.unmixed:
-        lines.append(f"NOT MIXED    in {found.unmixed} {_MISSED}")
-    if found.anchor is not None:
-        lines.append(
-            f"anchor       weight {found.anchor.weight:g}, in {found.anchored} optimizer steps so far; set the "
-            "optimizer's weight_decay for these weights to 0"
-        )
-    verb = "mixed" if found.mixout is not None else "anchored"
-    share = f"{found.elements:,} of {found.of_elements:,} elements"
-    lines.append(f"{verb:12} {len(found.mixed)} weights, {share}: {_first(found.mixed) or _NOTHING}")
-    if found.tied:
-        lines.append(f"{'':12} {len(found.tied)} more names for them (tied): {_first(found.tied)}")
-    where = f"{found.w_pre_bytes / 1e6:,.1f} MB on {found.w_pre_device or 'no device'}"
-    lines.append(f"w_pre        {found.w_pre}; {_LOST if found.is_w_pre_lost else where}")
-    for reason, names in _by_reason(found.left or {}).items():
-        lines.append(f"not {verb:8} {len(names)} ({reason}): {_first(names)}")
-    if found.uncalled:
-        lines.append(
-            f"NOT CALLED   {len(found.uncalled)} (no forward in training reached them): {_first(found.uncalled)}"
-        )
-    for what, rates in (("set to 0", found.replaced), ("kept", found.kept)):
-        if rates:
-            lines.append(f"dropout      {len(rates)} {what}: {_first(rates)}")
-    return lines
-
-
-def _rdrop_line(rdrop: RDrop, fired: int) -> str:
-    every = "every step" if rdrop.every == 1 else f"one step in {rdrop.every}"
-    options = (", the paper's scale" if rdrop.scale == "paper" else "") + (
-        ", KL summed" if rdrop.kl_reduction == "sum" else ""
-    )
-    return (
-        f"rdrop        alpha = {rdrop.alpha:g}, {every}, passes {rdrop.passes}{options}; in the loss of {fired} "
-        "forwards so far"
-    )
 
 
 _LOST = "MISSING: a pickle does not carry it. Call patch_model with w_pre and all settings again"
-_MISSED = "optimizer steps: no forward in training mode came before them"
 _NOTHING = "NOTHING IS REGULARIZED, for all of them are frozen"
-_UNIT = {"neuron": "input feature", "element": "element"}
 
 
-def _first(names: Sequence[str]) -> str:
-    return ", ".join([*names[:1], *["..."] * (len(names) > 1)])
-
-
-def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:
+def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
     turned: dict[str, list[str]] = {}
     for name, reason in left.items():
         turned.setdefault(reason, []).append(name)
     return turned
+
+
+def describe(model: nn.Module) -> Description:
+    """Say what patch_model has done to a model. Of one that is not patched, nothing, but where in it one is."""
+    patch = find_patch(model)
+    root = unwrap(model)
+    if patch is None:
+        return Description(elsewhere=_elsewhere(root))
+    facts: dict[str, Any] = {}
+    for regularizer in patch.regularizers:
+        facts |= regularizer.facts(root)
+    if patch.weights is None:
+        return Description(patch.settings, facts)
+    acted = {scope: _acted(root, patch, scope) for scope in patch.weights.left}
+    shown = {name for one in acted.values() for name in one.names}
+    active = [tracked for tracked in patch.weights.tracked if tracked.name in shown]
+    devices = {str(tracked.values.device) for tracked in active if tracked.values is not None}
+    return Description(
+        patch.settings,
+        facts,
+        acted,
+        of_elements=sum(parameter.numel() for parameter in model.parameters()),
+        w_pre=patch.weights.label,
+        w_pre_bytes=patch.weights.nbytes,
+        w_pre_device=", ".join(sorted(devices)),
+        is_w_pre_lost=any(tracked.pretrained is not None and tracked.values is None for tracked in active),
+    )
+
+
+_FROZEN = "frozen: {} once it is trainable"
+_GONE = "its layer has been replaced since patch_model: call it again"
+_ADDED = "added since patch_model: call it again"
+
+
+def _acted(root: nn.Module, patch: Patch, scope: Scope) -> Acted:
+    """Say which weights of a scope are acted on, and why not the others: frozen, gone from the model, or new in it."""
+    assert patch.weights is not None
+    tracked = patch.weights.of(scope)
+    verb = next(one.verb for one in patch.settings if one.acts_on == scope)
+    modules = set(root.modules())
+    gone = {one.name: _GONE for one in tracked if modules.isdisjoint(one.target.owners)}
+    frozen = {
+        name: _FROZEN.format(verb) for one in tracked if not one.weight.requires_grad for name in one.target.names
+    }
+    known = {id(one.weight) for one in tracked if one.name not in gone}
+    left = dict(patch.weights.left[scope])
+    added = {
+        name: _ADDED
+        for name, parameter in root.named_parameters()
+        if id(parameter) not in known and name not in left and name not in gone
+    }
+    active = [one for one in tracked if one.weight.requires_grad and one.name not in gone]
+    return Acted(
+        verb,
+        tuple(one.name for one in active),
+        tuple(name for one in active for name in one.target.names[1:]),
+        sum(one.weight.numel() for one in active),
+        left | frozen | gone | added,
+    )
+
+
+def _elsewhere(root: nn.Module) -> str:
+    """Say what patches act in a model that has none of its own."""
+    parts = [name for name, module in root.named_modules() if PATCH in module.__dict__]
+    if parts:
+        return f"its part {some(parts)} is" if len(parts) == 1 else f"its parts {some(parts)} are"
+    if find_orphans(root):
+        return "copied, loaded or kept from a model that is: call unpatch_model or patch_model on it"
+    return "a part of a model that is" if any(Part.attribute in module.__dict__ for module in root.modules()) else ""
+
+
+def stats(model: nn.Module) -> dict[str, Any]:
+    """Measure a patched model. Under FSDP every rank must call it.
+
+    Returns:
+        steps: forward passes in training mode since it was patched; mixed: number of weights that mixout or anchor acts
+        on; w_pre_bytes: on this rank; distance: ||w - w_pre||_2 over all of these weights, in float64.
+        With rdrop also: kl, ce: the symmetric KL, without alpha, and the mean cross-entropy of the last forward on this
+        rank, as the loss has them (mean over the losses, if it has several); kl_mean, ce_mean: over all forwards since
+        they were last read; None where there were none. rdrop_fired: forwards that the KL was a part of.
+        With recadam also: recadam_t: optimizer steps of its schedule; recadam_lambda: lambda(t), what of the last
+        step's own change was taken.
+    Raises:
+        SettingError: the model is not patched.
+    """
+    patch = find_patch(model)
+    if patch is None:
+        raise SettingError(
+            f"{type(model).__name__}: expected a patched model, got one that is {describe(model)}. Call patch_model."
+        )
+    weights = patch.weights
+    figures: dict[str, Any] = {
+        "steps": patch.forwards.count,
+        "mixed": len(describe(model).mixed),
+        "w_pre_bytes": weights.nbytes if weights is not None else 0,
+        "distance": weights.distance() if weights is not None else 0.0,
+    }
+    for regularizer in patch.regularizers:
+        figures |= regularizer.figures()
+    return figures

@@ -1,14 +1,28 @@
-"""Tell patches of the steps of any torch optimizer, whoever built it, before or after them."""
+"""Hooks on the steps of every torch optimizer, whoever built it; and what becomes of steps without a regularizer.
 
+A model in eval mode, or weights that somebody updates by hand, would train without regularization, in silence.
+"""
+
+import logging
+import sys
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from surgery.errors import SettingError, SourceError
+
 from .compiling import eagerly
+from .regularizer import Regularizer
 from .weights.pretrained import local
+from .weights.tracked import Tracked
+
+_log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -66,6 +80,78 @@ def about_to_change(optimizer: Optimizer, weights: Iterable[torch.Tensor | None]
     return (w for w in weights if w is not None and id(w) in changed)
 
 
+@dataclass(frozen=True)
+class Activity:
+    """What a regularizer has done so far.
+
+    Args:
+        state: changes with each forward that it takes part in; empty as long as there was none.
+        is_known: False: it may have, where nobody can tell.
+    """
+
+    state: tuple[int, ...] = ()
+    is_known: bool = True
+
+
+class AuditedRegularizer(Regularizer):
+    """Compares the steps of a model's optimizers with what the method does: each may step once for each forward."""
+
+    idle: ClassVar[str]
+    """What to say of a step without the method."""
+    is_strict: ClassVar[bool]
+    """A step before the method has done anything is refused; else it is warned of, as one after that is."""
+
+    def __init__(self) -> None:
+        self.missed = 0
+        """Optimizer steps that the method had no part in."""
+        self._seen = Activity()
+        self._served: set[int] = set()
+
+    @abstractmethod
+    def activity(self) -> Activity:
+        """Return what the method has done."""
+
+    @abstractmethod
+    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+        """Yield the model's weights that an optimizer is about to change."""
+
+    def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
+        """Audit a step; what a closure does is seen after it."""
+        if not is_closure:
+            self._audit(optimizer)
+
+    def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
+        """Audit a step with a closure."""
+        if is_closure:
+            self._audit(optimizer)
+
+    def _audit(self, optimizer: Optimizer) -> None:
+        """Raise, or warn once and count, where the method did nothing since this optimizer's last step."""
+        activity = self.activity()
+        if not activity.is_known or next(self.held(optimizer), None) is None:
+            return
+        if activity != self._seen:
+            self._seen = activity
+            self._served.clear()
+        if activity.state and id(optimizer) not in self._served:  # one that steps beside another
+            self._served.add(id(optimizer))
+            return
+        if not _has_gradient(list(self.held(optimizer))):
+            return
+        if self.is_strict and not activity.state:
+            raise SourceError(self.idle)
+        if not self.missed:
+            _log.warning("%s", self.idle)
+        self.missed += 1
+
+
+def _has_gradient(weights: Collection[torch.Tensor]) -> bool:
+    """Tell whether a gradient is not 0, as all are where somebody only wants an optimizer's state made."""
+    if any(w.is_cuda for w in weights) and torch.cuda.is_current_stream_capturing():  # where nothing can be read
+        return False
+    return any(bool(w.grad.any()) for w in weights if w.grad is not None)
+
+
 class StepWatch:
     """Notices weights that change with no step of a torch optimizer."""
 
@@ -88,3 +174,87 @@ class StepWatch:
             self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0
         self._seen = seen
         return self._missed > 1
+
+    def refuse_missed(self, method: str, name: str, w: torch.Tensor, steps: int) -> None:
+        """Raise where a method acts in optimizer steps, and a weight changes without one.
+
+        Args:
+            method, name: of the method and of the weight.
+            w, steps: as for `is_missed`.
+        """
+        if self.is_missed(w, steps):
+            raise SourceError(
+                f"{method}: expected a step of a torch.optim.Optimizer that holds {name}, got weights that change "
+                "without one. Use such an optimizer, built from the model's own parameters."
+            )
+
+
+class OpenStep:
+    """The step that a method is amid. An optimizer that wraps another has both of them step: the outer one counts."""
+
+    def __init__(self) -> None:
+        self._optimizer: weakref.ref[Optimizer] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._optimizer is not None
+
+    def enter(self, optimizer: Optimizer) -> bool:
+        """Open a step; False within one of another optimizer. One that has raised is over."""
+        outer = self._optimizer() if self._optimizer is not None else None
+        if outer is not None and outer is not optimizer and _is_running(outer):
+            return False
+        self._optimizer = weakref.ref(optimizer)
+        return True
+
+    def leave(self, optimizer: Optimizer) -> bool:
+        """Close the step that this optimizer has opened; False if it has not."""
+        if self._optimizer is None or self._optimizer() is not optimizer:
+            return False
+        self._optimizer = None
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_optimizer": None}
+
+
+def _is_running(optimizer: Optimizer) -> bool:
+    """Tell whether a method of an optimizer is on the stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def held_weights(
+    optimizer: Optimizer, tracked: Iterable[Tracked], *, is_closure: bool
+) -> Iterator[tuple[dict[str, Any], Tracked, torch.Tensor]]:
+    """Yield those of the weights that an optimizer has a gradient for, each with its parameter group.
+
+    Args:
+        is_closure: gradients come later, so that all trainable weights count.
+    """
+    known = {id(one.weight): one for one in tracked}
+    for group in optimizer.param_groups:
+        for w in group["params"]:
+            if (w.grad is not None or (is_closure and w.requires_grad)) and (one := known.get(id(w))) is not None:
+                yield group, one, w
+
+
+def lr_of(method: str, optimizer: Optimizer, group: dict[str, Any], use: str) -> float:
+    """Return the lr of a parameter group.
+
+    Args:
+        method, use: which method wants it, and what for.
+    Raises:
+        SettingError: it has none.
+    """
+    lr = group.get("lr")
+    if lr is None:
+        raise SettingError(
+            f"{method}: expected an optimizer with an lr, got {type(optimizer).__name__} with lr=None. "
+            f"Give it an lr: {use}."
+        )
+    return float(lr)

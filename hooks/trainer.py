@@ -8,18 +8,18 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from surgery.errors import SettingError
+from surgery.live.names import unwrap
 
 from .patch import find_patch, unpatch_model
-from .report import stats
 
 
 class SurgeryCallback(TrainerCallback):
     """Log what the regularizers do beside the training loss, for all reporters.
 
-    Adds to every log that has a training loss: with mixout or anchor `w_pre_distance`, ||w - w_pre||_2 over the weights
-    chosen by patch_model, and, where they are mixed, `mixed_share`, the share of the model's trainable elements that
-    they are; with rdrop `rdrop_kl` and `rdrop_ce`, the KL and the cross-entropy, means over the forwards since the last
-    log.
+    Adds to every log that has a training loss: with mixout, anchor or recadam `w_pre_distance`, ||w - w_pre||_2 over
+    the weights chosen by patch_model, and, where they are mixed, `mixed_share`, the share of the model's trainable
+    elements that they are; with rdrop `rdrop_kl` and `rdrop_ce`, the KL and the cross-entropy, means over the forwards
+    since the last log; with recadam `recadam_t` and `recadam_lambda`, where its schedule is.
 
     Args:
         unpatch: call unpatch_model when training ends.
@@ -31,7 +31,7 @@ class SurgeryCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Check that there is something to log, and go before the callbacks that report logs.
 
-        A resumed run goes on with RDrop's `every` where the saved one was.
+        A resumed run goes on with RDrop's `every` and RecAdam's t where the saved one was.
 
         Raises:
             SettingError: the model is not patched.
@@ -43,8 +43,7 @@ class SurgeryCallback(TrainerCallback):
                 f"SurgeryCallback: expected a patched model, got {type(model).__name__} as it is. "
                 "Call patch_model(model) before training."
             )
-        if patch.drop is not None:
-            patch.drop.schedule.resume(state.global_step)
+        patch.resume(state.global_step)
         # the Trainer puts a user's callbacks after its reporters, and hands no callback the list
         handler = sys._getframe(1).f_locals.get("self")
         if isinstance(handler, CallbackHandler) and self in handler.callbacks:
@@ -57,16 +56,11 @@ class SurgeryCallback(TrainerCallback):
         logs: dict[str, Any] = kwargs["logs"]
         if "loss" not in logs or (patch := find_patch(model)) is None:
             return
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        mixed = sum(site.weight.numel() for site in patch.sites if site.weight.requires_grad)
-        figures = stats(model)
         added: dict[str, float] = {}
-        if patch.sites:
-            added["w_pre_distance"] = figures["distance"]
-        if patch.is_mixing:
-            added["mixed_share"] = mixed / trainable
-        if patch.drop is not None and figures["kl_mean"] is not None:
-            added |= {"rdrop_kl": figures["kl_mean"], "rdrop_ce": figures["ce_mean"]}
+        if patch.weights is not None:
+            added["w_pre_distance"] = patch.weights.distance()
+        for regularizer in patch.regularizers:
+            added |= regularizer.logs(unwrap(model))
         logs.update(added)
         if state.log_history:
             state.log_history[-1].update(added)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from surgery.hooks import Anchor as Anchor
     from surgery.hooks import Mixout as Mixout
     from surgery.hooks import RDrop as RDrop
+    from surgery.hooks import RecAdam as RecAdam
     from surgery.hooks import SurgeryCallback as SurgeryCallback
     from surgery.hooks import describe as describe
     from surgery.hooks import patch_model as patch_model
@@ -38,6 +39,7 @@ _HOMES = {
     "OutputError": "surgery.errors",
     "Pushed": "surgery.push.push",
     "RDrop": "surgery.hooks",
+    "RecAdam": "surgery.hooks",
     "Recipe": "surgery.recipe",
     "SettingError": "surgery.errors",
     "SourceError": "surgery.errors",

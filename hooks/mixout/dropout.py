@@ -1,16 +1,14 @@
 """Find the dropout that Mixout replaces: that of the layers it mixes."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..marks import Mark
+from ..marks import Mark, Marked, put
 from ..weights.selection import EXCLUDED, NEW, NOT_INCLUDED
-
-RATES = "_surgery_rates"
-"""The attribute of a module with a dropout rate that Mixout has replaced."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +24,25 @@ class Rate:
 class Replaced(Mark):
     """Left on a module whose dropout rates are replaced: what they were, by attribute."""
 
+    attribute = "_surgery_rates"
+
     def __init__(self) -> None:
         self.rates: dict[str, float] = {}
 
+    def restore(self, attributes: MutableMapping[str, Any]) -> None:
+        """Set the rates back, but for those that somebody has set since."""
+        super().restore(attributes)
+        for attribute, value in self.rates.items():
+            if attributes.get(attribute) == 0:
+                attributes[attribute] = value
 
-def replace_rate(rate: Rate) -> Mark:
-    """Set a rate to 0, and return the mark that tells what it was."""
-    mark: Replaced = rate.module.__dict__.setdefault(RATES, Replaced())
+
+def replace_rate(rate: Rate) -> Marked:
+    """Set a rate to 0, and leave a mark that tells what it was; return the handle of the mark."""
+    mark: Replaced = rate.module.__dict__.get(Replaced.attribute) or Replaced()
     mark.rates[rate.attribute] = rate.value
     setattr(rate.module, rate.attribute, 0.0)
-    return mark
-
-
-def restore_rates(module: nn.Module) -> None:
-    """Undo replace_rate, but for rates that somebody has set since."""
-    mark: Replaced | None = module.__dict__.pop(RATES, None)
-    for attribute, value in mark.rates.items() if mark is not None else ():
-        if getattr(module, attribute, None) == 0:
-            setattr(module, attribute, value)
+    return put(rate.module, mark)
 
 
 def find_rates(model: nn.Module, mixed: Collection[str], left: Mapping[str, str]) -> tuple[list[Rate], list[Rate]]:

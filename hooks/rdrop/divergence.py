@@ -1,7 +1,7 @@
-"""R-Drop's loss: 1/2 (CE(a) + CE(b)) + alpha/2 * 1/2 [KL(p||q) + KL(q||p)], for each loss function that it can join.
+"""F.cross_entropy, nll_loss and log_softmax of two passes: 1/2 (CE(a) + CE(b)) + alpha/2 * 1/2 [KL(p||q) + KL(q||p)].
 
 Liang et al., arXiv 2106.14448, eq. 4. a and b are the outputs of two forward passes of one batch. The divergence is
-reduced as the loss that it joins: same rows, same row weights, same denominator. Computed in float32 at least; the loss
+reduced as the cross entropy is: same rows, same row weights, same denominator. Computed in float32 at least; the loss
 has the dtype that torch's own function gives.
 """
 
@@ -17,80 +17,80 @@ from surgery.errors import SettingError
 from .elementwise import binary_cross_entropy as binary_cross_entropy
 from .elementwise import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from .elementwise import mse_loss as mse_loss
-from .objective import Blend as Blend
-from .objective import Joined as Joined
-from .objective import join, loss_dtype, mean_of_both, widen
-from .rowwise import compare_rows, wide
+from .objective import Objective, RDropLoss, combine_terms, loss_dtype, mean_over_passes, upcast_half
+from .rowwise import accumulation_dtype, compare_rows
 
 
 def cross_entropy(
     a: torch.Tensor,
     b: torch.Tensor | None,
     target: torch.Tensor,
-    blend: Blend,
+    objective: Objective,
     *,
     weight: torch.Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Joined:
-    """Join two F.cross_entropy.
+) -> RDropLoss:
+    """Return R-Drop's loss of two F.cross_entropy.
 
-    With class indices and no smoothing nothing of the logits' size is made but the gradient.
+    With class indices and no smoothing, the gradient is the only tensor of the logits' size that is allocated.
 
     Args:
         a, b: logits, (N, C), (C) or (N, C, d1, ...). b None: a is (2N, ...) and target of 2N, the two passes one after
             the other with equal targets; the result is that of N rows.
         target: class indices, or probabilities of a's shape.
-        blend: how the parts are put together.
+        objective: weights of the two terms.
         weight, ignore_index, reduction, label_smoothing: as F.cross_entropy's.
     Raises:
         SettingError: target has another shape than the logits, or reduction is unknown.
     """
     if target.shape != a.shape and label_smoothing == 0:
-        return _join_classes(a, b, target, blend, weight, ignore_index, reduction, is_log=False)
+        return _class_index_loss(a, b, target, objective, weight, ignore_index, reduction, is_log=False)
     dtype = loss_dtype(a)
     if b is None:
         (a, b), target = a.chunk(2), target.chunk(2)[0]
-    how: dict[str, Any] = {"weight": widen(weight), "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    options: dict[str, Any] = {
+        "weight": upcast_half(weight), "ignore_index": ignore_index, "label_smoothing": label_smoothing,
+    }  # fmt: skip
     is_index = target.shape != a.shape
-    wide_target = target if is_index else target.to(wide(target.dtype))
-    ce = mean_of_both(
-        lambda x: F.cross_entropy(x, wide_target, reduction=reduction, **how),
-        widen(a), widen(b),
+    wide_target = target if is_index else target.to(accumulation_dtype(target.dtype))
+    ce = mean_over_passes(
+        lambda x: F.cross_entropy(x, wide_target, reduction=reduction, **options),
+        upcast_half(a), upcast_half(b),
     )  # fmt: skip
-    rows = _Rows.of(a, b, target if is_index else None, weight, ignore_index)
+    rows = _Rows.from_logits(a, b, target if is_index else None, weight, ignore_index)
     _, s = compare_rows(rows.a, rows.b, None, valid=rows.valid)
-    return rows.join(ce, rows.reduce(s, reduction, blend=blend), blend, dtype, reduction)
+    return rows.to_loss(ce, rows.reduce(s, reduction, objective=objective), objective, dtype, reduction)
 
 
 def nll_loss(
     log_p: torch.Tensor,
     log_q: torch.Tensor,
     target: torch.Tensor,
-    blend: Blend,
+    objective: Objective,
     *,
     weight: torch.Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
-) -> Joined:
-    """Join two F.nll_loss: see cross_entropy, of log-probabilities instead of logits."""
-    return _join_classes(log_p, log_q, target, blend, weight, ignore_index, reduction, is_log=True)
+) -> RDropLoss:
+    """Return R-Drop's loss of two F.nll_loss: as cross_entropy, of log-probabilities instead of logits."""
+    return _class_index_loss(log_p, log_q, target, objective, weight, ignore_index, reduction, is_log=True)
 
 
-def _join_classes(
-    a: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor, blend: Blend, weight: torch.Tensor | None,
+def _class_index_loss(
+    a: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor, objective: Objective, weight: torch.Tensor | None,
     ignore_index: int, reduction: str, *, is_log: bool,
-) -> Joined:  # fmt: skip
-    rows = _Rows.of(a, b, target, weight, ignore_index)
+) -> RDropLoss:  # fmt: skip
+    rows = _Rows.from_logits(a, b, target, weight, ignore_index)
     nll, s = compare_rows(rows.a, rows.b, rows.target, valid=rows.valid, is_log=is_log)
-    ce, kl = rows.reduce(nll, reduction), rows.reduce(s, reduction, blend=blend)
-    return rows.join(ce, kl, blend, loss_dtype(a), reduction)
+    ce, kl = rows.reduce(nll, reduction), rows.reduce(s, reduction, objective=objective)
+    return rows.to_loss(ce, kl, objective, loss_dtype(a), reduction)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The logits as rows, and the coefficient that the cross entropy gives each of them."""
+    """The logits as rows of classes, and the weight that the cross entropy gives each row."""
 
     a: torch.Tensor
     b: torch.Tensor | None
@@ -100,7 +100,7 @@ class _Rows:
     shape: torch.Size
 
     @classmethod
-    def of(
+    def from_logits(
         cls, a: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor | None, weight: torch.Tensor | None,
         ignore_index: int,
     ) -> "_Rows":  # fmt: skip
@@ -119,22 +119,24 @@ class _Rows:
         inner = (n, *a.shape[2:])
         if target is None:
             valid = torch.ones(inner, dtype=torch.bool, device=a.device)
-            return cls(a, b, None, valid, valid.to(wide(a.dtype)), shape)
+            return cls(a, b, None, valid, valid.to(accumulation_dtype(a.dtype)), shape)
         target = target.reshape(inner)
         valid = target != ignore_index
-        coefficient = valid.to(wide(a.dtype))
+        coefficient = valid.to(accumulation_dtype(a.dtype))
         if weight is not None:
             coefficient = coefficient * weight[torch.where(valid, target.long(), 0)]
         return cls(a, b, target, valid, coefficient, shape)
 
-    def join(self, ce: torch.Tensor, kl: torch.Tensor, blend: Blend, dtype: torch.dtype, reduction: str) -> Joined:
-        """Put the parts together, and report them as means."""
+    def to_loss(
+        self, ce: torch.Tensor, kl: torch.Tensor, objective: Objective, dtype: torch.dtype, reduction: str
+    ) -> RDropLoss:
+        """Combine the reduced terms; report them as means over the rows."""
         count, rows = self.coefficient.sum(), self.valid.sum()
-        return join(ce, kl, blend, dtype, reduction=reduction, count=count, rows=rows)
+        return combine_terms(ce, kl, objective, dtype, reduction=reduction, count=count, rows=rows)
 
-    def reduce(self, rows: torch.Tensor, reduction: str, *, blend: Blend | None = None) -> torch.Tensor:
-        """Reduce as the cross entropy does, or as the blend asks."""
-        sums = blend is not None and blend.sums
+    def reduce(self, rows: torch.Tensor, reduction: str, *, objective: Objective | None = None) -> torch.Tensor:
+        """Reduce values of rows as the cross entropy does, or unweighted where the objective sums the KL."""
+        sums = objective is not None and objective.sums_kl
         weighted = rows if sums else rows * self.coefficient
         if reduction == "none":
             return weighted.reshape(self.shape)
@@ -156,10 +158,10 @@ def log_softmax(
     a: torch.Tensor,
     b: torch.Tensor,
     dim: int,
-    blend: Blend,
+    objective: Objective,
     record: Callable[[torch.Tensor, torch.Tensor], object],
 ) -> torch.Tensor:
-    """Return c = factor * [1/2 (log p + log q) - alpha/2 * S], S being that of its distribution, broadcast over dim.
+    """Return c = factor * [1/2 (log p + log q) - alpha/2 * S], S being the divergence of the row, broadcast over dim.
 
     Any loss that is linear in -c with weights that sum to 1 in each row (NLL, gather, label smoothing, KL against a
     teacher) is then R-Drop's, with its own mask, shift and denominator.
@@ -167,13 +169,13 @@ def log_softmax(
     Args:
         a, b: logits.
         dim: of the classes.
-        blend: how the parts are put together.
+        objective: weights of the two terms.
         record: called in each backward pass with ce and kl, weighted as the loss weighted the rows; not called where
             no row had weight.
     Raises:
         SettingError: S is to be summed; over how many rows the loss takes a mean is not known here.
     """
-    if blend.sums:
+    if objective.sums_kl:
         raise SettingError(
             'kl_reduction: expected "match" for a loss computed from log_softmax, got "sum". '
             "Use a loss that calls cross_entropy or nll_loss."
@@ -183,14 +185,14 @@ def log_softmax(
     rows_a, rows_b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
     valid = torch.ones(len(rows_a), dtype=torch.bool, device=a.device)
     s = compare_rows(rows_a, rows_b, None, valid=valid)[1].reshape(*a.shape[:-1], 1)
-    mean = mean_of_both(lambda x: F.log_softmax(x, -1), widen(a), widen(b))
-    blended = mean - blend.alpha / 2 * s if blend.alpha else mean
-    c: torch.Tensor = _Recorded.apply(blended, s, blend.alpha, record)  # type: ignore[no-untyped-call]
-    return (blend.factor * c).to(dtype).movedim(-1, dim)
+    mean = mean_over_passes(lambda x: F.log_softmax(x, -1), upcast_half(a), upcast_half(b))
+    combined = mean - objective.alpha / 2 * s if objective.alpha else mean
+    c: torch.Tensor = _RecordRowWeights.apply(combined, s, objective.alpha, record)  # type: ignore[no-untyped-call]
+    return (objective.factor * c).to(dtype).movedim(-1, dim)
 
 
-class _Recorded(torch.autograd.Function):
-    """The identity; its gradient tells how the loss weighted the rows."""
+class _RecordRowWeights(torch.autograd.Function):
+    """The identity, whose backward reads from the gradient how the loss weighted the rows."""
 
     @staticmethod
     def forward(

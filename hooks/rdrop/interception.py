@@ -1,4 +1,4 @@
-"""Hears the loss functions that a model calls in its forward, and answers in their place."""
+"""TorchFunctionMode that intercepts loss functions called inside forward, so that both passes share one loss."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,107 +14,124 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from surgery.errors import SettingError, SourceError
 
 from ..compiling import eagerly
-from .logprobs import JoinedRows, LogProbs, as_log_probs
-from .loss_calls import JOINED, UNKNOWN, WAY_OUT, LossCall, is_trained, read_call, refuse_misfit
-from .paired import Ticket
+from .logprobs import PairedLogProbs, UnreducedLoss, as_log_probs
+from .loss_calls import (
+    SUPPORTED,
+    UNSUPPORTED,
+    USE_TWO_PASSES,
+    LossCall,
+    any_requires_grad,
+    check_target_shape,
+    read_call,
+)
+from .paired import PairedForward
 
-_HEARD = JOINED | UNKNOWN
-_HEARD_ONE_BY_ONE = tuple(_HEARD)
+_INTERCEPTED = SUPPORTED | UNSUPPORTED
+_INTERCEPTED_ONE_BY_ONE = tuple(_INTERCEPTED)
 
 
-class Hearing:
-    """The loss calls of one forward of `root`: of its two passes, matched in their order, or of one doubled batch.
+class LossInterception:
+    """The loss calls in one forward of `root`: those of its two passes, matched in order, or those on a doubled batch.
 
     Args:
-        ticket: makes one loss of two calls.
-        rows: first dimensions of what one pass makes, if the batch is doubled.
+        forward: makes one loss of two calls.
+        batch_sizes: first dimensions of what one pass makes, if the batch is doubled.
     """
 
-    def __init__(self, root: nn.Module, ticket: Ticket, rows: tuple[int, ...] | None) -> None:
+    def __init__(self, root: nn.Module, forward: PairedForward, batch_sizes: tuple[int, ...] | None) -> None:
         self.root = root
-        self.ticket = ticket
-        self.rows = rows
+        self.forward = forward
+        self.batch_sizes = batch_sizes
         self.first_output: Any = None
-        self._is_second = False
-        self._tape: list[LossCall] = []
-        self._next = 0
+        self._is_second_pass = False
+        self._first_calls: list[LossCall] = []
+        self._position = 0
 
-    def hear(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Answer a call: as torch does in the first pass, with the loss of both in the second.
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the result of a loss function: torch's own in the first pass, the loss of both in the second.
 
         Raises:
             SourceError: the first pass has called another loss here.
             SettingError: the loss of a doubled batch cannot be told from that of one pass.
         """
         values = [*args, *kwargs.values()]
-        is_joined = any(isinstance(value, LogProbs | JoinedRows) for value in values)
-        if is_joined or not is_trained(values) or calls_of(self.root) == 0:
+        has_kl = any(isinstance(value, PairedLogProbs | UnreducedLoss) for value in values)
+        if has_kl or not any_requires_grad(values) or count_active_calls(self.root) == 0:
             return func(*args, **kwargs)
-        if func in UNKNOWN:
-            if self.rows is not None:
-                raise SettingError(f"passes: expected losses that can be halved, got {func.__name__}. {WAY_OUT}")
-            self.ticket.pass_by(func.__name__)
+        if func in UNSUPPORTED:
+            if self.batch_sizes is not None:
+                raise SettingError(f"passes: expected losses that can be halved, got {func.__name__}. {USE_TWO_PASSES}")
+            self.forward.note_unjoined(func.__name__)
             return func(*args, **kwargs)
         call = read_call(func, args, kwargs)
-        refuse_misfit(call)
-        if self.rows is not None:
-            if call.name == "log_softmax" or call.arguments["reduction"] == "none":
-                raise SettingError(
-                    f"passes: expected a loss that is reduced on a doubled batch, got {call.name} without. {WAY_OUT}"
-                )
-            return self.ticket.meet(None, call)
-        if not self._is_second:
-            self._tape.append(call)
+        check_target_shape(call)
+        if self.batch_sizes is not None:
+            return self._doubled_batch_loss(call)
+        if not self._is_second_pass:
+            self._first_calls.append(call)
             if call.name == "log_softmax":
-                return _as_first(func(*args, **kwargs))
-            with torch.no_grad():  # a loss is made once, with the second pass
+                return _as_first_log_probs(func(*args, **kwargs))
+            with torch.no_grad():  # the loss of both is made in the second pass
                 return func(*args, **kwargs)
-        first = self._tape[self._next] if self._next < len(self._tape) else None
-        self._next += 1
+        return self.forward.loss(self._next_first_call(call), call)
+
+    def _doubled_batch_loss(self, call: LossCall) -> torch.Tensor:
+        if call.name == "log_softmax" or call.arguments["reduction"] == "none":
+            raise SettingError(
+                f"passes: expected a loss that is reduced on a doubled batch, got {call.name} without. {USE_TWO_PASSES}"
+            )
+        return self.forward.loss(None, call)
+
+    def _next_first_call(self, call: LossCall) -> LossCall:
+        first = self._first_calls[self._position] if self._position < len(self._first_calls) else None
+        self._position += 1
         if first is None or first.name != call.name:
             raise SourceError(f"rdrop: expected the same losses in both passes, got {call.name} in the second only.")
-        return self.ticket.meet(first, call)
+        return first
 
-    def turn(self, output: Any) -> None:
+    def begin_second_pass(self, first_output: Any) -> None:
         """End the first pass, whose output this is."""
-        self.first_output = output
-        self._is_second = True
+        self.first_output = first_output
+        self._is_second_pass = True
 
-    def refuse_missing(self) -> None:
+    def check_all_matched(self) -> None:
         """Raise if the second pass has left out a loss that the first one has called."""
-        if self._next < len(self._tape):
-            name = self._tape[self._next].name
+        if self._position < len(self._first_calls):
+            name = self._first_calls[self._position].name
             raise SourceError(f"rdrop: expected the same losses in both passes, got {name} in the first only.")
 
 
-def _as_first(log_p: torch.Tensor) -> torch.Tensor:
-    """Mark log-probabilities as in the second pass, for the same calls to be heard in both."""
+def _as_first_log_probs(log_p: torch.Tensor) -> torch.Tensor:
+    """Wrap log-probabilities as in the second pass, so that the same functions of them are intercepted in both."""
     return as_log_probs(log_p, partial(F.nll_loss, log_p.detach()), lambda: log_p)
 
 
-class LossMode(TorchFunctionMode):
-    """Passes loss functions to a Hearing. One object for all forwards: torch.compile guards on it."""
+class LossFunctionMode(TorchFunctionMode):
+    """Passes the calls of loss functions to a LossInterception.
+
+    There is one mode for all forwards of a model, because torch.compile guards on the object.
+    """
 
     def __init__(self) -> None:
-        self.hearing: Hearing | None = None
+        self.interception: LossInterception | None = None
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        # torch.compile has no hash of some functions
+        # torch.compile cannot hash some functions
         is_compiling = torch.compiler.is_compiling()
-        if any(func is heard for heard in _HEARD_ONE_BY_ONE) if is_compiling else func in _HEARD:
-            return _hear(self, func, args, kwargs or {})
+        if any(func is each for each in _INTERCEPTED_ONE_BY_ONE) if is_compiling else func in _INTERCEPTED:
+            return _intercept(self, func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
-    def open(self, hearing: Hearing) -> None:
-        """Hear what is called from now on."""
-        self.hearing = hearing
+    def start(self, interception: LossInterception) -> None:
+        """Intercept what is called from now on."""
+        self.interception = interception
         _push_mode(self)  # type: ignore[no-untyped-call]
 
-    def close(self) -> None:
-        """Hear nothing more, whatever modes have been entered since."""
-        self.hearing = None
+    def stop(self) -> None:
+        """Leave the stack of modes, whatever modes have been entered since and have not been left."""
+        self.interception = None
         above = []
         while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             if (mode := _pop_mode()) is not self:  # type: ignore[no-untyped-call]
@@ -123,22 +140,22 @@ class LossMode(TorchFunctionMode):
             _push_mode(mode)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> Any:
-        return LossMode, ()
+        return LossFunctionMode, ()
 
 
 @eagerly
-def _hear(mode: LossMode, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return func(*args, **kwargs) if mode.hearing is None else mode.hearing.hear(func, args, kwargs)
+def _intercept(mode: LossFunctionMode, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return func(*args, **kwargs) if mode.interception is None else mode.interception.on_call(func, args, kwargs)
 
 
-def calls_of(root: nn.Module) -> int:
-    """Count the calls of a module that are under way. A KeyboardInterrupt ends them without running any hook."""
+def count_active_calls(root: nn.Module) -> int:
+    """Count the calls of a module that are on the stack: a KeyboardInterrupt ends them without running any hook."""
     count = 0
     frame = sys._getframe(1)
     while frame is not None:
-        count += frame.f_code is _CALL and frame.f_locals.get("self") is root
+        count += frame.f_code is _CALL_IMPL and frame.f_locals.get("self") is root
         frame = frame.f_back  # type: ignore[assignment]
     return count
 
 
-_CALL = unwrap(nn.Module._call_impl).__code__  # `surgery run` may be listening to calls
+_CALL_IMPL = unwrap(nn.Module._call_impl).__code__  # `surgery run` may have wrapped it

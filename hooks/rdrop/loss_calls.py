@@ -1,4 +1,4 @@
-"""The loss functions of torch, as they are called: what R-Drop joins, and what it does not know."""
+"""Calls of torch.nn.functional losses, bound to their signatures: those that R-Drop has a formula for, and others."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,18 +12,17 @@ from torch.nn import functional as F  # noqa: N812
 from surgery.errors import SettingError
 
 from .divergence import (
-    Blend,
-    Joined,
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
     cross_entropy,
     mse_loss,
     nll_loss,
 )
+from .objective import Objective, RDropLoss
 
 
 def _log_softmax(input: torch.Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> None:
-    """Has the arguments of torch.log_softmax and Tensor.log_softmax, which do not tell theirs."""
+    """Stand in for torch.log_softmax and Tensor.log_softmax, which are builtins without a signature."""
 
 
 _SIGNATURES: dict[Any, tuple[str, inspect.Signature]] = {
@@ -41,19 +40,19 @@ _SIGNATURES: dict[Any, tuple[str, inspect.Signature]] = {
     for function in (torch.log_softmax, torch.Tensor.log_softmax, torch.special.log_softmax)
 }
 
-JOINED = frozenset(_SIGNATURES)
-"""Functions that see the logits of both passes."""
+SUPPORTED = frozenset(_SIGNATURES)
+"""Loss functions that R-Drop computes from the outputs of both passes."""
 
-UNKNOWN = frozenset(
+UNSUPPORTED = frozenset(
     function
     for home in (F, torch)
     for name in dir(home)
     if (name.endswith("_loss") or name in ("kl_div", "linear_cross_entropy"))
-    and (function := getattr(home, name)) not in JOINED
+    and (function := getattr(home, name)) not in SUPPORTED
 )
-"""Losses that R-Drop has no formula for."""
+"""Loss functions that R-Drop has no formula for."""
 
-_Difference = Callable[["LossCall", "LossCall", Blend], Joined]
+_TwoPassLoss = Callable[["LossCall", "LossCall", Objective], RDropLoss]
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class LossCall:
     """One call of a loss function.
 
     Args:
-        name: as torch.nn.functional has it.
-        arguments: all of them by name, the defaults too; `reduction` in its modern form.
+        name: of the function in torch.nn.functional.
+        arguments: all of them by name, with defaults; size_average and reduce are turned into `reduction`.
     """
 
     name: str
@@ -76,18 +75,18 @@ class LossCall:
 
     @property
     def prediction(self) -> torch.Tensor:
-        """What wants a gradient: the input, unless mse_loss was given its arguments the other way round."""
+        """What requires grad: the input, unless mse_loss was given its arguments the other way round."""
         target = self.arguments.get("target")
         return target if target is not None and target.requires_grad and not self.input.requires_grad else self.input
 
-    def repeat(self) -> torch.Tensor:
-        """Return what torch gives for a doubled batch, on the scale of one pass."""
+    def torch_loss(self) -> torch.Tensor:
+        """Return torch's own loss of a doubled batch, on the scale of one pass."""
         loss: torch.Tensor = getattr(F, self.name)(**self.arguments)
         return loss / 2 if self.arguments["reduction"] == "sum" else loss
 
 
 def read_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LossCall:
-    """Put names to the arguments of a call of one of JOINED."""
+    """Bind the arguments of a call of one of SUPPORTED to their names."""
     name, signature = _SIGNATURES[function]
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -98,12 +97,12 @@ def read_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return LossCall(name, arguments)
 
 
-def is_trained(args: Any) -> bool:
-    """Tell whether a loss of these arguments is one to minimize: a gradient is wanted."""
+def any_requires_grad(args: Any) -> bool:
+    """Tell whether a loss of these arguments can be minimized: grad mode is on, and one of them requires grad."""
     return torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
 
 
-def join(first: LossCall, second: LossCall, blend: Blend) -> Joined:
+def two_pass_loss(first: LossCall, second: LossCall, objective: Objective) -> RDropLoss:
     """Return R-Drop's loss for one call in each pass, of the same function.
 
     Raises:
@@ -114,28 +113,28 @@ def join(first: LossCall, second: LossCall, blend: Blend) -> Joined:
             f"rdrop: expected logits of one shape in both passes, got {tuple(first.input.shape)} and "
             f"{tuple(second.input.shape)} in {second.name}. The model must take the same way twice."
         )
-    refuse_misfit(second)
-    return _JOINS[second.name](first, second, blend)
+    check_target_shape(second)
+    return _TWO_PASS_LOSSES[second.name](first, second, objective)
 
 
-def join_halves(call: LossCall, blend: Blend) -> Joined:
-    """Return R-Drop's loss where one call has both passes, one after the other, in its first dimension."""
+def doubled_batch_loss(call: LossCall, objective: Objective) -> RDropLoss:
+    """Return R-Drop's loss for one call on a doubled batch: both passes one after the other, in dimension 0."""
     if call.name == "cross_entropy":
-        return cross_entropy(call.input, None, call.arguments["target"], blend, **_options(call))
-    first, second = _split(call.arguments, call.input)
-    return join(
-        LossCall(call.name, {**call.arguments, **first}), LossCall(call.name, {**call.arguments, **second}), blend
+        return cross_entropy(call.input, None, call.arguments["target"], objective, **_loss_options(call))
+    first, second = _chunk_batched(call.arguments, call.input)
+    return two_pass_loss(
+        LossCall(call.name, {**call.arguments, **first}), LossCall(call.name, {**call.arguments, **second}), objective
     )
 
 
-WAY_OUT = 'Use RDrop(alpha, passes="two").'
+USE_TWO_PASSES = 'Use RDrop(alpha, passes="two").'
 
 
-def refuse_unhalved(call: LossCall, *, is_new: bool) -> None:
-    """Refuse a loss that is not that of one batch twice over.
+def check_is_doubled(call: LossCall, *, compares_labels: bool) -> None:
+    """Raise unless a loss was called on one batch twice over.
 
     Args:
-        is_new: look at the labels too, which costs a wait for the device.
+        compares_labels: look at the labels of both halves too, which synchronizes with the device.
     Raises:
         SettingError: the batch is not in the first dimension of what the loss function was given.
     """
@@ -143,17 +142,17 @@ def refuse_unhalved(call: LossCall, *, is_new: bool) -> None:
     if logits.dim() == 0 or logits.shape[0] % 2 or target.shape[:1] != logits.shape[:1]:
         raise SettingError(
             f"passes: expected the doubled batch in the first dimension of logits and labels, got shapes "
-            f"{tuple(logits.shape)} and {tuple(target.shape)} in {call.name}. {WAY_OUT}"
+            f"{tuple(logits.shape)} and {tuple(target.shape)} in {call.name}. {USE_TWO_PASSES}"
         )
-    if is_new and not target.is_floating_point() and not torch.equal(*target.chunk(2)):
+    if compares_labels and not target.is_floating_point() and not torch.equal(*target.chunk(2)):
         raise SettingError(
             f"passes: expected the labels of one batch twice over in {call.name}, got halves that differ: the batch "
-            f"is not in the first dimension. {WAY_OUT}"
+            f"is not in the first dimension. {USE_TWO_PASSES}"
         )
 
 
-def _split(arguments: Mapping[str, Any], logits: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Halve what lies along the doubled batch: not the weights of classes."""
+def _chunk_batched(arguments: Mapping[str, Any], logits: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Halve the arguments whose first dimension is the doubled batch; class weights are not."""
     batched = {
         name: value
         for name, value in arguments.items()
@@ -165,15 +164,15 @@ def _split(arguments: Mapping[str, Any], logits: torch.Tensor) -> tuple[dict[str
     return first, second
 
 
-def _options(call: LossCall) -> dict[str, Any]:
+def _loss_options(call: LossCall) -> dict[str, Any]:
     return {name: value for name, value in call.arguments.items() if name not in ("input", "target")}
 
 
-def refuse_misfit(call: LossCall) -> None:
-    """Refuse labels of another length than the logits.
+def check_target_shape(call: LossCall) -> None:
+    """Raise unless class indices have the shape of the logits without the class dimension.
 
     Raises:
-        SettingError: they are.
+        SettingError: they do not.
     """
     target = call.arguments.get("target")
     if call.name not in ("cross_entropy", "nll_loss") or target is None or target.is_floating_point():
@@ -187,23 +186,28 @@ def refuse_misfit(call: LossCall) -> None:
         )
 
 
-def _classify(function: Callable[..., Joined]) -> _Difference:
-    def apply(first: LossCall, second: LossCall, blend: Blend) -> Joined:
-        return function(first.input, second.input, second.arguments["target"], blend, **_options(second))
+def _with_one_target(function: Callable[..., RDropLoss]) -> _TwoPassLoss:
+    def apply(first: LossCall, second: LossCall, objective: Objective) -> RDropLoss:
+        return function(first.input, second.input, second.arguments["target"], objective, **_loss_options(second))
 
     return apply
 
 
-def _regress(first: LossCall, second: LossCall, blend: Blend) -> Joined:
+def _mse_loss(first: LossCall, second: LossCall, objective: Objective) -> RDropLoss:
     return mse_loss(
-        first.input, second.input, first.arguments["target"], second.arguments["target"], blend, **_options(second)
+        first.input,
+        second.input,
+        first.arguments["target"],
+        second.arguments["target"],
+        objective,
+        **_loss_options(second),
     )
 
 
-_JOINS: dict[str, _Difference] = {
-    "binary_cross_entropy": _classify(binary_cross_entropy),
-    "binary_cross_entropy_with_logits": _classify(binary_cross_entropy_with_logits),
-    "cross_entropy": _classify(cross_entropy),
-    "mse_loss": _regress,
-    "nll_loss": _classify(nll_loss),
+_TWO_PASS_LOSSES: dict[str, _TwoPassLoss] = {
+    "binary_cross_entropy": _with_one_target(binary_cross_entropy),
+    "binary_cross_entropy_with_logits": _with_one_target(binary_cross_entropy_with_logits),
+    "cross_entropy": _with_one_target(cross_entropy),
+    "mse_loss": _mse_loss,
+    "nll_loss": _with_one_target(nll_loss),
 }

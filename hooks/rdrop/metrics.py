@@ -1,14 +1,14 @@
-"""What R-Drop has measured: its two terms, kept where they are until somebody asks, for reading costs a wait."""
+"""Means of R-Drop's cross entropy and KL, kept as tensors on the device: .tolist() would synchronize with it."""
 
 from typing import Any
 
 import torch
 
 
-class Measured:
-    """The cross-entropy and the KL of each forward, both as the loss has them, without alpha.
+class Metrics:
+    """The cross entropy and the KL of each forward, both reduced as in the loss, without alpha.
 
-    Args of `add` are scalars; a forward may have several, whose mean counts.
+    A forward may have several losses, whose mean counts.
     """
 
     def __init__(self) -> None:
@@ -17,18 +17,18 @@ class Measured:
         self._sum: torch.Tensor | None = None
         self._count = 0
         self.fired = 0
-        """Forwards that the KL was a part of."""
+        """Number of forwards with the KL in their loss."""
 
     def add(self, ce: torch.Tensor, kl: torch.Tensor) -> None:
-        """Take in the terms of one loss."""
+        """Add the terms of one loss, 0-dim tensors."""
         self._pending.append(torch.stack([kl.detach().double(), ce.detach().double()]))
 
-    def fire(self) -> None:
+    def count_forward(self) -> None:
         """Count a forward whose loss has the KL in it."""
         self.fired += 1
 
-    def settle(self) -> None:
-        """End a forward."""
+    def end_forward(self) -> None:
+        """Add the mean over the losses of a forward to the sums."""
         if not self._pending:
             return
         self._last = torch.stack(self._pending).mean(0)
@@ -37,13 +37,13 @@ class Measured:
         self._count += 1
 
     def last(self) -> dict[str, Any]:
-        """Return the last values, None where nothing has been measured."""
-        self.settle()
+        """Return the last values, None where there was no loss."""
+        self.end_forward()
         kl, ce = [None, None] if self._last is None else self._last.tolist()
         return {"kl": kl, "ce": ce, "rdrop_fired": self.fired}
 
     def read(self) -> dict[str, Any]:
-        """Return the last values and the means since they were last read; None where nothing has been measured."""
+        """Return the last values and the means since they were last read; None where there was no loss."""
         last = self.last()
         kl, ce = [None, None] if self._sum is None else (self._sum / self._count).tolist()
         self._sum, self._count = None, 0

@@ -1,4 +1,7 @@
-"""What a model returns: tensors, in whatever holds them."""
+"""tree_map of torch.utils._pytree for what a model returns, which also enters dataclasses, records and KV caches.
+
+A forward writes to a KV cache of transformers and returns it, so that each of two passes needs a copy of its own.
+"""
 
 import copy
 from collections.abc import Callable, MutableMapping
@@ -14,8 +17,8 @@ from torch.utils._pytree import tree_map
 def map_output(change: Callable[..., Any], output: Any, *others: Any) -> Any:
     """Copy an output with `change` applied to its tensors, each with those in the same places of `others`.
 
-    Tensors are looked for in all that torch's pytree knows, and in mappings, dataclasses and plain records. What
-    `change` returns for anything else takes its place as well.
+    Tensors are looked for in all that torch's pytree knows, and in mappings, dataclasses and objects whose attributes
+    are tensors. What `change` returns for any other leaf, such as a KV cache, takes its place as well.
     """
     return tree_map(partial(_map_leaf, change), output, *others)
 
@@ -27,7 +30,7 @@ def _map_leaf(change: Callable[..., Any], leaf: Any, *others: Any) -> Any:
         made = copy.copy(leaf)
         made.update({key: map_output(change, value, *(o[key] for o in others)) for key, value in leaf.items()})
         return made
-    attributes = _attributes(leaf)
+    attributes = _record_attributes(leaf)
     if not attributes:
         return change(leaf, *others)
     made = copy.copy(leaf)
@@ -36,10 +39,28 @@ def _map_leaf(change: Callable[..., Any], leaf: Any, *others: Any) -> Any:
     return made
 
 
-def _attributes(thing: Any) -> dict[str, Any]:
-    """Return the attributes of a record, none of anything else."""
-    if is_dataclass(thing) and not isinstance(thing, type):
-        return {field.name: getattr(thing, field.name) for field in fields(thing) if hasattr(thing, field.name)}
-    attributes = getattr(thing, "__dict__", {})
+def _record_attributes(leaf: Any) -> dict[str, Any]:
+    """Return the attributes of a dataclass, or of an object that holds tensors with a gradient; else none."""
+    if is_dataclass(leaf) and not isinstance(leaf, type):
+        return {field.name: getattr(leaf, field.name) for field in fields(leaf) if hasattr(leaf, field.name)}
+    attributes = getattr(leaf, "__dict__", {})
     is_record = any(isinstance(value, torch.Tensor) and value.requires_grad for value in attributes.values())
-    return dict(attributes) if is_record and not isinstance(thing, nn.Module | type) else {}
+    return dict(attributes) if is_record and not isinstance(leaf, nn.Module | type) else {}
+
+
+def is_kv_cache(leaf: Any) -> bool:
+    """Tell whether an object is a cache of transformers, or one layer of a cache."""
+    return not isinstance(leaf, type) and (hasattr(leaf, "get_seq_length") or hasattr(leaf, "lazy_initialization"))
+
+
+def map_kv_cache(cache: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Copy a cache, with `change` applied to every tensor in it."""
+
+    def apply(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return change(leaf)
+        return map_kv_cache(leaf, change) if is_kv_cache(leaf) else leaf
+
+    made = copy.copy(cache)
+    vars(made).update({name: tree_map(apply, value) for name, value in vars(cache).items()})
+    return made

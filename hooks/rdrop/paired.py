@@ -1,4 +1,7 @@
-"""Tensors that carry their twin from the model's other pass to a loss function that is called outside of the model."""
+"""torch.Tensor subclass that carries the first pass's tensor along, for a loss function called outside of forward.
+
+Every torch function of a PairedTensor is applied to the tensors of both passes; a loss function gets both results.
+"""
 
 import logging
 import sys
@@ -13,68 +16,68 @@ from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 from surgery.errors import SourceError
 
 from ..compiling import eagerly
-from .loss_calls import JOINED, UNKNOWN, LossCall, is_trained, read_call
+from .loss_calls import SUPPORTED, UNSUPPORTED, LossCall, any_requires_grad, read_call
 from .outputs import map_output
-from .transparent import Plain
+from .transparent import TransparentTensor
 
 _log = logging.getLogger(__name__)
-Join = Callable[[LossCall | None, LossCall, Callable[[], None]], torch.Tensor]
-"""Makes one loss of the calls in both passes; says so when it has."""
+MakeLoss = Callable[[LossCall | None, LossCall, Callable[[], None]], torch.Tensor]
+"""Returns one loss for the calls in both passes, and calls the function it was given as soon as there is one."""
 
 
 @dataclass(eq=False)
-class Ticket:
-    """One training forward of two passes, whose twins have to meet in a loss function.
+class PairedForward:
+    """One training forward of two passes, and whether a loss of R-Drop was made of its outputs.
 
     Args:
-        join: makes one loss of the calls of both passes, or of one call on a doubled batch.
-        fire: is told once that it has.
+        make_loss: makes one loss of the calls of both passes, or of one call on a doubled batch.
+        on_first_loss: is called once, with the first such loss.
         unjoined: names of the losses that R-Drop has no formula for, over all forwards of the model.
-        before: tickets of the forwards whose outputs this one was given, such as a hidden state.
-        is_reached: it has been called.
-        stray: those of this forward.
+        upstream: the forwards whose outputs this one was given, such as a hidden state.
+        has_loss: a loss of R-Drop was made.
+        unjoined_here: those of this forward.
     """
 
-    join: Join
-    fire: Callable[[], None]
+    make_loss: MakeLoss
+    on_first_loss: Callable[[], None]
     unjoined: set[str]
-    before: frozenset["Ticket"] = frozenset()
-    is_reached: bool = False
-    stray: tuple[str, ...] = ()
+    upstream: frozenset["PairedForward"] = frozenset()
+    has_loss: bool = False
+    unjoined_here: tuple[str, ...] = ()
 
-    def meet(self, first: LossCall | None, second: LossCall) -> torch.Tensor:
-        """Return the loss."""
-        return self.join(first, second, self.reach)
+    def loss(self, first: LossCall | None, second: LossCall) -> torch.Tensor:
+        """Return the loss of both passes; first is None for a doubled batch."""
+        return self.make_loss(first, second, self.mark_loss)
 
-    def pass_by(self, name: str) -> None:
-        """Note a loss that is not known."""
-        self.stray += (name,)
+    def note_unjoined(self, name: str) -> None:
+        """Note a loss function without a formula, and warn of it once."""
+        self.unjoined_here += (name,)
         if name not in self.unjoined:
             _log.warning("rdrop: no formula for %s: it is taken from the second pass, as it is.", name)
         self.unjoined.add(name)
 
-    def reach(self) -> None:
-        """Note that the loss has R-Drop in it, and so have the gradients that go back to forwards before."""
+    def mark_loss(self) -> None:
+        """Note that the loss has the KL in it, and so do the gradients that flow back to the upstream forwards."""
         waiting = [self]
         while waiting:
-            ticket = waiting.pop()
-            if not ticket.is_reached:
-                ticket.fire()
-            ticket.is_reached = True
-            waiting += ticket.before
-            ticket.before = frozenset()
+            forward = waiting.pop()
+            if not forward.has_loss:
+                forward.on_first_loss()
+            forward.has_loss = True
+            waiting += forward.upstream
+            forward.upstream = frozenset()
 
-    def check(self, grad: torch.Tensor) -> None:  # noqa: ARG002
-        """Refuse a gradient that does not come from R-Drop's loss; a hook of the logits."""
-        if not self.is_reached:
-            raise SourceError(self.complaint())
+    def check_gradient(self, grad: torch.Tensor) -> None:  # noqa: ARG002
+        """Raise if a gradient does not come from a loss of R-Drop; a hook of the outputs."""
+        if not self.has_loss:
+            raise SourceError(self.unknown_loss_message())
 
-    def complaint(self) -> str:
-        """Say that the loss is not known."""
+    def unknown_loss_message(self) -> str:
+        """Say which losses were called, none of which has a formula."""
         unmet = (
             "a loss that calls none of them, or something in between that loses a pass, as an autograd function does"
         )
-        met = f"got {' and '.join(dict.fromkeys(self.stray)) or unmet}"
+        met = f"got {' and '.join(dict.fromkeys(self.unjoined_here)) or unmet}"
         return (
             "rdrop: expected a loss by cross_entropy, nll_loss, log_softmax, binary_cross_entropy or mse_loss of "
             f"torch, {met}. Train without rdrop, or with one of these."
@@ -82,136 +85,157 @@ class Ticket:
 
 
 @dataclass(eq=False)
-class Edge:
-    """A Twin's own place in the graph: only what does not ask the Twin gets there, and it loses the first pass."""
+class BypassHook:
+    """Prehook of a PairedTensor's own grad_fn, which runs only for what bypasses __torch_function__.
 
-    tickets: frozenset[Ticket]
-    is_known: bool = False
+    An autograd.Function, for instance, gets the second pass only, and its gradient comes back this way.
 
-    def notice(self, grads: tuple[torch.Tensor | None, ...]) -> None:
-        """Note that a gradient has come this way, beside one of R-Drop's loss; a hook of the Twin's node."""
-        if self.is_known or all(grad is None for grad in grads):
+    Args:
+        forwards: those of the tensor.
+        is_expected: whoever bypasses it pairs its result again.
+    """
+
+    forwards: frozenset[PairedForward]
+    is_expected: bool = False
+
+    def on_gradient(self, grads: tuple[torch.Tensor | None, ...]) -> None:
+        """Note a gradient that came beside that of R-Drop's loss; without one, check_gradient raises."""
+        if self.is_expected or all(grad is None for grad in grads):
             return
-        for ticket in self.tickets:
-            if ticket.is_reached:
-                ticket.pass_by("an autograd function on the outputs, or the like")
+        for forward in self.forwards:
+            if forward.has_loss:
+                forward.note_unjoined("an autograd function on the outputs, or the like")
 
 
-class Twin(Plain):
-    """The result of the second pass, with that of the first as `other`: what is done to one is done to both.
+class PairedTensor(TransparentTensor):
+    """The result of the second pass, with that of the first as `first`: torch functions are applied to both.
 
-    Only as long as there is a gradient to be had: what is detached, compared or printed is an ordinary tensor.
+    That goes on only while gradients are recorded: what is detached, compared or printed is an ordinary tensor.
+
+    Args:
+        second: the result as an ordinary tensor, to which functions are applied; None until it is needed, where that of
+            the second pass was no part of the graph.
+        first: that of the first pass.
+        bypass: the hook of this tensor's grad_fn.
+        forwards: those that it comes from.
     """
 
     second: torch.Tensor | None
-    """The result as an ordinary tensor, which is what is worked on; None: not in the graph yet."""
-    other: torch.Tensor
-    edge: Edge
-    tickets: frozenset[Ticket]
+    first: torch.Tensor
+    bypass: BypassHook
+    forwards: frozenset[PairedForward]
 
     @staticmethod
-    def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def apply_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _apply_to_both(func, args, kwargs)
 
 
-def pair(second: Any, first: Any, ticket: Ticket) -> Any:
+def pair_outputs(second: Any, first: Any, forward: PairedForward) -> Any:
     """Pair the outputs of two passes, tensor by tensor, in a copy of the structure of the second.
 
-    Where there is nothing to pair with, a gradient that comes along raises unless the ticket is reached.
+    A tensor without a counterpart stays as it is; its gradient raises unless the forward has a loss of R-Drop.
     """
-    return map_output(lambda b, a: _pair_tensors(b, a, ticket), second, first)
+    return map_output(lambda b, a: _pair_tensors(b, a, forward), second, first)
 
 
-def _pair_tensors(second: Any, first: Any, ticket: Ticket) -> Any:
+def _pair_tensors(second: Any, first: Any, forward: PairedForward) -> Any:
     is_output = isinstance(second, torch.Tensor) and second.requires_grad and not second.is_leaf
-    if not is_output or (ticket.is_reached and second.dim() == 0):
+    if not is_output or (forward.has_loss and second.dim() == 0):
         return second
-    if not ticket.is_reached:
-        second.register_hook(ticket.check)
+    if not forward.has_loss:
+        second.register_hook(forward.check_gradient)
     is_fit = isinstance(first, torch.Tensor) and first.requires_grad and first.shape == second.shape
-    return _twin(second, first, frozenset([ticket])) if is_fit and type(second) is torch.Tensor else second
+    return _make_paired(second, first, frozenset([forward])) if is_fit and type(second) is torch.Tensor else second
 
 
-def _twin(second: torch.Tensor, first: torch.Tensor, tickets: frozenset[Ticket]) -> Twin:
-    twin = second.as_subclass(Twin)
-    twin.second = second if second.requires_grad else None
-    twin.other, twin.tickets = first, tickets
-    _watch_edge(twin)
-    return twin
+def _make_paired(second: torch.Tensor, first: torch.Tensor, forwards: frozenset[PairedForward]) -> PairedTensor:
+    paired = second.as_subclass(PairedTensor)
+    paired.second = second if second.requires_grad else None
+    paired.first, paired.forwards = first, forwards
+    _hook_bypass(paired)
+    return paired
 
 
-def _watch_edge(twin: Twin) -> None:
-    twin.edge = Edge(twin.tickets)
+def _hook_bypass(paired: PairedTensor) -> None:
+    paired.bypass = BypassHook(paired.forwards)
     with torch._C.DisableTorchFunctionSubclass():
         # not a hook of the tensor, which would stay where it was when the tensor is written to
-        if twin.grad_fn is not None and twin.numel() > 1:  # a scalar may be the whole loss
-            twin.grad_fn.register_prehook(twin.edge.notice)
+        if paired.grad_fn is not None and paired.numel() > 1:  # a scalar may be the whole loss
+            paired.grad_fn.register_prehook(paired.bypass.on_gradient)
 
 
-def part(tree: Any) -> tuple[Any, Any]:
-    """Return the first and the second pass's share of arguments that may hold twins."""
-    if not any(isinstance(leaf, Twin) for leaf in tree_iter(tree)):
-        return tree, tree  # the script may look into what it has given
-    return tree_map_only(Twin, lambda twin: twin.other, tree), tree_map_only(Twin, _second, tree)
+def split_passes(tree: Any) -> tuple[Any, Any]:
+    """Return the first and the second pass's version of arguments that may hold PairedTensors."""
+    if not any(isinstance(leaf, PairedTensor) for leaf in tree_iter(tree)):
+        return tree, tree  # not a copy: the script may look into what it has given
+    return tree_map_only(PairedTensor, lambda paired: paired.first, tree), tree_map_only(PairedTensor, _second_of, tree)
 
 
-def _second(twin: Twin) -> torch.Tensor:
-    if twin.second is None:
-        twin.second = twin.as_subclass(torch.Tensor)
-    return twin.second
+def _second_of(paired: PairedTensor) -> torch.Tensor:
+    if paired.second is None:
+        paired.second = paired.as_subclass(torch.Tensor)
+    return paired.second
 
 
-def tickets_of(tree: Any) -> frozenset[Ticket]:
-    """Return the tickets of the twins in arguments."""
-    return frozenset().union(*(leaf.tickets for leaf in tree_iter(tree) if isinstance(leaf, Twin)))
+def forwards_in(tree: Any) -> frozenset[PairedForward]:
+    """Return the forwards that the PairedTensors in arguments come from."""
+    return frozenset().union(*(leaf.forwards for leaf in tree_iter(tree) if isinstance(leaf, PairedTensor)))
 
 
 @eagerly  # a function that is compiled as a whole runs these one by one
 def _apply_to_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func in JOINED and is_trained([*args, *kwargs.values()]):
-        return _join(func, args, kwargs)
-    (others, other_kwargs), (seconds, second_kwargs) = part((args, kwargs))
-    if func is _BASE:
+    if func in SUPPORTED and any_requires_grad([*args, *kwargs.values()]):
+        return _loss_of_both(func, args, kwargs)
+    (firsts, first_kwargs), (seconds, second_kwargs) = split_passes((args, kwargs))
+    if func is _GET_BASE:
         return func(*seconds)
-    tickets = tickets_of((args, kwargs))
-    if func in UNKNOWN and is_trained([*args, *kwargs.values()]):
-        for ticket in tickets:
-            ticket.pass_by(func.__name__)
-    if func is torch.Tensor.backward:
-        for ticket in tickets:
-            ticket.check(args[0])
+    forwards = forwards_in((args, kwargs))
+    _note_backward_or_unsupported(func, args, kwargs, forwards)
     tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     versions = [_version(tensor) for tensor in tensors]
-    twins = {id(tensor.second): tensor for tensor in tensors if isinstance(tensor, Twin)}
-    result = tree_map(lambda leaf: twins.get(id(leaf), leaf), func(*seconds, **second_kwargs))
+    paired_by_second = {id(tensor.second): tensor for tensor in tensors if isinstance(tensor, PairedTensor)}
+    result = tree_map(lambda leaf: paired_by_second.get(id(leaf), leaf), func(*seconds, **second_kwargs))
     written = [tensor for tensor, version in zip(tensors, versions, strict=True) if _version(tensor) != version]
-    if any(tensor.requires_grad and not isinstance(tensor, Twin) for tensor in written):
-        return result  # a plain tensor has taken in a twin: to do it twice would count it twice
-    for twin in written:
-        if isinstance(twin, Twin):
-            _watch_edge(twin)
-    is_sink = func is torch.Tensor.clone and not torch.is_grad_enabled() and _is_in_sink()
-    if is_sink:
-        args[0].edge.is_known = True
-    is_paired = torch.is_grad_enabled() and any(_is_twinnable(leaf) for leaf in tree_iter(result))
-    if not (written or is_sink or is_paired):
+    if any(tensor.requires_grad and not isinstance(tensor, PairedTensor) for tensor in written):
+        return result  # an ordinary tensor was written to: to do it for the first pass too would do it twice
+    for paired in written:
+        if isinstance(paired, PairedTensor):
+            _hook_bypass(paired)
+    is_ddp_sink = func is torch.Tensor.clone and not torch.is_grad_enabled() and _is_in_ddp_sink()
+    if is_ddp_sink:
+        args[0].bypass.is_expected = True
+    is_paired = torch.is_grad_enabled() and any(_is_pairable(leaf) for leaf in tree_iter(result))
+    if not (written or is_ddp_sink or is_paired):
         return result
-    with torch.set_grad_enabled(torch.is_grad_enabled() or is_sink):
-        other = func(*others, **other_kwargs)
-    if not (is_sink or is_paired):
+    with torch.set_grad_enabled(torch.is_grad_enabled() or is_ddp_sink):
+        first = func(*firsts, **first_kwargs)
+    if not (is_ddp_sink or is_paired):
         return result
     return tree_map(
-        lambda b, a: _twin(b, a, tickets) if _is_twinnable(b) or (is_sink and type(b) is torch.Tensor) else b,
+        lambda b, a: (
+            _make_paired(b, a, forwards) if _is_pairable(b) or (is_ddp_sink and type(b) is torch.Tensor) else b
+        ),
         result,
-        other,
+        first,
     )
 
 
-def _is_in_sink() -> bool:
-    """Tell whether DistributedDataParallel is cloning the outputs, in an autograd function that changes nothing."""
+def _note_backward_or_unsupported(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], forwards: frozenset[PairedForward]
+) -> None:
+    if func in UNSUPPORTED and any_requires_grad([*args, *kwargs.values()]):
+        for forward in forwards:
+            forward.note_unjoined(func.__name__)
+    if func is torch.Tensor.backward:
+        for forward in forwards:
+            forward.check_gradient(args[0])
+
+
+def _is_in_ddp_sink() -> bool:
+    """Tell whether DistributedDataParallel is cloning the outputs, in an autograd.Function that changes nothing."""
     frame = sys._getframe(1)
     for _ in range(12):
-        if frame.f_code is _SINK:
+        if frame.f_code is _DDP_SINK_FORWARD:
             return True
         if frame.f_back is None:
             break
@@ -219,25 +243,25 @@ def _is_in_sink() -> bool:
     return False
 
 
-_SINK = _DDPSink.forward.__code__
-_BASE = torch.Tensor._base.__get__  # type: ignore[union-attr]
+_DDP_SINK_FORWARD = _DDPSink.forward.__code__
+_GET_BASE = torch.Tensor._base.__get__  # type: ignore[union-attr]
 
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _is_twinnable(leaf: Any) -> bool:
+def _is_pairable(leaf: Any) -> bool:
     return type(leaf) is torch.Tensor and leaf.requires_grad
 
 
-def _join(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tickets = tickets_of((args, kwargs))
-    (first_args, first_kwargs), (second_args, second_kwargs) = part((args, kwargs))
+def _loss_of_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    forwards = forwards_in((args, kwargs))
+    (first_args, first_kwargs), (second_args, second_kwargs) = split_passes((args, kwargs))
 
-    def reach() -> None:
-        for ticket in tickets:
-            ticket.reach()
+    def on_loss() -> None:
+        for forward in forwards:
+            forward.mark_loss()
 
-    join = next(iter(tickets)).join
-    return join(read_call(func, first_args, first_kwargs), read_call(func, second_args, second_kwargs), reach)
+    make_loss = next(iter(forwards)).make_loss
+    return make_loss(read_call(func, first_args, first_kwargs), read_call(func, second_args, second_kwargs), on_loss)

@@ -1,50 +1,50 @@
-"""Whether the two passes of R-Drop differ at all."""
+"""torch.equal on the logits of both passes: without dropout they are equal to the bit, and the KL is 0."""
 
 import torch
 
 from surgery.errors import SourceError
 
-_PATIENCE = 10
-"""Optimizer steps in which random numbers may be drawn and not show: w is still w_pre, or a zero layer hides them."""
+_MAX_EQUAL_STEPS = 10
+"""Optimizer steps in which random numbers may be drawn without effect: w is still w_pre, or a zero layer hides them."""
 
 
 class Randomness:
-    """Looks at the logits until two have differed; that costs a wait for the device."""
+    """Compares the logits until two have differed, and then no more: a comparison synchronizes with the device."""
 
     def __init__(self) -> None:
-        self._is_seen = False
-        self._since: int | None = None
-        self._states: list[torch.Tensor] = []
+        self._has_differed = False
+        self._equal_since: int | None = None
+        self._rng_states: list[torch.Tensor] = []
 
-    def mark(self) -> None:
-        """Remember how far the random generators are, before the first pass."""
-        if not self._is_seen:
-            self._states = _states()
+    def save_rng_states(self) -> None:
+        """Save the states of the random number generators, before the first pass."""
+        if not self._has_differed:
+            self._rng_states = _rng_states()
 
-    def check(self, a: torch.Tensor, b: torch.Tensor, *, steps: int) -> None:
-        """Raise if there is no randomness between the passes.
+    def check_passes_differ(self, a: torch.Tensor, b: torch.Tensor, *, steps: int) -> None:
+        """Raise if the passes are equal and will stay so.
 
         Args:
             a, b: the logits.
-            steps: the optimizer's, so far.
+            steps: optimizer steps so far.
         Raises:
-            SourceError: they are equal to the bit, and no random number was drawn, or none has shown for long.
+            SourceError: they are equal to the bit, and no random number was drawn, or none had an effect for long.
         """
-        if self._is_seen:
+        if self._has_differed:
             return
         if a.shape != b.shape or not torch.equal(a, b):
-            self._is_seen = True
-            self._states = []
+            self._has_differed = True
+            self._rng_states = []
             return
-        self._since = steps if self._since is None else self._since
-        is_drawn = any(not torch.equal(was, now) for was, now in zip(self._states, _states(), strict=True))
-        if not is_drawn or steps - self._since >= _PATIENCE:
+        self._equal_since = steps if self._equal_since is None else self._equal_since
+        is_drawn = any(not torch.equal(was, now) for was, now in zip(self._rng_states, _rng_states(), strict=True))
+        if not is_drawn or steps - self._equal_since >= _MAX_EQUAL_STEPS:
             raise SourceError(
                 "rdrop: expected two passes that differ, got logits that are equal to the bit: no dropout is at work. "
                 "Give the model dropout (LoRA's will do) or Mixout, or train without rdrop."
             )
 
 
-def _states() -> list[torch.Tensor]:
+def _rng_states() -> list[torch.Tensor]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return [torch.get_rng_state(), *cuda]

@@ -1,7 +1,7 @@
-"""R-Drop on a live model: two passes for each training forward, and one loss of both."""
+"""Forward hooks that make two passes of each training forward, whose losses become R-Drop's."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,30 +14,28 @@ from torch.utils._pytree import tree_map
 from surgery.errors import SettingError, SourceError
 
 from ..compiling import between_graphs, eagerly, run_uncompiled, trace_cross_entropy
-from ..lifecycle import PATCH, Patch
-from ..lookout import Lookout
-from ..settings import RDrop
+from ..marks import PATCH
+from ..regularizer import Handle, Regularizer, Settings
+from ..steps import Activity, AuditedRegularizer
+from ..weights.chosen import ChosenWeights
 from . import divergence, doubling
-from .divergence import Blend, Joined
-from .interception import Hearing, LossMode, calls_of
-from .kvcache import is_cache, map_cache
-from .logprobs import JoinedRows, LogProbs, as_log_probs, mark_joined
-from .loss_calls import WAY_OUT, LossCall, join, join_halves, read_call, refuse_unhalved
-from .metrics import Measured
-from .paired import Ticket, Twin, pair, part, tickets_of
+from .interception import LossFunctionMode, LossInterception, count_active_calls
+from .logprobs import PairedLogProbs, UnreducedLoss, as_log_probs, as_unreduced_loss
+from .loss_calls import USE_TWO_PASSES, LossCall, check_is_doubled, doubled_batch_loss, read_call, two_pass_loss
+from .metrics import Metrics
+from .objective import Objective, RDropLoss
+from .outputs import is_kv_cache, map_kv_cache
+from .paired import PairedForward, PairedTensor, forwards_in, pair_outputs, split_passes
 from .randomness import Randomness
 from .schedule import Schedule
+from .settings import RDrop
 
 
-class Drop(Lookout):
+class RDropRegularizer(AuditedRegularizer):
     """R-Drop on one model.
 
     The first pass is made before the forward that the script has called, which is the second. Losses that the model
-    calls are heard; those outside are reached by what the outputs carry.
-
-    Args:
-        settings: what was asked for.
-        is_mixed: Mixout draws one mask for a whole batch, so that it takes two passes.
+    calls are intercepted; those that the script calls get both passes from the outputs, which are PairedTensors.
     """
 
     idle = (
@@ -46,25 +44,25 @@ class Drop(Lookout):
     )
     is_strict = True
 
-    def __init__(self, settings: RDrop, *, is_mixed: bool) -> None:
+    def __init__(self, settings: RDrop, weights: ChosenWeights | None, others: Sequence[Settings]) -> None:  # noqa: ARG002
         super().__init__()
         self.settings = settings
-        self.measured = Measured()
+        self.metrics = Metrics()
         self.unjoined: set[str] = set()
-        self._blend = Blend(
+        self._objective = Objective(
             float(settings.alpha), 2.0 if settings.scale == "paper" else 1.0, settings.kl_reduction == "sum"
         )
         self.schedule = Schedule(settings.every)
         self._spared = 0
-        self._is_mixed = is_mixed
-        self._mode = LossMode()
+        self._is_drawn_per_batch = any(one.is_per_batch for one in others)
+        self._mode = LossFunctionMode()
         self._randomness = Randomness()
 
-    def attach(self, root: nn.Module) -> list[Any]:
+    def attach(self, root: nn.Module) -> list[Handle]:
         """Put R-Drop on the model; return the handles of its hooks."""
-        run_uncompiled(Twin, LogProbs, JoinedRows)
+        run_uncompiled(PairedTensor, PairedLogProbs, UnreducedLoss)
         trace_cross_entropy()
-        self.schedule.know(root)
+        self.schedule.find_weights(root)
         return [
             root.register_forward_pre_hook(_begin_passes, with_kwargs=True),
             # before all others, FSDP's for instance, so that they see what the script will get
@@ -75,124 +73,129 @@ class Drop(Lookout):
 
     @eagerly
     def begin(self, root: nn.Module, arguments: doubling.Arguments) -> tuple[Any, Any]:
-        """Listen to the passes to come.
+        """Intercept the losses of the passes to come.
 
         Returns:
             The arguments of a first pass, None if there is none, and those of the forward that the script has called,
             None for those that it has.
         """
-        if not root.training or not torch.is_grad_enabled() or self._is_within(root):
+        if not root.training or not torch.is_grad_enabled() or self._is_nested_call(root):
             return None, None
         if torch._C._are_functorch_transforms_active():
             raise SourceError(
                 "rdrop: expected a backward pass of autograd's, got torch.func, whose tensors hide that they want a "
                 "gradient. Use loss.backward(), or train without rdrop."
             )
-        self.close()  # a KeyboardInterrupt has left it open
-        self.schedule.count(root)
+        self.abort()  # a KeyboardInterrupt has left it open
+        self.schedule.begin_forward(root)
         if not self.schedule.is_due:
             self._spared += 1
             return None, None
-        self.measured.settle()
-        self._randomness.mark()
-        is_doubled = self._doubles(root, arguments)
-        rows = doubling.batch_rows(root, arguments) if is_doubled else None
-        ticket = Ticket(self._join, self.measured.fire, self.unjoined, tickets_of(arguments))
-        self._mode.open(Hearing(root, ticket, rows))
+        self.metrics.end_forward()
+        self._randomness.save_rng_states()
+        is_doubled = self._is_doubled(root, arguments)
+        batch_sizes = doubling.batch_sizes(root, arguments) if is_doubled else None
+        forward = PairedForward(self._make_loss, self.metrics.count_forward, self.unjoined, forwards_in(arguments))
+        self._mode.start(LossInterception(root, forward, batch_sizes))
         if is_doubled:
-            return None, doubling.double(arguments)
-        first, second = part(arguments)
-        return _fresh(first), second
+            return None, doubling.double_batch(arguments)
+        first, second = split_passes(arguments)
+        return _copy_containers(first), second
 
     @eagerly
     def turn(self, output: Any) -> None:
         """Go from the first pass to the second."""
-        assert self._mode.hearing is not None
-        self._mode.hearing.turn(output)
+        assert self._mode.interception is not None
+        self._mode.interception.begin_second_pass(output)
 
     @eagerly
     def end(self, root: nn.Module, output: Any) -> Any:
-        """Return the outputs with the batch and the shapes that the script expects, their twins with them.
+        """Return the outputs of the second pass in the shapes that the script expects, paired with those of the first.
 
         Args:
             output: None if forward has raised.
         """
-        hearing = self._mode.hearing
-        if hearing is None or hearing.root is not root or calls_of(root) > 1:
+        interception = self._mode.interception
+        if interception is None or interception.root is not root or count_active_calls(root) > 1:
             return None
-        self.close()
+        self.abort()
         if output is None:
             return None
-        hearing.refuse_missing()
-        _refuse_unreached(output, hearing.ticket)
-        if hearing.rows is None:
-            return pair(output, hearing.first_output, hearing.ticket)
-        first, second = doubling.halve(output, hearing.rows)
-        return pair(second, first, hearing.ticket)
+        interception.check_all_matched()
+        _check_has_loss(output, interception.forward)
+        if interception.batch_sizes is None:
+            return pair_outputs(output, interception.first_output, interception.forward)
+        first, second = doubling.halve_output(output, interception.batch_sizes)
+        return pair_outputs(second, first, interception.forward)
 
-    def _is_within(self, root: nn.Module) -> bool:
-        """Tell whether the model calls itself."""
-        return self._mode.hearing is not None and calls_of(root) > 1
+    def _is_nested_call(self, root: nn.Module) -> bool:
+        """Tell whether the model is called by itself."""
+        return self._mode.interception is not None and count_active_calls(root) > 1
 
-    def close(self) -> None:
-        """Listen no more."""
-        self._mode.close()
+    def abort(self) -> None:
+        """Intercept no more losses."""
+        self._mode.stop()
 
-    def _doubles(self, root: nn.Module, arguments: doubling.Arguments) -> bool:
-        is_paired = bool(tickets_of(arguments))  # each pass has inputs of its own
+    def _is_doubled(self, root: nn.Module, arguments: doubling.Arguments) -> bool:
+        is_paired = bool(forwards_in(arguments))  # each pass has inputs of its own
         if self.settings.passes == "auto":
-            return not self._is_mixed and not is_paired and doubling.is_known(root, arguments)
+            return not self._is_drawn_per_batch and not is_paired and doubling.is_equivalent(root, arguments)
         if self.settings.passes == "doubled" and is_paired:
-            raise SettingError(f"passes: expected inputs without R-Drop, got outputs of a patched model. {WAY_OUT}")
+            raise SettingError(
+                f"passes: expected inputs without R-Drop, got outputs of a patched model. {USE_TWO_PASSES}"
+            )
         return self.settings.passes == "doubled"
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
-    def _join(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
+    def _make_loss(self, first: LossCall | None, second: LossCall, on_loss: Callable[[], None]) -> torch.Tensor:
         """Return the loss for a call in each pass, or for one of a doubled batch."""
-        with torch._C.DisableTorchFunction():  # another patched model, that calls this one, would hear the arithmetic
-            return self._join_unheard(first, second, reach)
+        with torch._C.DisableTorchFunction():  # another patched model, that calls this one, would intercept these
+            return self._make_loss_unintercepted(first, second, on_loss)
 
-    def _join_unheard(self, first: LossCall | None, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
+    def _make_loss_unintercepted(
+        self, first: LossCall | None, second: LossCall, on_loss: Callable[[], None]
+    ) -> torch.Tensor:
         if first is None:
-            refuse_unhalved(second, is_new=not self.measured.fired)
-        if self._blend.alpha:
+            check_is_doubled(second, compares_labels=not self.metrics.fired)
+        if self._objective.alpha:
             a, b = (first.prediction, second.prediction) if first is not None else second.prediction.chunk(2)
-            self._randomness.check(a.detach(), b.detach(), steps=self.schedule.steps)
+            self._randomness.check_passes_differ(a.detach(), b.detach(), steps=self.schedule.steps)
         if second.name == "log_softmax":
             assert first is not None
-            return self._log_probs(first, second, reach)
-        reach()
+            return self._pair_log_probs(first, second, on_loss)
+        on_loss()
         if first is not None:
-            loss = self._note(join(first, second, self._blend))
-            return mark_joined(loss) if second.arguments["reduction"] == "none" else loss
-        if self._blend.alpha:
-            return self._note(join_halves(second, self._blend))
+            loss = self._record_terms(two_pass_loss(first, second, self._objective))
+            return as_unreduced_loss(loss) if second.arguments["reduction"] == "none" else loss
+        if self._objective.alpha:
+            return self._record_terms(doubled_batch_loss(second, self._objective))
         with torch.no_grad():
-            self._note(join_halves(second, self._blend))
-        return self._blend.factor * second.repeat()  # to the bit what the doubled batch gives without R-Drop
+            self._record_terms(doubled_batch_loss(second, self._objective))
+        return self._objective.factor * second.torch_loss()  # to the bit what the doubled batch gives without R-Drop
 
-    def _log_probs(self, first: LossCall, second: LossCall, reach: Callable[[], None]) -> torch.Tensor:
+    def _pair_log_probs(self, first: LossCall, second: LossCall, on_loss: Callable[[], None]) -> torch.Tensor:
         dim = second.arguments["dim"]
         if dim is None:
             dim = F._get_softmax_dim("log_softmax", second.input.dim(), 5)  # type: ignore[attr-defined]
         a, b = (call.input.to(call.arguments["dtype"] or call.input.dtype) for call in (first, second))
         log_p, log_q = F.log_softmax(a, dim), F.log_softmax(b, dim)
 
-        def join_nll(*args: Any, **kwargs: Any) -> torch.Tensor:
-            return self._join(
-                read_call(F.nll_loss, (log_p, *args), kwargs), read_call(F.nll_loss, (log_q, *args), kwargs), reach
+        def make_nll_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return self._make_loss(
+                read_call(F.nll_loss, (log_p, *args), kwargs), read_call(F.nll_loss, (log_q, *args), kwargs), on_loss
             )
 
-        def join_any() -> torch.Tensor:
-            reach()
+        def make_combined() -> torch.Tensor:
+            on_loss()
             with torch._C.DisableTorchFunction():
-                return divergence.log_softmax(a, b, dim, self._blend, self.measured.add)
+                return divergence.log_softmax(a, b, dim, self._objective, self.metrics.add)
 
-        return as_log_probs(log_q, join_nll, cache(join_any))  # one for all that the loss takes of it, for its figures
+        # cached: all functions of one loss share it, so that the metrics count it once
+        return as_log_probs(log_q, make_nll_loss, cache(make_combined))
 
-    def _note(self, joined: Joined) -> torch.Tensor:
-        self.measured.add(joined.ce, joined.kl)
+    def _record_terms(self, joined: RDropLoss) -> torch.Tensor:
+        self.metrics.add(joined.ce, joined.kl)
         return joined.loss
 
     # -- training steps -------------------------------------------------------------------------------------------
@@ -210,57 +213,88 @@ class Drop(Lookout):
     def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
         return self.schedule.held(optimizer)
 
-    def acts(self) -> tuple[int, ...]:
+    def resume(self, steps: int) -> None:
+        """Go on with `every` where a saved run was."""
+        self.schedule.resume(steps)
+
+    def activity(self) -> Activity:
         """Return what changes with each forward that R-Drop is in, or leaves out for `every`."""
-        fired = self.measured.fired
+        fired = self.metrics.fired
         if not fired and (self.schedule.is_due or not self._spared):
-            return ()
-        return fired, self._spared
+            return Activity()
+        return Activity((fired, self._spared))
+
+    # -- what came of it ------------------------------------------------------------------------------------------
+
+    @property
+    def has_acted(self) -> bool:
+        return self.metrics.fired > 0
+
+    def facts(self, root: nn.Module) -> dict[str, Any]:  # noqa: ARG002
+        return {"fired": self.metrics.fired, "missed": self.missed, "unjoined": tuple(sorted(self.unjoined))}
+
+    def figures(self) -> dict[str, Any]:
+        return self.metrics.read()
+
+    def report(self) -> dict[str, Any]:
+        return self.metrics.last()
+
+    def logs(self, root: nn.Module) -> dict[str, float]:  # noqa: ARG002
+        figures = self.metrics.read()
+        if figures["kl_mean"] is None:
+            return {}
+        return {"rdrop_kl": figures["kl_mean"], "rdrop_ce": figures["ce_mean"]}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "measured": Measured(), "_randomness": Randomness(), "_spared": 0}
+        return {**self.__dict__, "metrics": Metrics(), "_randomness": Randomness(), "_spared": 0}
 
 
 # torch.compile skips this frame and ours within it, and compiles the two passes
 @between_graphs
 def _begin_passes(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make the first pass; the last of the root's forward pre-hooks."""
-    patch: Patch = root.__dict__[PATCH]
-    assert patch.drop is not None
-    first, arguments = patch.drop.begin(root, (args, kwargs))
+    own = _own(root)
+    assert own is not None
+    first, arguments = own.begin(root, (args, kwargs))
     if first is not None:
         try:
             output = root.forward(*first[0], **first[1])
         except BaseException:
-            patch.drop.close()
+            own.abort()
             raise
-        patch.drop.turn(output)
-        patch.renew()
+        own.turn(output)
+        root.__dict__[PATCH].next_pass()
     return arguments
 
 
 @between_graphs
 def _end_passes(root: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
     """Pair the outputs; the first of the root's forward hooks, also called when forward raises."""
-    patch: Patch = root.__dict__[PATCH]
-    return patch.drop.end(root, output) if patch.drop is not None else None
+    own = _own(root)
+    return own.end(root, output) if own is not None else None
 
 
-def _fresh(arguments: Any) -> Any:
+def _own(root: nn.Module) -> RDropRegularizer | None:
+    """Return the R-Drop of a patched model: hooks are functions of a module, which copies of a model share."""
+    at_work: tuple[Regularizer, ...] = root.__dict__[PATCH].regularizers
+    return next((one for one in at_work if isinstance(one, RDropRegularizer)), None)
+
+
+def _copy_containers(arguments: Any) -> Any:
     """Copy containers and caches, which a forward may write to; other tensors are the same."""
-    return tree_map(_fresh_leaf, arguments)
+    return tree_map(_copy_leaf, arguments)
 
 
-def _fresh_leaf(leaf: Any) -> Any:
+def _copy_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Mapping):
         return copy.copy(leaf)
-    return map_cache(leaf, torch.clone) if is_cache(leaf) else leaf
+    return map_kv_cache(leaf, torch.clone) if is_kv_cache(leaf) else leaf
 
 
-def _refuse_unreached(output: Any, ticket: Ticket) -> None:
+def _check_has_loss(output: Any, forward: PairedForward) -> None:
     """Raise where the model returns a loss that R-Drop is not in."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if ticket.is_reached or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+    if forward.has_loss or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
         return
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if logits is None:
@@ -269,4 +303,4 @@ def _refuse_unreached(output: Any, ticket: Ticket) -> None:
             "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of "
             "the logits for TRL's SFTTrainer. Or train without rdrop."
         )
-    raise SourceError(ticket.complaint())
+    raise SourceError(forward.unknown_loss_message())

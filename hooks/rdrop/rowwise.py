@@ -1,4 +1,4 @@
-"""Two predictions compared row by row: -log probability of the target, and the symmetric divergence, with gradients.
+"""torch.autograd.Function for NLL and symmetric KL of two logits, row by row: in closed form, to save memory and time.
 
 With d = log p - log q and E_p the mean under p, for each row:
 
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-_CPU_CHUNK = 2**18  # elements of each of the four temporaries: 1 MB of float32, so that they stay in cache
-_GPU_CHUNK = 2**24  # where there is no Triton: large enough to fill the device
+_CPU_CHUNK = 2**18  # elements of each of the four temporaries: 1 MB of float32, which stays in the CPU's cache
+_GPU_CHUNK = 2**24  # without Triton: large enough to occupy the GPU
 
-_Halves = tuple[torch.Tensor, torch.Tensor]
+_Passes = tuple[torch.Tensor, torch.Tensor]
 
 
 def compare_rows(
@@ -41,16 +41,16 @@ def compare_rows(
     """
     if target is not None:
         target = torch.where(valid, target.long(), 0)
-    nll, s = _Compare.apply(a, b, target, is_log)  # type: ignore[no-untyped-call]
+    nll, s = _CompareRows.apply(a, b, target, is_log)  # type: ignore[no-untyped-call]
     return torch.where(valid, nll, 0), torch.where(valid, s, 0)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to accumulate in."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def is_fused(a: torch.Tensor) -> bool:
+def uses_triton(a: torch.Tensor) -> bool:
     """Tell whether the Triton kernel takes these logits."""
     return a.is_cuda and a.dtype != torch.float64 and _has_triton()
 
@@ -60,20 +60,23 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-class _Compare(torch.autograd.Function):
+class _CompareRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, a: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor | None, is_log: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        left, right = _halves(a, b)
-        rows = _rows_fused(left, right) if not is_log and is_fused(left) else _rows(left, right, is_log=is_log)
+        left, right = _passes_of(a, b)
+        if not is_log and uses_triton(left):
+            rows = _row_statistics_triton(left, right)
+        else:
+            rows = _row_statistics(left, right, is_log=is_log)
         ctx.save_for_backward(a, b, target, rows)
         ctx.is_log = is_log
         m_a, log_a, m_b, log_b, _, s = rows
         if target is None:
             return torch.zeros_like(s), s.clone()
-        log_p = _at(left, target).to(s.dtype) - m_a - log_a
-        log_q = _at(right, target).to(s.dtype) - m_b - log_b
+        log_p = _gather_target(left, target).to(s.dtype) - m_a - log_a
+        log_q = _gather_target(right, target).to(s.dtype) - m_b - log_b
         return -0.5 * (log_p + log_q), s.clone()
 
     @staticmethod
@@ -87,53 +90,54 @@ class _Compare(torch.autograd.Function):
         grads = [
             torch.empty_like(x) if needed else None for x, needed in zip((a, b), ctx.needs_input_grad, strict=False)
         ]
-        into = _halves(*grads) if b is None else grads
+        grad_passes = _passes_of(*grads) if b is None else grads
         weights = torch.stack([0.5 * grad_nll, 0.5 * grad_s])
-        if not ctx.is_log and is_fused(a):
-            _gradients_fused(_halves(a, b), target, rows, weights, into)
+        if not ctx.is_log and uses_triton(a):
+            _row_gradients_triton(_passes_of(a, b), target, rows, weights, grad_passes)
         else:
-            _gradients(_halves(a, b), target, rows, weights, into, is_log=ctx.is_log)
+            _row_gradients(_passes_of(a, b), target, rows, weights, grad_passes, is_log=ctx.is_log)
         return *grads, None, None
 
 
-def _halves(a: Any, b: Any) -> Any:
+def _passes_of(a: Any, b: Any) -> Any:
+    """Return a and b; without b, the two halves of a doubled batch."""
     return (a, b) if b is not None else (a[: len(a) // 2], a[len(a) // 2 :])
 
 
-def _at(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _gather_target(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return x.gather(1, target.unsqueeze(1)).squeeze(1)
 
 
-def _rows_fused(a: torch.Tensor, b: torch.Tensor) -> Any:
-    from .triton_rowwise import rows
+def _row_statistics_triton(a: torch.Tensor, b: torch.Tensor) -> Any:
+    from .triton_rowwise import row_statistics
 
-    return rows(a, b)
-
-
-def _gradients_fused(*args: Any) -> None:
-    from .triton_rowwise import gradients
-
-    gradients(*args)
+    return row_statistics(a, b)
 
 
-def _rows(a: torch.Tensor, b: torch.Tensor, *, is_log: bool) -> torch.Tensor:
+def _row_gradients_triton(*args: Any) -> None:
+    from .triton_rowwise import row_gradients
+
+    row_gradients(*args)
+
+
+def _row_statistics(a: torch.Tensor, b: torch.Tensor, *, is_log: bool) -> torch.Tensor:
     """Return for each row max a, log sum exp(a - max a), the same of b, E_p d and S: (6, N) or (6, N, D)."""
-    rows = a.new_zeros(6, len(a), *a.shape[2:], dtype=wide(a.dtype))
-    work = _Work(a)
+    rows = a.new_zeros(6, len(a), *a.shape[2:], dtype=accumulation_dtype(a.dtype))
+    workspace = _Workspace(a)
     for at, row in _chunks(a):
-        x, y, p, q = work.like(a[at])
-        _normalize(a[at], rows[0][row], rows[1][row], x, p, is_log=is_log)
-        _normalize(b[at], rows[2][row], rows[3][row], y, q, is_log=is_log)
-        d = _difference(x, y)
+        x, y, p, q = workspace.views_like(a[at])
+        _softmax_into(a[at], rows[0][row], rows[1][row], x, p, is_log=is_log)
+        _softmax_into(b[at], rows[2][row], rows[3][row], y, q, is_log=is_log)
+        d = _log_ratio(x, y)
         rows[4][row] = torch.mul(p, d, out=y).sum(1)
         rows[5][row] = torch.sub(p, q, out=y).mul_(d).sum(1).mul_(0.5)
     return rows
 
 
-def _normalize(
+def _softmax_into(
     a: torch.Tensor, m: torch.Tensor, log: torch.Tensor, x: torch.Tensor, p: torch.Tensor, *, is_log: bool
 ) -> None:
-    """Fill m and log, and the temporaries x = log p and p."""
+    """Write the maximum to m, log sum exp(a - m) to log, and to the temporaries x = log p and p."""
     if is_log:
         torch.exp(x.copy_(a), out=p)
         return
@@ -145,33 +149,33 @@ def _normalize(
     p.mul_(total.reciprocal_())
 
 
-def _difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _log_ratio(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return log p - log q in place of x: 0 where both are -inf, and finite, so that 0 * d is 0."""
     limit = torch.finfo(x.dtype).max / 4
     return x.sub_(y).nan_to_num_(0.0, limit, -limit)
 
 
-def _gradients(
-    halves: _Halves,
+def _row_gradients(
+    passes: _Passes,
     target: torch.Tensor | None,
     rows: torch.Tensor,
     weights: torch.Tensor,
-    into: Any,
+    grads: Any,
     *,
     is_log: bool,
 ) -> None:
-    """Fill into: p (w + k (1 + d - E_p d)) - k q - w onehot for a, where w and k are the rows' halved weights."""
-    a, b = halves
-    work = _Work(a)
+    """Write to grads: p (w + k (1 + d - E_p d)) - k q - w onehot for a, where w and k are the rows' halved weights."""
+    a, b = passes
+    workspace = _Workspace(a)
     for at, row in _chunks(a):
-        x, y, p, q = work.like(a[at])
+        x, y, p, q = workspace.views_like(a[at])
         m_a, log_a, m_b, log_b, mean_p, s = (value[row].unsqueeze(1) for value in rows)
         w, k = (value[row].unsqueeze(1) for value in weights)
         torch.exp(torch.sub(a[at], m_a, out=x).sub_(log_a), out=p)
         torch.exp(torch.sub(b[at], m_b, out=y).sub_(log_b), out=q)
-        d = _difference(x, y)
+        d = _log_ratio(x, y)
         shift_p, shift_q = (k, k) if is_log else (w + k - k * mean_p, w + k + k * (mean_p - 2 * s))
-        for grad, slope, shift, mine, other in ((into[0], k, shift_p, p, q), (into[1], -k, shift_q, q, p)):
+        for grad, slope, shift, mine, other in ((grads[0], k, shift_p, p, q), (grads[1], -k, shift_q, q, p)):
             if grad is None:
                 continue
             out = grad[at] if grad.dtype == y.dtype else y
@@ -183,7 +187,7 @@ def _gradients(
 
 
 def _chunks(a: torch.Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """Cut (N, C) or (N, C, D) along N, and along D where one N is too much: yield where in a, and where in the rows."""
+    """Cut (N, C) or (N, C, D) along N, and along D where one N is too much: yield the index in a, and in the rows."""
     size = (_CPU_CHUNK if a.device.type == "cpu" else _GPU_CHUNK) // max(1, a.shape[1])
     if torch.compiler.is_compiling():
         size = a.numel()  # a loop would be unrolled
@@ -201,12 +205,12 @@ def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(i, min(i + step, length)) for i in range(0, length, step))
 
 
-class _Work:
-    """Four temporaries, allocated once: fresh ones would be new pages for each chunk."""
+class _Workspace:
+    """Four temporaries, allocated once: new ones for each chunk would be new pages of memory each time."""
 
     def __init__(self, a: torch.Tensor) -> None:
         size = max([0, *(a[at].numel() for at, _ in _chunks(a))])
-        self.flat = a.new_empty(4, size, dtype=wide(a.dtype))
+        self.flat = a.new_empty(4, size, dtype=accumulation_dtype(a.dtype))
 
-    def like(self, chunk: torch.Tensor) -> Iterator[torch.Tensor]:
+    def views_like(self, chunk: torch.Tensor) -> Iterator[torch.Tensor]:
         return (flat[: chunk.numel()].view(chunk.shape) for flat in self.flat)

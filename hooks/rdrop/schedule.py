@@ -1,4 +1,4 @@
-"""Which training steps R-Drop takes part in, a step being an optimizer's."""
+"""Counter of torch.optim steps, for R-Drop to act on each `every`-th one only."""
 
 from collections.abc import Iterator
 
@@ -12,10 +12,10 @@ from ..steps import StepWatch, about_to_change
 
 
 class Schedule:
-    """Counts the steps of the optimizers that hold a model's weights.
+    """Counts the steps of the optimizers that have weights of a model in their groups.
 
     Args:
-        every: of so many steps, the last one is due.
+        every: the last of so many steps is due.
     """
 
     def __init__(self, every: int) -> None:
@@ -24,26 +24,28 @@ class Schedule:
         self._has_stepped = False
         self._is_stepping = False
         self._watch = StepWatch()
-        self._homes: list[dict[str, nn.Parameter | None]] = []
+        self._parameter_dicts: list[dict[str, nn.Parameter | None]] = []
 
     @property
     def is_due(self) -> bool:
         return (self.steps + 1) % self._every == 0
 
-    def know(self, root: nn.Module) -> list[nn.Parameter]:
-        """Look up where the weights are, for fully_shard replaces them all the time; return the trainable ones."""
-        self._homes = [module._parameters for module in root.modules() if module._parameters]
-        return [w for home in self._homes for w in home.values() if w is not None and w.requires_grad]
+    def find_weights(self, root: nn.Module) -> list[nn.Parameter]:
+        """Keep the modules' _parameters, whose values fully_shard keeps replacing; return the trainable ones."""
+        self._parameter_dicts = [module._parameters for module in root.modules() if module._parameters]
+        return [
+            w for parameters in self._parameter_dicts for w in parameters.values() if w is not None and w.requires_grad
+        ]
 
-    def count(self, root: nn.Module) -> None:
-        """Begin another step if an optimizer has stepped since the last forward; several of them make one step.
+    def begin_forward(self, root: nn.Module) -> None:
+        """Count a step if an optimizer has stepped since the last forward; steps of several optimizers count once.
 
         Raises:
-            SourceError: no step can be counted, as the weights change without one.
+            SourceError: steps cannot be counted: the weights change without one.
         """
         self.steps += self._has_stepped
         self._has_stepped = False
-        weights = self.know(root)
+        weights = self.find_weights(root)
         if self._is_stepping:  # LBFGS moves the weights between the forwards of a step
             return
         if self._every > 1 and weights and self._watch.is_missed(weights[0], self.steps):
@@ -53,7 +55,7 @@ class Schedule:
             )
 
     def resume(self, steps: int) -> None:
-        """Go on as after so many steps."""
+        """Go on counting as after so many steps, with a training that is resumed."""
         self.steps = steps
         self._has_stepped = False
 
@@ -66,4 +68,4 @@ class Schedule:
 
     def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
         """Yield the weights that an optimizer is about to change."""
-        return about_to_change(optimizer, (w for home in self._homes for w in home.values()))
+        return about_to_change(optimizer, (w for parameters in self._parameter_dicts for w in parameters.values()))

@@ -1,4 +1,4 @@
-"""Tensors that are more than they seem."""
+"""torch.Tensor subclass that prints, pickles and copies as an ordinary tensor: only torch functions notice it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 import torch
 
 
-class Plain(torch.Tensor):
-    """An ordinary tensor to whoever prints, pickles or copies it; a subclass says what a function does with it."""
+class TransparentTensor(torch.Tensor):
+    """Base of the tensors that R-Drop hands to the script; each subclass says what a torch function does with it."""
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            return cls.answer(func, args, dict(kwargs or {}))
+            return cls.apply_function(func, args, dict(kwargs or {}))
 
     @staticmethod
-    def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a function of such tensors gives; in here, they are ordinary ones."""
+    def apply_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of a torch function of such tensors; __torch_function__ is off in here."""
         raise NotImplementedError
 
     def _as_tensor(self) -> torch.Tensor:

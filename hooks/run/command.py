@@ -1,4 +1,4 @@
-"""What the command of `surgery run` executes, and whether that Python can be reached: asked before it starts."""
+"""The program that a command line executes, and whether it is a Python that runs our sitecustomize."""
 
 import os
 import re
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from surgery.errors import SettingError, SurgeryError
 
-from . import RUN_DIR
+from .folder import RUN_DIR
 
 _PYTHON = re.compile(r"(python|pypy)[\d.]*[a-z]?")
-_DEAF = "SIE"
+_WITHOUT_SITE = "SIE"
 """Options with which Python does not run sitecustomize, or does not read PYTHONPATH."""
 
 
@@ -68,12 +68,12 @@ def check_python(program: str, command: Sequence[str], environment: Mapping[str,
     python = _python_of(program, command)
     if python is None:
         return
-    if option := _deaf_option(python.arguments):
+    if option := _option_without_site(python.arguments):
         raise SettingError(
             f"{python.where}: expected a Python that reads PYTHONPATH and runs sitecustomize, got {option}. Leave it "
             "out, or start the script with another python."
         )
-    if not _is_this(python.path):
+    if not _is_own_python(python.path):
         _probe(python.path, environment)
 
 
@@ -118,8 +118,8 @@ def _after_env(words: list[str]) -> list[str]:
     return words
 
 
-def _deaf_option(arguments: Sequence[str]) -> str | None:
-    """Return the option of Python, of those before its script, that keeps it from the hooks."""
+def _option_without_site(arguments: Sequence[str]) -> str | None:
+    """Return the option of Python, of those before its script, that keeps it from our sitecustomize."""
     rest = list(arguments)
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         option = rest.pop(0)
@@ -127,7 +127,7 @@ def _deaf_option(arguments: Sequence[str]) -> str | None:
             rest = rest[option == "--check-hash-based-pycs" :]
             continue
         for place, letter in enumerate(option[1:], 2):
-            if letter in _DEAF:
+            if letter in _WITHOUT_SITE:
                 return f"-{letter}"
             if letter in "cm":
                 return None
@@ -137,7 +137,7 @@ def _deaf_option(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _is_this(python: str) -> bool:
+def _is_own_python(python: str) -> bool:
     """Tell whether a path is this Python in this environment, under whatever name."""
     here = Path(sys.executable)
     return Path(python).parent.samefile(here.parent) and Path(python).samefile(here)
@@ -149,7 +149,7 @@ def _probe(python: str, environment: Mapping[str, str]) -> None:
     # no record is left, and no folder `surgery` beside the user is taken for ours
     alone = {name: value for name, value in environment.items() if name != RUN_DIR} | {"PYTHONSAFEPATH": "1"}
     done = subprocess.run(
-        [python, "-c", "import surgery.hooks.run"],
+        [python, "-c", "import surgery.hooks.run.inside.start"],
         env=alone,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What a run says: lines on stderr, for stdout is the command's."""
+"""Lines on stderr, whole and above the bars of tqdm; stdout is the command's."""
 
 import logging
 import sys
@@ -17,8 +17,8 @@ def say(line: str) -> None:
             sys.stderr.flush()
 
 
-class Voice(logging.Handler):
-    """Says what is logged."""
+class ConsoleHandler(logging.Handler):
+    """Prints what is logged."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record))

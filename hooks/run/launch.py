@@ -1,4 +1,4 @@
-"""`surgery run`: check the command, start it where its Pythons find the hooks, wait, and say what became of it."""
+"""`surgery run`: check the command, start it with hooks/site on PYTHONPATH, wait, and print what took effect."""
 
 import os
 import shutil
@@ -9,28 +9,25 @@ from pathlib import Path
 
 from surgery.errors import SettingError
 
-from . import RUN_DIR, run_dir
 from .command import CommandError, check_python, find_program
 from .console import say
-from .options import PREFIX, Order
-from .outcome import Outcome, judge
+from .folder import RUN_DIR, run_dir
+from .options import PREFIX, Options
+from .outcome import EXIT_INACTIVE, Outcome, judge
 from .record import Record, read_records
 
 SITE = Path(__file__).resolve().parents[1] / "site"
 """The folder whose sitecustomize every Python of the command runs."""
 
-INACTIVE = 3
-"""The exit code of a command that succeeded while a regularizer had no effect."""
 
+def launch(command: Sequence[str], options: Options) -> int:
+    """Run a command with regularizers. Return its exit code, or EXIT_INACTIVE; end as it did, if a signal ended it.
 
-def launch(command: Sequence[str], order: Order) -> int:
-    """Run a command with regularizers. Return its exit code, or INACTIVE; end as it did, if a signal ended it.
-
-    What became of the order goes to stderr and to the file that it names.
+    What became of it goes to stderr and to the file of --report.
 
     Args:
         command: its arguments, the first its name.
-        order: what to regularize with.
+        options: what to regularize with.
     Raises:
         SettingError: the command cannot be regularized, or the report could not be written.
     """
@@ -39,7 +36,7 @@ def launch(command: Sequence[str], order: Order) -> int:
         raise SettingError(
             "command: expected one, got none. Write it after --, such as: surgery run --mixout 0.7 -- python train.py."
         )
-    environment = environment_of(order, os.environ)
+    environment = environment_of(options, os.environ)
     try:
         program = find_program(command)
         check_python(program, command, environment)
@@ -47,15 +44,15 @@ def launch(command: Sequence[str], order: Order) -> int:
     except CommandError as error:
         say(f"error: {error}")
         return error.code
-    return _conclude(judge(records, order, command, has_failed=code != 0), order, code)
+    return _report(judge(records, options, command, has_failed=code != 0), options, code)
 
 
-def environment_of(order: Order, variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a command: the user's, the order, and the folder of the hooks before other ones."""
+def environment_of(options: Options, variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a command: the user's, the options, and the folder of the hooks before other ones."""
     kept = {name: value for name, value in variables.items() if not name.startswith(PREFIX)}
     folders = [folder for folder in variables.get("PYTHONPATH", "").split(os.pathsep) if folder != str(SITE)]
     path = [str(SITE), *folders] if any(folders) else [str(SITE)]
-    return kept | order.variables | {"PYTHONPATH": os.pathsep.join(path)}
+    return kept | options.variables | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def _refuse_windows() -> None:
@@ -80,19 +77,19 @@ def _run(program: str, command: Sequence[str], environment: dict[str, str]) -> t
     return code, records
 
 
-def _conclude(outcome: Outcome, order: Order, code: int) -> int:
+def _report(outcome: Outcome, options: Options, code: int) -> int:
     for line in outcome.lines:
         say(line)
-    if order.report:
+    if options.report:
         try:
-            outcome.write(Path(order.report))
+            outcome.write(Path(options.report))
         except OSError as error:
-            say(f"error: {order.report}: expected a file that can be written, got {error.strerror}. Choose another.")
+            say(f"error: {options.report}: expected a file that can be written, got {error.strerror}. Choose another.")
             code = code or 1
     if code < 0:
         from .supervise import die
 
         return die(-code)
-    if outcome.is_active or outcome.is_idle or order.allow_inactive:
+    if outcome.is_active or outcome.is_idle or options.allow_inactive:
         return code
-    return INACTIVE if code == 0 or outcome.is_refused else code
+    return EXIT_INACTIVE if code == 0 or outcome.is_refused else code

@@ -1,4 +1,4 @@
-"""What a process says of a model, and as whom."""
+"""Sentences that a process prints of its models, and the rank that it prints them with."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 from surgery.errors import some
 
 from .inside.models import Model
-from .options import Order
+from .options import Options
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK")
 
@@ -27,21 +27,17 @@ UNSEEN = (
 )
 
 
-def told(order: Order, model: Model) -> str:
-    """Tell what was done to a model."""
-    entry, said = model.look(is_last=False), []
-    if order.noisytune is not None:
-        lam = f"lam {order.noisytune:g}, seed {order.seed or 0}"
+def describe_model(options: Options, model: Model) -> str:
+    """Return the line that says what was done to a model."""
+    entry, done = model.entry(is_last=False), []
+    if options.noisytune is not None:
+        lam = f"lam {options.noisytune:g}, seed {options.seed or 0}"
         noise = f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})"
-        said.append("no noise again" if model.is_resumed else noise)
-    if order.mixout is not None and model.is_patched:
-        said.append(f"{entry['mixed']} weights mixed (p {order.mixout:g})")
-    if order.rdrop is not None and model.is_patched:
-        said.append(f"R-Drop (alpha {order.rdrop:g})")
-    if order.anchor is not None and model.is_patched:
-        said.append(f"anchor ({order.anchor:g})")
+        done.append("no noise again" if model.is_resumed else noise)
+    if model.is_patched:
+        done += [one.announcement(entry) for one in options.methods]
     new = f"; new: {some(entry['new'])}" if entry["new"] else ""
-    return f"{entry['class']}: {', '.join(said)}{new}"
+    return f"{entry['class']}: {', '.join(done)}{new}"
 
 
 def find_rank() -> int:

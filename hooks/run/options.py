@@ -1,30 +1,29 @@
-"""What `surgery run` is asked for: flags of the command line, SURGERY_* variables of every process below it."""
+"""The options of `surgery run`: flags on its command line, SURGERY_* variables in every process below it."""
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from surgery.errors import SettingError
 
-from ..settings import Anchor, Mixout, RDrop
-from . import RUN_DIR
+from ..registry import METHODS, as_settings
+from ..regularizer import Settings
+from .folder import RUN_DIR
 
 PREFIX = "SURGERY_"
+NOISYTUNE = "noisytune"
+"""Beside the methods of the registry: it acts once, before training."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """The regularizers of a run. Validated when made; raises SettingError.
+class Options:
+    """The regularizers of a run. Validated when made; raises SettingError. `make_options` takes them by flag.
 
     Args:
         noisytune: lam of the noise, in [0, 1].
-        mixout: p, in [0, 1].
-        rdrop: alpha, at least 0.
-        anchor: weight, at least 0.
-        rdrop_every: R-Drop fires at each such optimizer step.
-        mixout_granularity: "neuron" or "element".
+        methods: the settings of the others, in the order of the registry.
         seed: of the noise, in [0, 2^64). Masks follow torch.manual_seed.
         include: globs of model classes or parameters; if any, only these are regularized.
         exclude: globs of model classes or parameters that are not.
@@ -34,11 +33,7 @@ class Order:
     """
 
     noisytune: float | None = None
-    mixout: float | None = None
-    rdrop: float | None = None
-    anchor: float | None = None
-    rdrop_every: int | None = None
-    mixout_granularity: Literal["neuron", "element"] | None = None
+    methods: tuple[Settings, ...] = ()
     seed: int | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -48,8 +43,9 @@ class Order:
 
     def __post_init__(self) -> None:
         if not self.asked:
+            *names, last = NOISYTUNE, *(kind.name for kind in METHODS)
             raise SettingError(
-                "regularizer: expected noisytune, mixout, rdrop or anchor, got none. Give one, such as --mixout 0.7."
+                f"regularizer: expected {', '.join(names)} or {last}, got none. Give one, such as --mixout 0.7."
             )
         if self.noisytune is not None and not 0 < self.noisytune <= 1:
             raise SettingError(
@@ -59,64 +55,83 @@ class Order:
             raise SettingError(f"seed: expected an integer from 0 to 2^64 - 1, got {self.seed}. Choose another.")
         if self.w_pre not in (None, "perturbed", "original"):
             raise SettingError(f"w_pre: expected perturbed or original, got {self.w_pre!r}. Choose one of them.")
-        self._refuse_idle()
-        _ = self.mixout_setting, self.rdrop_setting, self.anchor_setting  # they check their numbers
+        acting = next((one.name for one in self.methods if one.acts_on is not None), "mixout")
+        if self.seed is not None:
+            _refuse_without("seed", (NOISYTUNE,), self.asked)
+        if self.w_pre is not None:
+            _refuse_without("w_pre", (NOISYTUNE, acting), self.asked)
 
     @property
     def asked(self) -> tuple[str, ...]:
         """Names of the regularizers that are asked for."""
-        return tuple(name for name in ("noisytune", "mixout", "rdrop", "anchor") if getattr(self, name) is not None)
+        noise = (NOISYTUNE,) if self.noisytune is not None else ()
+        return (*noise, *(one.name for one in self.methods))
 
     @property
-    def mixout_setting(self) -> Mixout | None:
-        return None if self.mixout is None else Mixout(self.mixout, self.mixout_granularity or "neuron")
-
-    @property
-    def rdrop_setting(self) -> RDrop | None:
-        return None if self.rdrop is None else RDrop(self.rdrop, 1 if self.rdrop_every is None else self.rdrop_every)
-
-    @property
-    def anchor_setting(self) -> Anchor | None:
-        return None if self.anchor is None else Anchor(self.anchor)
+    def acts_on_weights(self) -> bool:
+        """One of the methods wants w_pre."""
+        return any(one.acts_on is not None for one in self.methods)
 
     @property
     def variables(self) -> dict[str, str]:
         """The environment variables that say the same."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {PREFIX + name.upper(): _write(value) for name, value in named.items() if not _is_empty(value)}
-
-    def _refuse_idle(self) -> None:
-        """Refuse an option that would do nothing without a regularizer that is not asked for."""
-        weights = "anchor" if self.anchor is not None else "mixout"
-        for option, needed in (
-            ("rdrop_every", ("rdrop",)),
-            ("mixout_granularity", ("mixout",)),
-            ("seed", ("noisytune",)),
-            ("w_pre", ("noisytune", weights)),
-        ):
-            missing = [name for name in needed if name not in self.asked]
-            if getattr(self, option) is not None and missing:
-                raise SettingError(
-                    f"{option}: expected {' and '.join(needed)} with it, got none. Add it, or leave {option} out."
-                )
+        values: dict[str, Any] = {NOISYTUNE: self.noisytune}
+        for one in self.methods:
+            defaults = {field.name: field.default for field in fields(one)}  # type: ignore[arg-type]
+            values[one.name] = getattr(one, one.number)
+            given = {flag.field: getattr(one, flag.field) for flag in one.flags}
+            values |= {f"{one.name}_{name}": value for name, value in given.items() if value != defaults[name]}
+        values |= {name: getattr(self, name) for name in _OWN}
+        return {PREFIX + name.upper(): _write(value) for name, value in values.items() if not _is_empty(value)}
 
 
-def read_order(variables: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Order | None:
-    """Read an order from environment variables; None if they ask for nothing.
+_OWN = ("seed", "include", "exclude", "w_pre", "report", "allow_inactive")
+
+
+def make_options(**values: Any) -> Options:
+    """Make options of the values of flags, by name: `mixout`, `rdrop_every`, `seed`; None, () and False are none.
+
+    Raises:
+        SettingError: a value is out of range, or of no use without another flag.
+    """
+    given = {name: value for name, value in values.items() if not _is_empty(value)}
+    wanted: dict[str, Settings] = {}
+    for kind in METHODS:
+        flags = {flag.field: f"{kind.name}_{flag.field}" for flag in kind.flags}
+        flags = {field: name for field, name in flags.items() if name in given}
+        for name in flags.values():
+            _refuse_without(name, (kind.name,), tuple(given))
+        if kind.name in given:
+            numbers = {kind.number: given[kind.name], **{field: given[name] for field, name in flags.items()}}
+            wanted[kind.name] = kind(**numbers)
+    own = {name: given[name] for name in (NOISYTUNE, *_OWN) if name in given}
+    return Options(methods=as_settings(wanted), **own)
+
+
+def _refuse_without(option: str, needed: tuple[str, ...], asked: tuple[str, ...]) -> None:
+    """Refuse an option that would do nothing without a regularizer that is not asked for."""
+    if any(name not in asked for name in needed):
+        raise SettingError(
+            f"{option}: expected {' and '.join(needed)} with it, got none. Add it, or leave {option} out."
+        )
+
+
+def read_options(variables: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Options | None:
+    """Read the options of environment variables; None if they ask for nothing.
 
     Args:
         variables: the environment; an empty variable is none.
-        flags: values that win over the variables, by the names of Order's arguments; None, () and False are none.
+        flags: values that win over the variables, as `make_options` takes them.
     Raises:
         SettingError: a value is of the wrong kind or out of range, or a SURGERY_ variable is unknown.
     """
     given = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name != RUN_DIR}
-    known = {PREFIX + field.name.upper(): field.name for field in fields(Order)}
+    known = {PREFIX + name.upper(): (name, read) for name, read in variable_readers().items()}
     for name in given.keys() - known.keys():
         raise SettingError(f"{name}: expected one of {', '.join(known)}, got an unknown variable. Correct its name.")
-    values: dict[str, Any] = {known[name]: _READ[known[name]](name, value) for name, value in given.items() if value}
+    values = {known[name][0]: known[name][1](name, value) for name, value in given.items() if value}
     values |= {name: value for name, value in (flags or {}).items() if not _is_empty(value)}
-    return Order(**values) if values else None
+    return make_options(**values) if values else None
 
 
 def _is_empty(value: Any) -> bool:
@@ -163,17 +178,10 @@ def _text(name: str, value: str) -> str:  # noqa: ARG001
     return value
 
 
-_READ: dict[str, Any] = {
-    "noisytune": _number,
-    "mixout": _number,
-    "rdrop": _number,
-    "anchor": _number,
-    "rdrop_every": _whole,
-    "mixout_granularity": _text,
-    "seed": _whole,
-    "include": _globs,
-    "exclude": _globs,
-    "w_pre": _text,
-    "report": _text,
-    "allow_inactive": _flag,
-}
+def variable_readers() -> dict[str, Callable[[str, str], Any]]:
+    """Return how the value of each variable is read, by the name of its flag."""
+    flags = {f"{kind.name}_{flag.field}": flag.kind for kind in METHODS for flag in kind.flags}
+    kinds = {name: _whole if kind is int else _number if kind is float else _text for name, kind in flags.items()}
+    numbers = dict.fromkeys((NOISYTUNE, *(kind.name for kind in METHODS)), _number)
+    own = {"seed": _whole, "include": _globs, "exclude": _globs, "w_pre": _text, "report": _text}
+    return {**numbers, **kinds, **own, "allow_inactive": _flag}

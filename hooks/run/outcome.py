@@ -1,4 +1,4 @@
-"""What has become of an order, from the records of the processes: active, or inactive and why."""
+"""Did every regularizer of a command take effect, by the records of its processes: active, or inactive and why."""
 
 import json
 import math
@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..registry import METHODS
 from .console import say
-from .options import Order
+from .options import NOISYTUNE, Options
 from .record import Record
+
+EXIT_INACTIVE = 3
+"""The exit code of a command that succeeded, and of a process that was ended, while a regularizer had no effect."""
 
 _HELP = ("-h", "--help", "--version")
 _MISSING = {
-    "noisytune": "noisytune: no pretrained weights were loaded, so that none were perturbed",
-    "mixout": "mixout: no layer with pretrained weights was trained, so that none was mixed",
-    "rdrop": "rdrop: its KL reached no loss",
-    "anchor": "anchor: no optimizer's step drew a weight toward w_pre",
+    NOISYTUNE: "noisytune: no pretrained weights were loaded, so that none were perturbed",
+    **{kind.name: f"{kind.name}: {kind.missing}" for kind in METHODS},
 }
 _UNREACHED = (
     "command: expected a Python that reads PYTHONPATH, in an environment with model-surgery, got none. Neither python "
@@ -33,7 +35,7 @@ _SHOWN_FAULTS, _SHOWN_RANKS = 3, 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """What has become of an order. `judge` makes it.
+    """Whether the regularizers of a command took effect. `judge` makes it.
 
     Args:
         ranks: the processes that trained or have a model, in the order of their ranks.
@@ -91,12 +93,14 @@ class Outcome:
             part.unlink(missing_ok=True)
 
 
-def judge(records: Sequence[Record], order: Order, command: Sequence[str] = (), *, has_failed: bool = False) -> Outcome:
+def judge(
+    records: Sequence[Record], options: Options, command: Sequence[str] = (), *, has_failed: bool = False
+) -> Outcome:
     """Say whether every regularizer acted in every process that trained.
 
     Args:
         records: of all processes, or of the one that asks.
-        order: what was asked for.
+        options: what was asked for.
         command: its arguments, the first the program.
         has_failed: it ended with another exit code than 0, for reasons of its own.
     """
@@ -105,9 +109,9 @@ def judge(records: Sequence[Record], order: Order, command: Sequence[str] = (), 
     faults = _distinct(fault for one in records for fault in one.faults)
     faults += _unmatched(trained)
     if any(one.is_refused for one in records):
-        return Outcome(ranks, faults or _missing(trained, order) or (_UNTRAINED,), is_refused=True)
-    if _unmatched(trained) or any(name not in one.acts for one in trained for name in order.asked):
-        return Outcome(ranks, (*faults, *_missing(trained, order)))
+        return Outcome(ranks, faults or _missing(trained, options) or (_UNTRAINED,), is_refused=True)
+    if _unmatched(trained) or any(name not in one.acts for one in trained for name in options.asked):
+        return Outcome(ranks, (*faults, *_missing(trained, options)))
     if trained:
         return Outcome(ranks, notes=(*faults, *_distinct(note for one in records for note in one.notes)))
     if has_failed:
@@ -121,37 +125,37 @@ def judge(records: Sequence[Record], order: Order, command: Sequence[str] = (), 
     return Outcome(ranks, (_NO_TORCH,) if records else (_UNREACHED,))
 
 
-def conclude(record: Record, order: Order) -> None:
-    """Say what became of an order in this one process, which no `surgery run` waits for."""
-    outcome = judge([record], order)
+def print_outcome(record: Record, options: Options) -> None:
+    """Print and write the outcome of this one process, which no `surgery run` waits for."""
+    outcome = judge([record], options)
     for line in outcome.lines:
         say(line)
-    if order.report:
-        path = Path(order.report)
+    if options.report:
+        path = Path(options.report)
         outcome.write(path.with_stem(f"{path.stem}-rank{record.rank}") if record.rank else path)
 
 
 def _unmatched(trained: Sequence[Record]) -> tuple[str, ...]:
     """Name the globs that matched nothing in any process: what they were for has not happened."""
-    options = set.intersection(*(set(one.unmatched) for one in trained)) if trained else set()
+    flags = set.intersection(*(set(one.unmatched) for one in trained)) if trained else set()
     return tuple(
-        f"{option}: expected a glob of a model's class or of a parameter that is trained, got one that matches none"
-        for option in sorted(options)
+        f"{flag}: expected a glob of a model's class or of a parameter that is trained, got one that matches none"
+        for flag in sorted(flags)
     )
 
 
-def _missing(trained: Sequence[Record], order: Order) -> tuple[str, ...]:
+def _missing(trained: Sequence[Record], options: Options) -> tuple[str, ...]:
     """Say which regularizers did not act, and on which ranks, but for those of which faults say why."""
     found = []
-    for name in order.asked:
+    for name in options.asked:
         without = [one for one in trained if name not in one.acts]
-        if any(not _is_told(name, one) for one in without):
+        if any(not _is_explained(name, one) for one in without):
             found.append(_MISSING[name] + _on(without, trained))
     return tuple(found)
 
 
-def _is_told(name: str, record: Record) -> bool:
-    is_patch = name != "noisytune"
+def _is_explained(name: str, record: Record) -> bool:
+    is_patch = name != NOISYTUNE
     return any(f"{name}:" in fault or (is_patch and fault.startswith("patch_model:")) for fault in record.faults)
 
 
@@ -177,11 +181,10 @@ def _models(record: Record) -> str:
 
 
 def _model(model: dict[str, Any]) -> str:
-    figures = [model["class"], *(f"{model[name]:,} {name}" for name in ("perturbed", "mixed", "steps") if model[name])]
-    if model["rdrop_fired"]:
-        figures.append(f"R-Drop fired {model['rdrop_fired']:,}")
-    if model["kl"] is not None:  # else the loss was that of another model, which this one feeds
-        figures.append(f"KL {model['kl']:.4g}, CE {model['ce']:.4g}")
+    counts = ("perturbed", *(name for kind in METHODS for name in kind.counts), "steps")
+    figures = [model["class"], *(f"{model[name]:,} {name}" for name in counts if model[name])]
+    for kind in METHODS:
+        figures += kind.summary({**kind.idle_report, **model})
     if model["distance"]:
         figures.append(f"distance {model['distance']:.4g}")
     return ", ".join(figures)

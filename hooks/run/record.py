@@ -1,4 +1,4 @@
-"""What one process of a run has to say, as the file that it leaves for `surgery run`.
+"""The JSON file that each process of a run leaves for `surgery run`: what it trained, and what took effect.
 
 A file `<pid>.json` in the folder that SURGERY_RUN_DIR names, whole or not there, written anew whenever there is more to
 say. Every Python of the command leaves one when it starts.

@@ -1,4 +1,4 @@
-"""Run a command as a child to which terminal and signals are what they would be if it had taken our place."""
+"""fork and execve of a command, to which terminal and signals are what they would be if it had taken our place."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ _PR_SET_PDEATHSIG = 1  # linux/include/uapi/linux/prctl.h
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldSignals:
     """Signals that wait until we ask for them.
 
     Args:
@@ -33,17 +33,17 @@ class Held:
     is_child_ignored: bool
 
 
-def hold_signals() -> Held:
+def hold_signals() -> HeldSignals:
     """Keep all signals but those of job control and those that are ignored waiting, from now to our end."""
     caught = signal.valid_signals() - _JOB_CONTROL - {signal.SIGKILL, signal.SIGSTOP}
     watched = {number for number in caught if signal.getsignal(number) is not signal.SIG_IGN} | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     # a handler, for BSDs drop what is ignored by default, also if it is blocked
     was = signal.signal(signal.SIGCHLD, lambda *_: None)
-    return Held(frozenset(watched), frozenset(mask), was is signal.SIG_IGN)
+    return HeldSignals(frozenset(watched), frozenset(mask), was is signal.SIG_IGN)
 
 
-def supervise(program: str, command: Sequence[str], environment: dict[str, str], *, held: Held) -> int:
+def supervise(program: str, command: Sequence[str], environment: dict[str, str], *, held: HeldSignals) -> int:
     """Run a command to its end in our process group, with our files; pass on what signals we alone are sent.
 
     Args:
@@ -58,13 +58,13 @@ def supervise(program: str, command: Sequence[str], environment: dict[str, str],
     reader, writer = os.pipe()  # closed by exec; else it brings the error
     parent, child = os.getpid(), os.fork()
     if child == 0:
-        _become(program, command, environment, held=held, writer=writer, prctl=prctl, parent=parent)
+        _exec_in_child(program, command, environment, held=held, writer=writer, prctl=prctl, parent=parent)
     os.close(writer)
     with open(reader, "rb") as pipe:  # noqa: PTH123
         failure = pipe.read()
     if failure:
         os.waitpid(child, 0)
-        raise _error(int(failure), command[0])
+        raise _exec_error(int(failure), command[0])
     return _wait(child, held.watched)
 
 
@@ -80,7 +80,7 @@ def die(number: int) -> int:
     return 128 + number  # process 1 of a container
 
 
-def _error(number: int, name: str) -> CommandError:
+def _exec_error(number: int, name: str) -> CommandError:
     return CommandError(
         f"{name}: expected a program, got {os.strerror(number)}. See its first line.",
         127 if number == errno.ENOENT else 126,
@@ -131,12 +131,12 @@ def _find_prctl() -> Callable[..., int] | None:
     return prctl
 
 
-def _become(
+def _exec_in_child(
     program: str,
     command: Sequence[str],
     environment: dict[str, str],
     *,
-    held: Held,
+    held: HeldSignals,
     writer: int,
     prctl: Callable[..., int] | None,
     parent: int,

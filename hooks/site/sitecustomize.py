@@ -1,4 +1,4 @@
-"""First on PYTHONPATH under `surgery run`: run the sitecustomize that this one hides, then wake with torch."""
+"""sitecustomize of every Python under `surgery run`: run the one that it hides, then wait for the import of torch."""
 
 import sys
 from importlib.machinery import PathFinder
@@ -18,7 +18,7 @@ try:
     _run_hidden()
 finally:
     try:
-        from surgery.hooks.run import start
+        from surgery.hooks.run.inside.start import start
     except ImportError as error:
         print(  # noqa: T201
             f"surgery: {sys.executable}: expected a Python with model-surgery, got none ({error}). Install it there: "

@@ -1,9 +1,10 @@
 """Which weights of a model are mixed, which are not, and why. Looks only; changes nothing."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
 
 from .layers import Shape, is_conv1d, is_read_by_attention, mask_shape, packing
+
+Scope = Literal["layers", "parameters"]
+"""The weights of linear, convolution and embedding layers, or every parameter."""
 
 NEW = "new: it has no pretrained value"
 EXCLUDED = "in exclude"
@@ -28,33 +32,34 @@ _IN_ATTENTION = "read by nn.MultiheadAttention without a call of the layer, so t
 
 @dataclass
 class Target:
-    """One weight to mix, with the modules that use it; tied ones are one target.
+    """One parameter that methods act on, with the modules that use it; tied ones are one target.
 
     Args:
         name: its first name in the model.
         names: all of them.
-        owners: the modules whose `weight` it is.
-        mask: shape of the mask per input feature, and the repeats of its rows.
+        owners: the modules that hold it, as `attribute`.
+        mask: shape of the mask per input feature, and the repeats of its rows; None: it is not a layer's weight to mix.
     """
 
     name: str
     names: tuple[str, ...]
     owners: tuple[nn.Module, ...]
-    mask: tuple[Shape, int]
+    mask: tuple[Shape, int] | None
+    attribute: str = "weight"
 
     @property
     def weight(self) -> torch.Tensor:
         """The live parameter."""
-        return own_weight(self.name, self.owners[0])
+        return own_weight(self.name, self.owners[0], self.attribute)
 
 
-def own_weight(name: str, module: nn.Module) -> torch.Tensor:
+def own_weight(name: str, module: nn.Module, attribute: str = "weight") -> torch.Tensor:
     """Return a layer's parameter, or the tensor that torch.func.functional_call puts in its place.
 
     Raises:
         SourceError: another tool has taken it away since the model was patched.
     """
-    w = module._parameters.get("weight")
+    w = module._parameters.get(attribute)
     if w is None or (not isinstance(w, nn.Parameter) and hasattr(w._base, "_is_flat_param")):
         raise SourceError(
             f"{name}: expected the layer's own parameter, got none. DataParallel, FSDP 1 and parametrizations "
@@ -64,50 +69,71 @@ def own_weight(name: str, module: nn.Module) -> torch.Tensor:
 
 
 @dataclass
-class Choice:
+class Selection:
     """What becomes of a model's parameters.
 
     Args:
-        targets: what is mixed as long as it is trainable.
-        left: why each other parameter is not mixed, by name.
+        targets: what is acted on as long as it is trainable.
+        left: why each other parameter is not acted on, by scope and name.
     """
 
-    targets: list[Target] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
+    targets: list[Target]
+    left: dict[Scope, dict[str, str]]
 
 
-def choose(model: nn.Module, fresh: AbstractSet[str], *, include: Sequence[str], exclude: Sequence[str]) -> Choice:
-    """Choose the weights to mix.
+def select(
+    model: nn.Module,
+    fresh: AbstractSet[str],
+    scopes: Collection[Scope],
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> Selection:
+    """Choose the weights to act on.
 
     Args:
         fresh: names of parameters without a pretrained value.
+        scopes: "layers" for the weights of layers that can be mixed, "parameters" for all.
         include, exclude: globs that match a parameter's name or that of a module around it.
     Raises:
-        SettingError: a glob matches nothing, or no weight is left to mix.
+        SettingError: a glob matches nothing, or no weight is left to act on.
         SourceError: a weight to mix is already swapped by another tool, or is not in memory.
     """
     groups = _tied(model)
     _check_globs([name for names in groups.values() for name, _ in names], include=include, exclude=exclude)
     adapters = set(_adapters(model))
-    choice = Choice()
+    selection = Selection([], {scope: {} for scope in scopes})
     for members in groups.values():
         names = tuple(name for name, _ in members)
-        reason = _selection(names, include, exclude)
+        reason = _excluded(names, include, exclude)
         if reason is None and not adapters.isdisjoint(names):
             reason = ADAPTER
         if reason is None and fresh >= set(names):
             reason = NEW
         kind = _kind(members, is_requested=bool(include))
-        if reason is None and isinstance(kind, str):
-            reason = kind
-        if reason is not None or isinstance(kind, str):
-            choice.left |= dict.fromkeys(names, reason or str(kind))
-            continue
-        owners = tuple(module for name, module in members if name.rpartition(".")[2] == "weight")
-        choice.targets.append(Target(names[0], names, tuple(dict.fromkeys(owners)), kind))
-    _refuse_swapped(model, include, exclude)
-    _refuse_nothing(choice, [*include, *exclude])
-    return choice
+        reasons: dict[Scope, str | None] = {
+            "layers": kind if isinstance(kind, str) else None,
+            "parameters": _unfit(members),
+        }
+        reasons = {scope: reason or reasons[scope] for scope in scopes}
+        for scope, why in reasons.items():
+            if why is not None:
+                selection.left[scope] |= dict.fromkeys(names, why)
+        if None in reasons.values():
+            is_layer = "layers" in scopes and reasons["layers"] is None
+            mask = kind if is_layer and not isinstance(kind, str) else None
+            selection.targets.append(_target(members, mask))
+    if "layers" in scopes:
+        _refuse_swapped(model, include, exclude)
+    _refuse_nothing(selection, [*include, *exclude])
+    return selection
+
+
+def _target(members: Sequence[tuple[str, nn.Module]], mask: tuple[Shape, int] | None) -> Target:
+    """Make a target of a parameter's names; of one to mix, the owners are those that call it `weight`."""
+    attribute = "weight" if mask is not None else members[0][0].rpartition(".")[2]
+    owners = dict.fromkeys(module for name, module in members if name.rpartition(".")[2] == attribute)
+    return Target(members[0][0], tuple(name for name, _ in members), tuple(owners), mask, attribute)
 
 
 def _tied(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -120,7 +146,7 @@ def _tied(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return groups
 
 
-def _selection(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def _excluded(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
     if any(is_match(glob, name) for glob in exclude for name in names):
         return EXCLUDED
     if include and not any(is_match(glob, name) for glob in include for name in names):
@@ -157,6 +183,17 @@ def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tu
     return _IN_ATTENTION if is_read_by_attention(module) else shape
 
 
+def _unfit(members: Sequence[tuple[str, nn.Module]]) -> str | None:
+    """Return why no method can act on a parameter, whatever it is for."""
+    name, module = members[0]
+    weight = module._parameters[name.rpartition(".")[2]]
+    assert weight is not None
+    if weight.is_complex():
+        return _COMPLEX
+    packed = packing(weight)
+    return _QUANTIZED.format(packed) if packed else None
+
+
 def _adapters(model: nn.Module) -> Iterable[str]:
     """Yield the names of PEFT's own weights, known by the attribute that its tuner layers list them in."""
     for path, module in model.named_modules(remove_duplicate=False):
@@ -182,7 +219,7 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
     for path, module in model.named_modules():
         name = f"{path}.weight".lstrip(".")
         is_linear = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_conv1d(module)
-        if not is_linear or _selection([name], include, exclude):
+        if not is_linear or _excluded([name], include, exclude):
             continue
         if hasattr(module, "parametrizations"):
             fault = "one made by torch's parametrize"
@@ -197,15 +234,18 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
         )
 
 
-def _refuse_nothing(choice: Choice, globs: Sequence[str]) -> None:
-    if any(target.weight.requires_grad for target in choice.targets):
-        return
-    reasons: dict[str, int] = {}
-    for reason in [*choice.left.values(), *("frozen" for _ in choice.targets)]:
-        reasons[reason] = reasons.get(reason, 0) + 1
-    told = "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-    remedy = "Correct include and exclude" if globs else "Unfreeze a weight, or name an embedding in include"
-    raise SettingError(f"model: expected a trainable weight to mix, got none ({told or 'no parameters'}). {remedy}.")
+def _refuse_nothing(selection: Selection, globs: Sequence[str]) -> None:
+    for scope, left in selection.left.items():
+        targets = [one for one in selection.targets if scope == "parameters" or one.mask is not None]
+        if any(target.weight.requires_grad for target in targets):
+            continue
+        reasons = Counter([*left.values(), *("frozen" for _ in targets)])
+        told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        verb, other = ("mix", ", or name an embedding in include") if scope == "layers" else ("recall", "")
+        remedy = "Correct include and exclude" if globs else f"Unfreeze a weight{other}"
+        raise SettingError(
+            f"model: expected a trainable weight to {verb}, got none ({told or 'no parameters'}). {remedy}."
+        )
 
 
 class Named(Protocol):

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..mixout.site import Site
 from .pretrained import is_distributed
+from .tracked import Tracked
 
 
 def is_sharded(root: nn.Module) -> bool:
@@ -18,14 +18,14 @@ def is_sharded(root: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in root.modules())
 
 
-def shard_pretrained(sites: Iterable[Site]) -> None:
+def shard_pretrained(weights: Iterable[Tracked]) -> None:
     """Split every w_pre that was taken before its weight was, unless it is kept in the CPU's memory.
 
     To be called between forward passes, when all weights are split.
     """
-    for site in sites:
-        pretrained = site.pretrained
+    for tracked in weights:
+        pretrained = tracked.pretrained
         if pretrained is None or pretrained.values is None or pretrained.offload is not None:
             continue
-        if is_distributed(site.weight) and not is_distributed(pretrained.values):
-            site.take(pretrained.values)
+        if is_distributed(tracked.weight) and not is_distributed(pretrained.values):
+            tracked.take(pretrained.values)

@@ -15,8 +15,8 @@ from surgery.errors import SourceError, some
 from surgery.live.names import NEW, Names, find_names, pretrained_parts
 from surgery.progress import bar
 
-from ..mixout.site import Site
 from .selection import Target
+from .tracked import Tracked
 
 _log = logging.getLogger(__name__)
 _TORCH = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
@@ -117,15 +117,15 @@ class Kept:
 
     is_own = False
 
-    def __init__(self, sites: Sequence[Site], fresh: set[str], label: str) -> None:
+    def __init__(self, weights: Sequence[Tracked], fresh: set[str], label: str) -> None:
         self.label = label
         self.fresh = fresh
-        self._sites = {id(site.weight): site for site in sites}
+        self._weights = {id(tracked.weight): tracked for tracked in weights}
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
         for target in targets:
-            site = self._sites.get(id(target.weight))
-            values = site.ready(target.weight).values if site else None
+            tracked = self._weights.get(id(target.weight))
+            values = tracked.ready(target.weight).values if tracked else None
             if values is None:
                 raise SourceError(
                     f"{target.name}: expected w_pre from the former patch_model, got none. "

@@ -7,12 +7,11 @@ from typing import Any
 import click
 
 from surgery.cli.group import command, main
-from surgery.cli.run_options import read_options, regularizer_options
+from surgery.cli.run_options import RegularizerCommand, read_options
 from surgery.exit_codes import USAGE
 
 
-@main.command()
-@regularizer_options
+@main.command(cls=RegularizerCommand)
 @partial(command, code=USAGE)
 def env(*, as_json: bool, **flags: Any) -> None:
     """Print the variables that regularize what is trained where they are set.
@@ -21,14 +20,14 @@ def env(*, as_json: bool, **flags: Any) -> None:
     """
     from surgery.hooks.run.launch import SITE, environment_of
 
-    order = read_options(flags)
+    options = read_options(flags)
     if as_json:
         from surgery.report.text import as_json as to_json
 
-        path = environment_of(order, os.environ)["PYTHONPATH"]
-        click.echo(to_json({"PYTHONPATH": path} | order.variables))
+        path = environment_of(options, os.environ)["PYTHONPATH"]
+        click.echo(to_json({"PYTHONPATH": path} | options.variables))
         return
     from shlex import quote
 
     click.echo(f'export PYTHONPATH={quote(str(SITE))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
-    click.echo(" ".join(["export", *(f"{name}={quote(value)}" for name, value in order.variables.items())]))
+    click.echo(" ".join(["export", *(f"{name}={quote(value)}" for name, value in options.variables.items())]))

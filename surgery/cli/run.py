@@ -7,12 +7,11 @@ from typing import Any
 import click
 
 from surgery.cli.group import command, main
-from surgery.cli.run_options import read_options, regularizer_options
+from surgery.cli.run_options import RegularizerCommand, read_options
 from surgery.exit_codes import USAGE
 
 
-@main.command(context_settings={"allow_interspersed_args": False})
-@regularizer_options
+@main.command(cls=RegularizerCommand, context_settings={"allow_interspersed_args": False})
 @click.argument("arguments", metavar="[--] COMMAND...", nargs=-1, type=click.UNPROCESSED)
 @partial(command, code=USAGE, has_json=False)
 def run(arguments: tuple[str, ...], **flags: Any) -> None:

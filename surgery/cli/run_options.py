@@ -1,49 +1,62 @@
 """What `surgery run` and `surgery env` share: the options that choose regularizers, and how they are read."""
 
 import os
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
-    from surgery.hooks.run.options import Order
-
-_OPTIONS = (
-    click.option("--noisytune", type=float, metavar="LAM", help="Perturb pretrained weights before they are trained."),
-    click.option("--mixout", type=float, metavar="P", help="Mix pretrained weights back in at every forward pass."),
-    click.option("--rdrop", type=float, metavar="ALPHA", help="Two passes; the loss holds their outputs together."),
-    click.option("--anchor", type=float, metavar="WEIGHT", help="Decay weights toward the pretrained ones."),
-    click.option("--rdrop-every", type=int, metavar="N", help="R-Drop at each N-th optimizer step only."),
-    click.option("--mixout-granularity", type=click.Choice(["neuron", "element"]), help="What one mask value covers."),
-    click.option("--seed", type=int, metavar="N", help="Of the noise; masks follow torch.manual_seed."),
-    options.include("Only these model classes or parameters."),
-    options.exclude("Not these model classes or parameters."),
-    click.option("--w-pre", type=click.Choice(["perturbed", "original"]), help="Weights with noise, or before it."),
-    click.option("--report", metavar="FILE.json", help="Write what became of each model."),
-    click.option("--allow-inactive", is_flag=True, help="Do not exit 3 when one of them had no effect."),
-)
+    from surgery.hooks.run.options import Options
 
 
-def regularizer_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that choose regularizers, what they act on, and what is reported."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+class RegularizerCommand(click.Command):
+    """A command with the options that choose regularizers, what they act on, and what is reported.
+
+    Those of the methods come from the registry, which is imported when they are asked for: `surgery --help` is not to
+    wait for it.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*_options(), *super().get_params(ctx)]
 
 
-def read_options(flags: dict[str, Any]) -> "Order":
+@cache
+def _options() -> tuple[click.Option, ...]:
+    from surgery.hooks.registry import METHODS
+
+    numbers = [(kind.name, kind.number.upper(), float, kind.help) for kind in METHODS]
+    flags = [(f"{kind.name}-{flag.field}", "N", flag.kind, flag.help) for kind in METHODS for flag in kind.flags]
+    return (
+        _option("noisytune", "LAM", float, "Perturb pretrained weights before they are trained."),
+        *(_option(*number) for number in numbers),
+        *(_option(*flag) for flag in flags),
+        _option("seed", "N", int, "Of the noise; masks follow torch.manual_seed."),
+        click.Option(["--include"], multiple=True, metavar="GLOB", help="Only these model classes or parameters."),
+        click.Option(["--exclude"], multiple=True, metavar="GLOB", help="Not these model classes or parameters."),
+        _option("w-pre", None, ("perturbed", "original"), "Weights with noise, or before it."),
+        _option("report", "FILE.json", str, "Write what became of each model."),
+        click.Option(["--allow-inactive"], is_flag=True, help="Do not exit 3 when one of them had no effect."),
+    )
+
+
+def _option(name: str, metavar: str | None, kind: type[Any] | tuple[str, ...], help: str) -> click.Option:
+    if isinstance(kind, tuple):
+        return click.Option([f"--{name}"], type=click.Choice(kind), help=help)
+    return click.Option([f"--{name}"], type=kind, metavar=metavar, help=help)
+
+
+def read_options(flags: dict[str, Any]) -> "Options":
     """Read what is asked for from the flags and, where they say nothing, from the variables."""
     from dataclasses import replace
 
-    from surgery.hooks.run.options import Order, read_order
+    from surgery.hooks.run import options as run
 
-    order = read_order(os.environ, flags) or Order()  # which raises, for it asks for nothing
-    return replace(order, report=_find_report(order.report)) if order.report else order
+    read = run.read_options(os.environ, flags) or run.make_options()  # which raises, for it asks for nothing
+    return replace(read, report=_find_report(read.report)) if read.report else read
 
 
 def _find_report(report: str) -> str:

@@ -23,7 +23,8 @@ import torch
 from rdrop_step import report_steps
 from torch.nn import functional as F  # noqa: N812
 
-from surgery.hooks.rdrop.divergence import Blend, cross_entropy
+from surgery.hooks.rdrop.divergence import cross_entropy
+from surgery.hooks.rdrop.objective import Objective
 
 ALPHA = 1.0
 
@@ -33,7 +34,7 @@ def plain(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def ours(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits, None, target, Blend(ALPHA)).loss
+    return cross_entropy(logits, None, target, Objective(ALPHA)).loss
 
 
 def snippet(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

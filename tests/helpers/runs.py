@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 _LEAVE = """
 import os
-from surgery.hooks.run import run_dir
+from surgery.hooks.run.folder import run_dir
 from surgery.hooks.run.record import Record
 Record(os.getpid(), **{values!r}).write(run_dir())
 """

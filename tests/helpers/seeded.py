@@ -43,7 +43,7 @@ def batch(rows: int = 4, *, labels: int = 2, seed: int = 0) -> dict[str, torch.T
 
 def w_pre_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The pretrained values that the model is mixed with, by the weight's first name."""
-    sites = model.__dict__["_surgery_patch"].sites
+    sites = model.__dict__["_surgery_patch"].weights.of("layers")
     return {site.name: site.values for site in sites if site.values is not None}
 
 

@@ -1,4 +1,4 @@
-"""--include and --exclude of a run: globs of model classes, or of parameters and the modules around them."""
+"""--include and --exclude: fnmatch globs of model classes, or of parameters and the modules around them."""
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -10,8 +10,8 @@ from surgery.live.names import pretrained_parts
 from ...weights.selection import is_match
 
 
-class Choice:
-    """Which models a run takes, and which of their parameters.
+class Filters:
+    """Which models a run regularizes, and which of their parameters.
 
     Args:
         include, exclude: the globs.
@@ -20,15 +20,15 @@ class Choice:
     def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
         self._include = include
         self._exclude = exclude
-        self.unmatched = {f"{option} {glob!r}" for option, globs in self._options() for glob in globs}
-        """Options that no model has had anything for yet."""
+        self.unmatched = {f"{flag} {glob!r}" for flag, globs in self._flags() for glob in globs}
+        """Flags that have matched nothing yet, each with its glob."""
 
-    def takes(self, root: nn.Module) -> bool:
-        """Tell whether a model is to be regularized at all."""
-        include, exclude = self.of_model(root)
+    def is_included(self, root: nn.Module) -> bool:
+        """Tell whether a model is to be regularized at all; what matches it leaves `unmatched`."""
+        include, exclude = self.parameter_globs(root)
         self.unmatched -= {
-            f"{option} {glob!r}"
-            for option, globs in self._options()
+            f"{flag} {glob!r}"
+            for flag, globs in self._flags()
             for glob in globs
             if _is_class(glob, root) or glob in (*include, *exclude)
         }
@@ -36,7 +36,7 @@ class Choice:
             return False
         return not self._include or bool(include) or any(_is_class(glob, root) for glob in self._include)
 
-    def of_model(self, root: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def parameter_globs(self, root: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the include and exclude globs that match a parameter of this model, or a module around it."""
         names = [name for name, _ in root.named_parameters(remove_duplicate=False)]
 
@@ -45,7 +45,7 @@ class Choice:
 
         return matching(self._include), matching(self._exclude)
 
-    def _options(self) -> tuple[tuple[str, Sequence[str]], ...]:
+    def _flags(self) -> tuple[tuple[str, Sequence[str]], ...]:
         return (("--include", self._include), ("--exclude", self._exclude))
 
 

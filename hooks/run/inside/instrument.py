@@ -1,4 +1,4 @@
-"""Where torch tells a Session what a script does: the only file that changes torch."""
+"""Wrappers around functions of torch that tell a Session what a script calls: the only file that changes torch."""
 
 import pickle
 import sys
@@ -10,29 +10,29 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from .. import PRETRAINED
-from .imports import after
+from .imports import PRETRAINED_CLASSES, call_after_import
 from .owners import find_modules
-from .saving import plainly
+from .saving import plain_pickle
 from .session import Session
 
 _CALL = nn.Module._call_impl
 
 
-def listen(session: Session) -> None:
+def instrument(session: Session) -> None:
     """Have torch tell a session of optimizers, loads, backward passes and calls of models."""
-    _listen_to_optimizers(session)
-    _listen_to_loads(session)
-    _listen_to_backward(session)
-    _listen_to_compile(session)
-    _listen_to_saves()
-    after("torch.distributed.fsdp", lambda: _listen_to_sharding(session))
-    for module, name in PRETRAINED.items():
-        after(module, partial(_listen_to_pretrained, session, module, name))
+    _wrap_optimizers(session)
+    _wrap_load_state_dict(session)
+    _wrap_backward(session)
+    _wrap_module_compile(session)
+    _wrap_compile(session)
+    _wrap_save()
+    call_after_import("torch.distributed.fsdp", lambda: _wrap_fully_shard(session))
+    for module, name in PRETRAINED_CLASSES.items():
+        call_after_import(module, partial(_wrap_from_pretrained, session, module, name))
 
 
-def _look_out(session: Session) -> None:
-    """Show the session every call of a module, while it waits for one."""
+def _wrap_calls(session: Session) -> None:
+    """Tell the session of every call of a module, while it waits for one; leave calls as they are else."""
     nn.Module._call_impl = _CALL  # type: ignore[method-assign]
     if not session.is_waiting:
         return
@@ -40,15 +40,15 @@ def _look_out(session: Session) -> None:
     @wraps(_CALL)
     def _call_impl(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            session.see(self)
+            session.on_forward(self)
             if not session.is_waiting:
-                _look_out(session)
+                _wrap_calls(session)
         return _CALL(self, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     nn.Module._call_impl = _call_impl  # type: ignore[method-assign, assignment]
 
 
-def _listen_to_optimizers(session: Session) -> None:
+def _wrap_optimizers(session: Session) -> None:
     begin, add, load = Optimizer.__init__, Optimizer.add_param_group, Optimizer.load_state_dict
     known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -56,28 +56,28 @@ def _listen_to_optimizers(session: Session) -> None:
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         begin(self, *args, **kwargs)
         known.add(self)
-        session.meet(self)
-        _look_out(session)
+        session.on_optimizer_made(self)
+        _wrap_calls(session)
 
     @wraps(add)
     def add_param_group(self: Optimizer, *args: Any, **kwargs: Any) -> None:
         add(self, *args, **kwargs)
         if self in known:  # else it is being made
-            session.meet(self)
-            _look_out(session)
+            session.on_param_group_added(self)
+            _wrap_calls(session)
 
     @wraps(load)
     def load_state_dict(self: Optimizer, state_dict: Any) -> None:
         load(self, state_dict)
         if state_dict["state"]:
-            session.resume(self)
+            session.on_optimizer_state_loaded(self)
 
     Optimizer.__init__ = __init__  # type: ignore[method-assign]
     Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
     Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
-def _listen_to_loads(session: Session) -> None:
+def _wrap_load_state_dict(session: Session) -> None:
     load = nn.Module.load_state_dict
 
     @wraps(load)
@@ -91,22 +91,22 @@ def _listen_to_loads(session: Session) -> None:
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
-def _listen_to_saves() -> None:
+def _wrap_save() -> None:
     save = torch.save
 
     @wraps(save)
-    def save_plainly(obj: Any, f: Any, pickle_module: Any = pickle, *args: Any, **kwargs: Any) -> None:
-        save(obj, f, plainly if pickle_module is pickle else pickle_module, *args, **kwargs)
+    def save_plain(obj: Any, f: Any, pickle_module: Any = pickle, *args: Any, **kwargs: Any) -> None:
+        save(obj, f, plain_pickle if pickle_module is pickle else pickle_module, *args, **kwargs)
 
-    torch.save = torch.serialization.save = save_plainly
+    torch.save = torch.serialization.save = save_plain
 
 
-def _listen_to_backward(session: Session) -> None:
+def _wrap_backward(session: Session) -> None:
     backward, grad = torch.autograd.backward, torch.autograd.grad
 
     @wraps(backward)
     def first_backward(*args: Any, **kwargs: Any) -> None:
-        session.account.record.has_trained = True
+        session.on_backward()
         if torch.autograd.backward is first_backward:  # nobody has wrapped it since
             torch.autograd.backward = backward
         backward(*args, **kwargs)
@@ -115,7 +115,7 @@ def _listen_to_backward(session: Session) -> None:
     def first_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         of = [inputs] if isinstance(inputs, torch.Tensor) else inputs
         if any(isinstance(one, nn.Parameter) for one in of):
-            session.account.record.has_trained = True
+            session.on_backward()
             if torch.autograd.grad is first_grad:
                 torch.autograd.grad = grad
         return grad(outputs, inputs, *args, **kwargs)
@@ -124,7 +124,7 @@ def _listen_to_backward(session: Session) -> None:
     torch.autograd.grad = first_grad
 
 
-def _listen_to_compile(session: Session) -> None:
+def _wrap_module_compile(session: Session) -> None:
     compile_ = nn.Module.compile
 
     @wraps(compile_)
@@ -132,21 +132,20 @@ def _listen_to_compile(session: Session) -> None:
         nn.Module._call_impl = _CALL  # type: ignore[method-assign]
         compile_(self, *args, **kwargs)
         run: Any = self._compiled_call_impl
-        _look_out(session)
+        _wrap_calls(session)
 
-        def show(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             if session.is_waiting and not torch.compiler.is_compiling():
-                session.see(self)
-                _look_out(session)
+                session.on_forward(self)
+                _wrap_calls(session)
             return run(*args, **kwargs)
 
-        self._compiled_call_impl = show  # a module that has one is called without _call_impl
+        self._compiled_call_impl = call  # a module that has one is called without _call_impl
 
     nn.Module.compile = compile  # type: ignore[method-assign]
-    _listen_to_functions(session)
 
 
-def _listen_to_functions(session: Session) -> None:
+def _wrap_compile(session: Session) -> None:
     compile_ = torch.compile
 
     @wraps(compile_)
@@ -156,19 +155,19 @@ def _listen_to_functions(session: Session) -> None:
             return compiled
 
         @wraps(compiled)
-        def show(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling() and session.is_waiting:
                 for module in find_modules(model, [*args, *kwargs.values()]):
-                    session.see(module)
-                _look_out(session)
+                    session.on_forward(module)
+                _wrap_calls(session)
             return compiled(*args, **kwargs)
 
-        return show
+        return call
 
     torch.compile = compile
 
 
-def _listen_to_sharding(session: Session) -> None:
+def _wrap_fully_shard(session: Session) -> None:
     from torch.distributed import fsdp
 
     shard = fsdp.fully_shard
@@ -178,23 +177,23 @@ def _listen_to_sharding(session: Session) -> None:
         modules = [module] if isinstance(module, nn.Module) else list(module)
         before = []
         for one in modules:
-            session.before_shard(one)
+            session.before_fully_shard(one)
             before.append(dict(one.named_parameters(remove_duplicate=False)))
         result = shard(module, *args, **kwargs)
         for one, were in zip(modules, before, strict=True):
-            session.move(were, dict(one.named_parameters(remove_duplicate=False)))
+            session.after_fully_shard(were, dict(one.named_parameters(remove_duplicate=False)))
         return result
 
     fsdp.fully_shard = fully_shard
 
 
-def _listen_to_pretrained(session: Session, module: str, name: str) -> None:
+def _wrap_from_pretrained(session: Session, module: str, name: str) -> None:
     kind = getattr(sys.modules[module], name)
     load = kind.from_pretrained.__func__
 
     @wraps(load)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        session.account.record.has_loaded = True
+        session.on_from_pretrained()
         return load(cls, *args, **kwargs)
 
     kind.from_pretrained = classmethod(from_pretrained)

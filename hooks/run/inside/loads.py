@@ -1,4 +1,4 @@
-"""What load_state_dict does to the models of a process: it brings pretrained weights, or it resumes a run."""
+"""Whether load_state_dict brought pretrained weights or resumed a run, and the weights that it has overwritten."""
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from ...weights.sources import LOADED, is_loaded
-from .snapshots import Past
+from .snapshots import Snapshots
 from .weakset import WeakSet
 
 
@@ -16,35 +16,38 @@ class Loads:
     def __init__(self) -> None:
         self.filled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         """Modules that a first load has filled."""
-        self.overwritten = Past()
+        self.overwritten = Snapshots()
         """The pretrained weights that a later load has written over."""
-        self.unnoised = WeakSet()
+        self.without_noise = WeakSet()
         """What was loaded, as pretrained, after an optimizer had been made."""
-        self._late = WeakSet()
+        self._undecided = WeakSet()  # loaded into what an optimizer has: pretrained, or a run that is resumed
         self._resumed = WeakSet()
 
-    def keep(self, parameters: Mapping[str, nn.Parameter], touched: Sequence[nn.Parameter], waiting: WeakSet) -> None:
+    def before_load(
+        self, parameters: Mapping[str, nn.Parameter], touched: Sequence[nn.Parameter], pending: WeakSet
+    ) -> None:
         """Keep what a load is about to overwrite, where that is pretrained.
 
         Args:
             parameters: of the module that is loaded into.
-            waiting: what an optimizer has: its values are pretrained if the optimizer is resumed.
+            touched: those that it overwrites, of models that are not regularized yet.
+            pending: what an optimizer has: its values are pretrained if the optimizer is resumed.
         """
         if any(map(is_loaded, parameters.values())):
-            self.settle(touched)
+            self.treat_as_pretrained(touched)
             self.overwritten.keep(touched)
-        elif waiting.has_any(parameters.values()):
+        elif pending.has_any(parameters.values()):
             self.overwritten.keep(touched)
-            self._late.add(touched)
+            self._undecided.add(touched)
 
-    def settle(self, parameters: Iterable[nn.Parameter]) -> None:
+    def treat_as_pretrained(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take it that what a load brought to an optimizer's parameters was pretrained, and no resumed run's."""
-        late = [parameter for parameter in parameters if parameter in self._late]
-        self._late.remove(late)
+        late = [parameter for parameter in parameters if parameter in self._undecided]
+        self._undecided.remove(late)
         self.overwritten.drop(late)
-        self.unnoised.add(late)
+        self.without_noise.add(late)
 
-    def mark(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], names: Sequence[str]) -> None:
+    def after_load(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], names: Sequence[str]) -> None:
         """Mark what the first load has filled, as pretrained; forget one that has changed nothing."""
         touched = [parameters[name] for name in names if name in parameters]
         self.overwritten.drop_equal(touched)
@@ -53,11 +56,11 @@ class Loads:
             for parameter in touched:
                 setattr(parameter, LOADED, True)
 
-    def resume(self, parameters: Iterable[nn.Parameter]) -> None:
+    def on_optimizer_state_loaded(self, parameters: Iterable[nn.Parameter]) -> None:
         """Note that the optimizer of these goes on: whatever they are, they had noise before."""
         self._resumed.add(parameters)
 
-    def is_blind(self, parameters: Sequence[nn.Parameter]) -> bool:
+    def is_pretrained_unknown(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Tell whether a run is resumed, and what these were before it cannot be told."""
         return self.is_resumed(parameters) and not self.overwritten.has(parameters)
 
@@ -67,5 +70,5 @@ class Loads:
 
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names."""
-        for follower in (self.overwritten, self.unnoised, self._late, self._resumed):
+        for follower in (self.overwritten, self.without_noise, self._undecided, self._resumed):
             follower.move(before, after)

@@ -1,7 +1,7 @@
-"""What a run has made of one model, and the figures of it, which outlive the model."""
+"""The models that a run has changed, by weak reference, and their entries of the report, which outlive them."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +13,8 @@ from surgery.live.names import NEW
 from surgery.recipe import TensorRecord
 
 from ...lifecycle import Patch
-from ...report import distance, w_pre_bytes
+from ...registry import METHODS
+from ..options import NOISYTUNE
 from .weakset import WeakSet
 
 
@@ -35,31 +36,29 @@ class Model:
         self.is_patched = patch is not None
         self.is_resumed = is_resumed
         has_noise = is_resumed or any(tensor.copied is None for tensor in noise)
-        self.acts: set[str] = {"noisytune"} if has_noise else set()
+        self.acts: set[str] = {NOISYTUNE} if has_noise else set()
         """The regularizers that have had an effect on it."""
         self._root = weakref.ref(root)
         self._patch = weakref.ref(patch) if patch is not None else None
         parameters = dict(root.named_parameters())
         new = {tensor.name for tensor in noise if tensor.copied == NEW}
-        if patch is not None and patch.sites:
-            new = patch.fresh
+        if patch is not None and patch.weights is not None:
+            new = patch.weights.fresh
         self.parameters = WeakSet(parameters.values())
         self._entry: dict[str, Any] = {
             "class": type(root).__name__,
             "parameters": len(parameters),
             "perturbed": sum(tensor.copied is None for tensor in noise),
-            "mixed": 0,
             "new": sorted(new & parameters.keys()),
             "w_pre_bytes": 0,
             "steps": 0,
-            "rdrop_fired": 0,
-            "kl": None,
-            "ce": None,
+            **{name: idle for kind in METHODS for name, idle in kind.idle_report.items()},
             "distance": None,
         }
         # it keeps the layers, not the root, which may therefore go; a root that is a layer would stay
-        if patch is not None and not any(module is root for site in patch.sites for module in site.target.owners):
-            weakref.finalize(root, self._look, patch, is_last=True).atexit = False
+        tracked = patch.weights.tracked if patch is not None and patch.weights is not None else ()
+        if patch is not None and not any(module is root for one in tracked for module in one.target.owners):
+            weakref.finalize(root, self._measure, patch, is_last=True).atexit = False
 
     @property
     def name(self) -> str:
@@ -73,7 +72,13 @@ class Model:
         """Tell whether one of these is the model's own."""
         return self.is_alive and self.parameters.has_any(parameters)
 
-    def look(self, *, is_last: bool) -> dict[str, Any]:
+    def is_complete(self, *, wants_patch: bool, wants_noise: bool) -> bool:
+        """Tell whether everything was done to it that is asked for."""
+        if wants_patch and not self.is_patched:
+            return False
+        return NOISYTUNE in self.acts or not wants_noise
+
+    def entry(self, *, is_last: bool) -> dict[str, Any]:
         """Return the model's entry of the report.
 
         Args:
@@ -81,22 +86,48 @@ class Model:
         """
         patch = self._patch() if self._patch is not None else None
         if patch is not None:
-            self._look(patch, is_last=is_last)
+            self._measure(patch, is_last=is_last)
         return self._entry | {"steps": self.steps}
 
-    def _look(self, patch: Patch, *, is_last: bool) -> None:
-        mixed = [site for site in patch.sites if site.weight.requires_grad and patch.mixout is not None]
-        if patch.has_mixed:  # one of TRL's heads is never called, for instance
-            mixed = [site for site in mixed if site.is_called]
-        self._entry |= {"mixed": len(mixed), "w_pre_bytes": w_pre_bytes(patch)}
-        if patch.drop is not None:
-            self._entry |= patch.drop.measured.last()
-        if is_last and patch.sites:
+    def _measure(self, patch: Patch, *, is_last: bool) -> None:
+        for settings, regularizer in zip(patch.settings, patch.regularizers, strict=True):
+            self._entry |= regularizer.report()
+            if regularizer.has_acted:
+                self.acts.add(settings.name)
+        if patch.weights is None:
+            return
+        self._entry["w_pre_bytes"] = patch.weights.nbytes
+        if is_last:
             with suppress(SurgeryError):  # another tool has taken the weights away
-                self._entry["distance"] = distance(patch, is_whole=False)
-        acted = {
-            "mixout": patch.mixout is not None and (patch.has_mixed or not patch.is_mixing),
-            "anchor": patch.decay is not None and patch.decay.steps > 0,
-            "rdrop": patch.drop is not None and patch.drop.measured.fired > 0,
-        }
-        self.acts |= {name for name, has_acted in acted.items() if has_acted}
+                self._entry["distance"] = patch.weights.distance(is_whole=False)
+
+
+class Models:
+    """The models of a process that something was done to, in the order in which it was."""
+
+    def __init__(self) -> None:
+        self._models: list[Model] = []
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models)
+
+    def add(self, model: Model) -> None:
+        self._models.append(model)
+
+    def hold(self, parameter: nn.Parameter) -> bool:
+        """Tell whether a parameter is one of a model's own."""
+        return any(model.holds([parameter]) for model in self._models)
+
+    def count_step(self, changed: Sequence[nn.Parameter]) -> None:
+        """Count an optimizer's step for the models of these parameters."""
+        for model in self._models:
+            model.steps += model.holds(changed)
+
+    def is_any_complete(self, *, wants_patch: bool, wants_noise: bool) -> bool:
+        """Tell whether everything that is asked for was done to one of them."""
+        return any(model.is_complete(wants_patch=wants_patch, wants_noise=wants_noise) for model in self._models)
+
+    def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Follow parameters that were replaced by others of their names."""
+        for model in self._models:
+            model.parameters.move(before, after)

@@ -1,6 +1,7 @@
-"""NoisyTune on the models that a process trains: once on each, and undone where a run turns out to be resumed."""
+"""perturb_model on the models that a process trains: once on each, and undone where a run turns out to be resumed."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from multiprocessing import parent_process
 from typing import Any
 
@@ -14,8 +15,23 @@ from surgery.recipe import Recipe, TensorRecord
 from ...weights.pretrained import local
 from ...weights.selection import is_match
 from ...weights.sources import LOADED
-from .snapshots import Past
+from .snapshots import Snapshots
 from .weakset import WeakSet
+
+
+@dataclass
+class _NoisyPart:
+    """A part of a model that noise was added to.
+
+    Args:
+        parameters: its own.
+        recipe: what was done to them.
+        is_undone: the noise was taken off again.
+    """
+
+    parameters: WeakSet
+    recipe: Recipe
+    is_undone: bool = False
 
 
 class Noise:
@@ -26,12 +42,12 @@ class Noise:
         pretrained: what loads have overwritten since: the noise is for that.
     """
 
-    def __init__(self, lam: float, seed: int, pretrained: Past) -> None:
+    def __init__(self, lam: float, seed: int, pretrained: Snapshots) -> None:
         self._lam = lam
         self._seed = seed
         self._pretrained = pretrained
-        self._done: list[tuple[WeakSet, Recipe | None]] = []  # None: taken off again
-        self.original = Past()
+        self._perturbed: list[_NoisyPart] = []
+        self.original = Snapshots()
         """What the weights were before."""
         self._sums: Any = WeakIdKeyDictionary()
         """Of each parameter's elements, before the noise."""
@@ -58,57 +74,58 @@ class Noise:
         refuse_flattened(top)  # its parts do not show it
         for path, part, left in _parts(top, set(map(id, trained)), loaded):
             parameters = [one for one in part.parameters() if id(one) not in left]
-            if any(known.has_any(parameters) for known, _ in self._done):
+            if any(one.parameters.has_any(parameters) for one in self._perturbed):
                 continue
             _refuse_shared(parameters)
             self.original.keep(parameters)
-            with self._pretrained.brought_back(parameters, is_past_written=True):
+            with self._pretrained.restored(parameters, is_updating=True):
                 if self._pretrained.has(parameters):
                     self.original.drop(parameters)
                     self.original.keep(parameters)
                 sums = [_sum(one) for one in parameters]
-                names = _left(part, path, left, include, exclude)
+                names = _excluded_names(part, path, left, include, exclude)
                 recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
                 self._sums.update(
                     {one: before for one, before in zip(parameters, sums, strict=True) if _sum(one) != before}
                 )
-            self._done.append((WeakSet(parameters), recipe))
+            self._perturbed.append(_NoisyPart(WeakSet(parameters), recipe))
 
-    def is_off(self, parameters: Iterable[nn.Parameter]) -> bool:
+    def is_overwritten(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Tell whether some of these are again what they were before the noise."""
         return any(_sum(one) == self._sums[one] for one in parameters if one in self._sums)
 
-    def knows(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Tell whether all of these have been seen to."""
-        return all(any(parameter in known for known, _ in self._done) for parameter in parameters)
+    def has_seen(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Tell whether all of these are in parts that were perturbed."""
+        return all(any(parameter in one.parameters for one in self._perturbed) for parameter in parameters)
 
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names."""
         self.original.move(before, after)
-        for known, _ in self._done:
-            known.move(before, after)
+        for one in self._perturbed:
+            one.parameters.move(before, after)
 
     def forget(self, parameters: Sequence[nn.Parameter]) -> None:
         """Let noise be added to these once more: they have got other values."""
         self.original.drop(parameters)
-        for known, _ in self._done:
-            if known.has_any(parameters):
-                known.clear()
+        for one in self._perturbed:
+            if one.parameters.has_any(parameters):
+                one.parameters.clear()
 
     def undo(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take the noise off again."""
         self.original.restore(parameters)
-        self._done = [(known, None if known.has_any(parameters) else recipe) for known, recipe in self._done]
+        for one in self._perturbed:
+            one.is_undone = one.is_undone or one.parameters.has_any(parameters)
 
     def is_undone(self, root: nn.Module) -> bool:
         """Tell whether it was taken off a part of a model again."""
-        return any(recipe is None and known.has_any(root.parameters()) for known, recipe in self._done)
+        return any(one.is_undone and one.parameters.has_any(root.parameters()) for one in self._perturbed)
 
     def records(self, root: nn.Module) -> list[TensorRecord]:
         """Return what was done to the tensors of a model."""
         parameters = list(root.parameters())
-        recipes = [recipe for known, recipe in self._done if recipe and known.has_any(parameters)]
-        return [tensor for recipe in recipes for file in recipe.files for tensor in file.tensors]
+        kept = [one for one in self._perturbed if not one.is_undone and one.parameters.has_any(parameters)]
+        return [tensor for one in kept for file in one.recipe.files for tensor in file.tensors]
 
 
 def _sum(parameter: nn.Parameter) -> float:
@@ -143,7 +160,9 @@ def _filled_parts(top: nn.Module, loaded: Sequence[nn.Module]) -> list[tuple[str
     return parts
 
 
-def _left(part: nn.Module, path: str, ids: Set[int], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+def _excluded_names(
+    part: nn.Module, path: str, ids: Set[int], include: Sequence[str], exclude: Sequence[str]
+) -> list[str]:
     """Return the checkpoint's names of what is not to be perturbed, such as the parameters with these ids."""
     parameters = dict(part.named_parameters(remove_duplicate=False))
     is_marked = any(hasattr(parameter, LOADED) for parameter in parameters.values())

@@ -1,4 +1,4 @@
-"""Which modules of the process hold which parameters, asked of the garbage collector: nobody registers modules."""
+"""gc.get_objects() searched for the modules that hold given parameters: torch has no list of a process's modules."""
 
 import gc
 import inspect

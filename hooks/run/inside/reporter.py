@@ -1,68 +1,84 @@
-"""What a process has to say for itself: lines on stderr as it goes on, and the record that it leaves."""
+"""What a process reports: lines on stderr as it goes on, and the JSON record that it leaves for `surgery run`."""
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import NoReturn
+
+from torch import nn
 
 from surgery.errors import SurgeryError
 
-from .. import run_dir
 from ..console import say
-from ..messages import find_rank, told
-from ..options import Order
-from ..outcome import conclude
+from ..folder import run_dir
+from ..messages import describe_model, find_rank
+from ..options import Options
+from ..outcome import EXIT_INACTIVE, print_outcome
 from ..record import Record
 from .models import Model
 
 _SECONDS_BETWEEN_RECORDS = 1
 
 
-class Account:
+class Reporter:
     """The record of one process.
 
     Args:
-        order: what was asked for.
+        options: what was asked for.
     """
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, options: Options) -> None:
         self.record = Record(os.getpid(), has_torch=True)
-        self._order = order
+        self._options = options
+        self.has_refused = False
+        """A model was to be regularized, and could not be."""
         self._is_child = False
         self._written = 0.0
 
-    def tell(self, model: Model) -> None:
-        """Say what was done to a model."""
-        _say(told(self._order, model))
+    def report_model(self, model: Model) -> None:
+        """Print what was done to a model."""
+        _say(describe_model(self._options, model))
 
-    def note(self, text: str) -> None:
-        """Say what else should be known, once."""
+    def add_note(self, text: str) -> None:
+        """Report what else should be known, once."""
         self._add(text, self.record.notes)
 
-    def blame(self, text: str) -> None:
-        """Say why a regularizer has no effect, once."""
+    def add_fault(self, text: str) -> None:
+        """Report why a regularizer has no effect, once."""
         self._add(text, self.record.faults)
 
-    def _add(self, text: str, said: list[str]) -> None:
-        if text not in said:
-            said.append(text)
+    def refuse(self, what: str, root: nn.Module, error: SurgeryError) -> None:
+        """Report what could not be done to a model, and why."""
+        self.has_refused = True
+        self.add_fault(f"{what}: {type(root).__name__}: {error}")
+
+    def _add(self, text: str, reported: list[str]) -> None:
+        if text not in reported:
+            reported.append(text)
             _say(text)
 
-    def fail(self, error: SurgeryError) -> None:
+    def refuse_process(self, reason: str) -> None:
         """Take in why a regularizer has ended the script."""
-        self.record.faults.append(str(error))
+        self.record.faults.append(reason)
         self.record.is_refused = True
 
-    def fork(self) -> None:
+    def exit_inactive(self, models: Iterable[Model]) -> NoReturn:
+        """End the process, for nothing can take effect in it."""
+        self.record.is_refused = True
+        self.write(models, is_last=True)
+        raise SystemExit(EXIT_INACTIVE)
+
+    def on_fork(self) -> None:
         """Begin anew, in a child process."""
         self.record = Record(os.getpid(), has_torch=True)
         self._is_child = True
 
     @property
-    def is_idle(self) -> bool:
+    def has_nothing_to_report(self) -> bool:
         """It is another process's, or that of a child that trains nothing."""
         return self.record.pid != os.getpid() or (self._is_child and not self.record.has_trained)
 
-    def write(self, models: Sequence[Model], *, is_last: bool) -> None:
+    def write(self, models: Iterable[Model], *, is_last: bool) -> None:
         """Bring the record up to date, and leave it where `surgery run` looks for it.
 
         Args:
@@ -72,16 +88,16 @@ class Account:
             return
         self._written = time.monotonic()
         self.record.rank = find_rank()
-        self.record.models = [model.look(is_last=is_last) for model in models]
+        self.record.models = [model.entry(is_last=is_last) for model in models]
         self.record.acts = sorted({act for model in models for act in model.acts})
         if folder := run_dir():
             self.record.write(folder)
 
-    def end(self, models: Sequence[Model]) -> None:
-        """Write for the last time; without a `surgery run` to read it, say what came out."""
+    def end(self, models: Iterable[Model]) -> None:
+        """Write for the last time; without a `surgery run` to read it, print the outcome."""
         self.write(models, is_last=True)
         if self.record.has_trained and run_dir() is None:
-            conclude(self.record, self._order)
+            print_outcome(self.record, self._options)
 
 
 def _say(text: str) -> None:

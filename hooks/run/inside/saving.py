@@ -1,4 +1,4 @@
-"""Models without what is ours, for torch.save: it writes what it would write without a run."""
+"""A pickle module for torch.save whose Pickler leaves out the patch: files are what they would be without a run."""
 
 import pickle
 from types import ModuleType
@@ -6,19 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from ...lifecycle import PATCH
-from ...mixout.dropout import RATES
-from ...mixout.site import SITE
+from ...marks import PATCH, is_ours, marks_of
 from ...weights.sources import LOADED
-
-_MARKS = {PATCH, SITE, RATES}
 
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, thing: Any) -> Any:
         if issubclass(type(thing), nn.Parameter) and LOADED in thing.__dict__:
             return _unmarked(thing)
-        if not issubclass(type(thing), nn.Module) or _MARKS.isdisjoint(thing.__dict__):
+        if not issubclass(type(thing), nn.Module) or not _is_patched(thing.__dict__):
             return NotImplemented
         return _without_marks(thing.__reduce_ex__(2))
 
@@ -37,25 +33,26 @@ def _without_marks(reduced: Any) -> Any:
     """Return how to pickle a module, its state wherever it is: fx has it among the arguments of a function."""
     if type(reduced) is tuple:
         return tuple(map(_without_marks, reduced))
-    return _plain(reduced) if isinstance(reduced, dict) and not _MARKS.isdisjoint(reduced) else reduced
+    return _plain(reduced) if isinstance(reduced, dict) and _is_patched(reduced) else reduced
+
+
+def _is_patched(attributes: dict[str, Any]) -> bool:
+    return PATCH in attributes or bool(marks_of(attributes))
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """Return what a module's state was before it was patched."""
-    plain = {name: value for name, value in state.items() if name not in _MARKS}
+    plain = {name: value for name, value in state.items() if name != PATCH}
     hooks = state.get("_forward_pre_hooks", {}) | state.get("_forward_hooks", {})
-    ours = {key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith(f"{_HOOKS}.")}
+    ours = {key for key, hook in hooks.items() if is_ours(hook)}
     for name, value in plain.items():
         if name.startswith("_forward_") and not ours.isdisjoint(value):
             plain[name] = type(value)((key, one) for key, one in value.items() if key not in ours)
-    for attribute, rate in state[RATES].rates.items() if RATES in state else ():
-        if plain.get(attribute) == 0:
-            plain[attribute] = rate
+    for mark in marks_of(state):
+        mark.restore(plain)
     return plain
 
 
-_HOOKS = __name__.removesuffix(".run.inside.saving")
-
-plainly = ModuleType("pickle")
+plain_pickle = ModuleType("pickle")
 """The module pickle, but for what is ours, which it leaves out."""
-plainly.__dict__.update(pickle.__dict__, Pickler=_Pickler)
+plain_pickle.__dict__.update(pickle.__dict__, Pickler=_Pickler)

@@ -1,312 +1,219 @@
-"""One process of a run: from an optimizer to the model whose parameters it owns, and from there to its patch."""
+"""What a process does at each event that instrument.py reports from torch, from the first optimizer to its exit."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SurgeryError, some
-from surgery.live.names import pretrained_parts, unwrap
+from surgery.errors import SurgeryError
+from surgery.live.names import unwrap
 
-from ...lifecycle import Patch
-from ...patch import find_patch, is_compiled, put_patch, take_root
+from ...patch import find_patch
 from ...steps import watch
-from ...weights.sources import is_loaded, move_marks
-from ..messages import NO_OPTIMIZER, NOISE_OFF, UNSEEN
-from ..options import Order
-from .filters import Choice
+from ...weights.sources import move_marks
+from ..messages import UNSEEN
+from ..options import Options
+from .candidates import Candidates
+from .filters import Filters
 from .loads import Loads
-from .models import Model
-from .noise import Noise
-from .owners import find_tops
-from .pending import Trained
-from .reporter import Account
+from .models import Model, Models
+from .patcher import Patcher
+from .pending import Pending
+from .perturber import Perturber
+from .reporter import Reporter
 from .weakset import WeakSet
-
-EXIT_INACTIVE = 3
 
 
 class Session:
-    """Watches a process train, and regularizes what it trains.
+    """Passes the events of a process on to those who act on them.
 
     An optimizer tells which models are trained: their pretrained parts get noise as soon as it is made. The first of
     their modules that is called in training mode tells what the script calls: that is patched.
 
     Args:
-        order: what was asked for.
+        options: what was asked for.
     """
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
-        self.account = Account(order)
-        self._choice = Choice(order.include, order.exclude)
-        self._models: list[Model] = []
-        self._trained = Trained()
-        self._barren = WeakSet()
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._reporter = Reporter(options)
+        filters = Filters(options.include, options.exclude)
+        self._candidates = Candidates(filters, self._reporter)
+        self._pending = Pending()
+        self._without_pending = WeakSet()  # modules without a parameter that is pending
         self._loads = Loads()
-        self._noise: Noise | None = None
-        if order.noisytune is not None:
-            self._noise = Noise(order.noisytune, order.seed or 0, self._loads.overwritten)
-        self._refusals: list[str] = []
-        self._open_step: Optimizer | None = None
-        """One whose closure is at work."""
-        self._passed_over: set[str] = set()  # classes of models that are trained, and not taken
-
-    # -- what is trained ------------------------------------------------------------------------------------------
-
-    def meet(self, optimizer: Optimizer) -> None:
-        """Look whose parameters a new optimizer owns, or one that got more of them."""
-        watch(self)  # imports torch's compiler, which takes a second, and which optimizers import anyway
-        owned = [
-            one
-            for one in _parameters(optimizer)
-            if isinstance(one, nn.Parameter) and one.requires_grad and one not in self._trained.waiting
-        ]
-        owned = [one for one in owned if not self._covers(one)]
-        tops = find_tops(owned) if owned else []
-        pretrained = [top for top, _ in tops if _is_pretrained(top)]
-        for top, parameters in tops:
-            if find_patch(top) is not None:
-                continue
-            if pretrained and top not in pretrained:
-                beside = type(pretrained[0]).__name__
-                self.account.note(f"{type(top).__name__}: new, beside a pretrained {beside}: left as it is.")
-            elif not self._choice.takes(top):
-                self._passed_over.add(type(top).__name__)
-            else:
-                self._perturb(top, parameters)
-                self._trained.add(top, parameters)
-        self._barren.clear()
-
-    def _covers(self, parameter: nn.Parameter) -> bool:
-        """Tell whether a parameter is one of a model that is regularized."""
-        return any(model.holds([parameter]) for model in self._models)
+        self._perturber = Perturber(options, filters, self._loads, self._reporter)
+        original = self._perturber.original if options.w_pre == "original" else None
+        pretrained = original if original is not None else self._loads.overwritten
+        self._patcher = Patcher(options, filters, pretrained, self._reporter)
+        self._models = Models()
 
     @property
     def is_waiting(self) -> bool:
         """A model is trained whose forward has not been seen."""
-        return bool(self._trained.waiting)
+        return bool(self._pending.parameters)
 
-    # -- noise ----------------------------------------------------------------------------------------------------
+    # -- optimizers -----------------------------------------------------------------------------------------------
 
-    def before_shard(self, module: nn.Module) -> None:
-        """Perturb what fully_shard is about to split, which is too late for it then."""
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if self._noise is None or self._noise.knows(trainable):
-            return
-        for top, parameters in find_tops(trainable):
-            if not any(parameter.is_meta for parameter in top.parameters()) and self._choice.takes(top):
-                self._perturb(top, parameters)
+    def on_optimizer_made(self, optimizer: Optimizer) -> None:
+        """Find the models whose parameters an optimizer owns, and perturb them."""
+        watch(self)  # imports torch's compiler, which takes a second, and which optimizers import anyway
+        owned = [
+            one
+            for one in _parameters(optimizer)
+            if isinstance(one, nn.Parameter) and one.requires_grad and one not in self._pending.parameters
+        ]
+        for top, parameters in self._candidates.select([one for one in owned if not self._models.hold(one)]):
+            self._perturber.perturb(top, parameters)
+            self._pending.add(top, parameters)
+        self._without_pending.clear()
 
-    def _perturb(self, top: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-        if self._noise is None:
-            return
-        try:
-            self._noise.add(top, trained, list(self._loads.filled), *self._choice.of_model(top))
-        except SurgeryError as error:
-            self._refuse("noisytune", top, error)
-            return
-        if any(hasattr(module, "adapter_layer_names") for module in top.modules()):  # PEFT's
-            options = f"--lam {self.order.noisytune:g} --seed {self.order.seed or 0}"
-            self.account.note(
-                f"{type(top).__name__}: noise is on frozen weights, which an adapter is saved without: merge them, or "
-                f"load it onto what surgery perturb makes with {options}."
-            )
+    def on_param_group_added(self, optimizer: Optimizer) -> None:
+        """Do the same for what an optimizer got later."""
+        self.on_optimizer_made(optimizer)
 
-    # -- loads ----------------------------------------------------------------------------------------------------
-
-    def before_load(self, module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
-        """Keep what a load is about to overwrite; return the parameters that there are."""
-        self.account.record.has_loaded = True
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        touched = (parameters[name] for name in names if name in parameters)
-        self._loads.keep(parameters, [one for one in touched if not self._covers(one)], self._trained.waiting)
-        return parameters
-
-    def after_load(self, module: nn.Module, names: Sequence[str], before: dict[str, nn.Parameter]) -> None:
-        """Note what a load has done."""
-        after = dict(module.named_parameters(remove_duplicate=False))
-        self.move(before, after)
-        self._loads.mark(module, after, names)
-        self._look_for_noise([after[name] for name in names if name in after])
-
-    def _look_for_noise(self, loaded: Sequence[nn.Parameter]) -> None:
-        """Blame a load that has taken the noise off a model that is trained already, as between the folds of a loop."""
-        for model in self._models:
-            own = [one for one in loaded if model.holds([one])]
-            if self._noise is not None and self._noise.is_off(own):
-                model.acts.discard("noisytune")
-                self.account.blame(f"noisytune: {model.name}: {NOISE_OFF}")
-
-    def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
-        """Follow parameters that were replaced by others of their names, by fully_shard or an assigning load."""
-        replaced = {name: w for name, w in before.items() if name in after and after[name] is not w}
-        move_marks(replaced, after)
-        for follower in (self._loads, self._noise, self._trained, *(model.parameters for model in self._models)):
-            if follower is not None and replaced:
-                follower.move(replaced, after)
-
-    def resume(self, optimizer: Optimizer) -> None:
-        """Note that an optimizer has got its state back."""
-        self._loads.resume(one for one in _parameters(optimizer) if one in self._trained.waiting)
-
-    def _settle_noise(self, root: nn.Module) -> None:
-        """Add noise to what came after the optimizer; take it off again if it was added to a resumed run's weights."""
-        parameters = list(root.parameters())
-        if not self._loads.is_resumed(parameters):
-            self._loads.settle(parameters)
-        if self._noise is not None and self._loads.unnoised.has_any(parameters):
-            self._noise.forget(parameters)
-            self._perturb(root, parameters)
-        if not self._loads.is_blind(parameters):
-            return
-        self.account.note(
-            f"{type(root).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
-            "were then, and noise is what the run began with."
-        )
-        if self._noise is not None:
-            self._noise.undo(parameters)
-
-    # -- patching -------------------------------------------------------------------------------------------------
-
-    def see(self, module: nn.Module) -> None:
-        """Patch the model that `module` is or holds, if it is about to be trained and was waited for."""
-        if module in self._barren or not torch.is_grad_enabled():
-            return
-        inner = unwrap(module)
-        if self._is_patching and not inner.training:
-            return
-        parameters = list(inner.parameters())
-        if not self._trained.waiting.has_any(parameters) or any(find_patch(child) for child in inner.modules()):
-            self._barren.add([module])
-            return
-        self._patch(self._trained.root(module, parameters))
-
-    def _patch(self, module: nn.Module) -> None:
-        root = unwrap(module)
-        parameters = list(root.parameters())
-        self._trained.waiting.remove(parameters)
-        self._settle_noise(root)
-        patch = self._put_patch(module, root) if self._is_patching else None
-        self._loads.overwritten.drop(parameters)
-        records, is_resumed = [], False
-        if self._noise is not None:
-            self._noise.original.drop(parameters)
-            records, is_resumed = self._noise.records(root), self._noise.is_undone(root)
-        model = Model(root, records, patch, is_resumed=is_resumed)
-        if model.is_patched or model.acts:
-            self._models.append(model)
-            self.account.tell(model)
-
-    @property
-    def _is_patching(self) -> bool:
-        """There is more to do than to add noise."""
-        return self.order.asked != ("noisytune",)
-
-    def _put_patch(self, module: nn.Module, root: nn.Module) -> Patch | None:
-        """Patch a model, with the weights it has now or had before a load; None if it is refused."""
-        order = self.order
-        past = self._noise.original if order.w_pre == "original" and self._noise else self._loads.overwritten
-        globs = self._choice.of_model(root) if order.mixout is not None or order.anchor is not None else (None, None)
-        try:
-            take_root(module, may_be_compiled=True)
-            with past.brought_back(root.parameters()):
-                put_patch(
-                    root,
-                    mixout=order.mixout_setting,
-                    rdrop=order.rdrop_setting,
-                    anchor=order.anchor_setting,
-                    include=globs[0],
-                    exclude=globs[1],
-                )
-        except SurgeryError as error:
-            self._refuse("patch_model", root, error)
-        patch = find_patch(root)
-        if patch is not None and self._open_step is not None:
-            patch.join_step(self._open_step)
-        if any(map(is_compiled, module.modules())):
-            torch.compiler.reset()  # graphs made before know nothing of the patch
-        return patch
-
-    def _refuse(self, what: str, root: nn.Module, error: SurgeryError) -> None:
-        self._refusals.append(f"{what}: {type(root).__name__}: {error}")
-        self.account.blame(self._refusals[-1])
-
-    # -- optimizer steps ------------------------------------------------------------------------------------------
+    def on_optimizer_state_loaded(self, optimizer: Optimizer) -> None:
+        """Note that a run is resumed."""
+        self._loads.on_optimizer_state_loaded(one for one in _parameters(optimizer) if one in self._pending.parameters)
 
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Look at a step, once it has its gradients."""
-        self.account.record.has_trained = True
+        self._reporter.record.has_trained = True
         if is_closure:
-            self._open_step = optimizer
+            self._patcher.open_step = optimizer
         else:
-            self._judge(optimizer)
+            self._on_gradients(optimizer)
 
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Look at a step whose closure has brought the gradients; write the record now and then, lest we be killed."""
-        self._open_step = None
+        self._patcher.open_step = None
         if is_closure:
-            self._judge(optimizer)
-        self.account.write(self._models, is_last=False)
+            self._on_gradients(optimizer)
+        self._reporter.write(self._models, is_last=False)
 
-    def _judge(self, optimizer: Optimizer) -> None:
+    def _on_gradients(self, optimizer: Optimizer) -> None:
         """Count a step, patch what has been trained unseen, and end a run that nothing is regularized in."""
         held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
-        for model in self._models:
-            model.steps += model.holds(held)
-        if self._trained.waiting.has_any(held):
+        self._models.count_step(held)
+        if self._pending.parameters.has_any(held):
             self._patch_unseen(held)
-        is_vain = self._refusals or (self._passed_over and not self._trained)
-        if is_vain and not (self.is_waiting or self._is_any_whole or self.order.allow_inactive):
-            self._stop()
+        self._exit_if_in_vain()
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def on_from_pretrained(self) -> None:
+        """Note that weights are loaded."""
+        self._reporter.record.has_loaded = True
+
+    def before_load(self, module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        """Keep what load_state_dict is about to overwrite; return the parameters that there are."""
+        self._reporter.record.has_loaded = True
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        touched = (parameters[name] for name in names if name in parameters)
+        self._loads.before_load(
+            parameters, [one for one in touched if not self._models.hold(one)], self._pending.parameters
+        )
+        return parameters
+
+    def after_load(self, module: nn.Module, names: Sequence[str], before: Mapping[str, nn.Parameter]) -> None:
+        """Note what load_state_dict has done.
+
+        Args:
+            names: the keys of the state_dict.
+            before: what before_load has returned.
+        """
+        after = dict(module.named_parameters(remove_duplicate=False))
+        self._follow(before, after)
+        self._loads.after_load(module, after, names)
+        self._perturber.after_load([after[name] for name in names if name in after], self._models)
+
+    def before_fully_shard(self, module: nn.Module) -> None:
+        """Perturb what fully_shard is about to split."""
+        self._perturber.before_fully_shard(module)
+
+    def after_fully_shard(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Know the parameters of a module by what fully_shard has put in their places."""
+        self._follow(before, after)
+
+    def _follow(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Follow parameters that were replaced by others of their names, by fully_shard or an assigning load."""
+        replaced = {name: w for name, w in before.items() if name in after and after[name] is not w}
+        move_marks(replaced, after)
+        if replaced:
+            for follower in (self._loads, self._perturber, self._pending, self._models):
+                follower.move(replaced, after)
+
+    # -- forward and backward -------------------------------------------------------------------------------------
+
+    def on_forward(self, module: nn.Module) -> None:
+        """Patch the model that `module` is or holds, if it is about to be trained and was waited for."""
+        if module in self._without_pending or not torch.is_grad_enabled():
+            return
+        inner = unwrap(module)
+        if self._patcher.is_asked and not inner.training:
+            return
+        parameters = list(inner.parameters())
+        if not self._pending.parameters.has_any(parameters) or any(find_patch(child) for child in inner.modules()):
+            self._without_pending.add([module])
+            return
+        self._patch(self._pending.find_whole(module, parameters))
+
+    def on_backward(self) -> None:
+        """Note that something is trained."""
+        self._reporter.record.has_trained = True
+
+    def _patch(self, module: nn.Module) -> None:
+        """Do to a model all that is asked for."""
+        root = unwrap(module)
+        parameters = list(root.parameters())
+        self._pending.parameters.remove(parameters)
+        self._perturber.before_patch(root)
+        patch = self._patcher.patch(module, root)
+        self._loads.overwritten.drop(parameters)
+        self._perturber.after_patch(parameters)
+        noise, is_resumed = self._perturber.records(root), self._perturber.is_undone(root)
+        model = Model(root, noise, patch, is_resumed=is_resumed)
+        if model.is_patched or model.acts:
+            self._models.add(model)
+            self._reporter.report_model(model)
 
     def _patch_unseen(self, held: Sequence[nn.Parameter]) -> None:
-        for top in self._trained.unseen(held):
-            if self._is_patching:
-                self.account.blame(f"{type(top).__name__}: {UNSEEN}")
+        """Patch the models of these parameters, which are trained without a call that on_forward was told of."""
+        for top in self._pending.models_of(held):
+            if self._patcher.is_asked:
+                self._reporter.add_fault(f"{type(top).__name__}: {UNSEEN}")
             self._patch(top)
             torch.compiler.reset()
 
-    @property
-    def _is_any_whole(self) -> bool:
-        """There is a model that everything was done to that was asked for."""
-        has_noise = self._noise is not None
-        return any(
-            model.is_patched >= self._is_patching and ("noisytune" in model.acts) >= has_noise for model in self._models
-        )
-
-    def _stop(self) -> NoReturn:
-        self._blame_choice()
-        self.account.record.is_refused = True
-        self.account.write(self._models, is_last=True)
-        raise SystemExit(EXIT_INACTIVE)
-
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def end(self) -> None:
-        """Give account of the process."""
-        if self.account.is_idle:
+    def _exit_if_in_vain(self) -> None:
+        """End a process in which nothing can take effect, before it trains for hours."""
+        if not (self._reporter.has_refused or self._candidates.are_all_excluded):
             return
-        if self.account.record.has_trained:
-            self._blame_choice()
-        self.account.end(self._models)
-
-    def _blame_choice(self) -> None:
-        """Say which globs, or models, have come to nothing."""
-        if not self._trained and not self._passed_over:
-            self.account.blame(NO_OPTIMIZER)
+        if self.is_waiting or self._options.allow_inactive:
             return
-        if not self._trained:
-            names = some(sorted(self._passed_over))
-            self.account.blame(f"model: expected one to regularize, got those that are left out ({names}).")
-        self.account.record.unmatched = sorted(self._choice.unmatched)
+        if self._models.is_any_complete(wants_patch=self._patcher.is_asked, wants_noise=self._perturber.is_asked):
+            return
+        self._candidates.report_missing()
+        self._reporter.exit_inactive(self._models)
 
+    def on_uncaught_error(self, error: SurgeryError) -> None:
+        """Note why a regularizer has ended the script."""
+        self._reporter.refuse_process(str(error))
 
-def _is_pretrained(top: nn.Module) -> bool:
-    """Tell whether a model has a part of transformers or diffusers, or one that a load has filled."""
-    return next(iter(pretrained_parts(top)), None) is not None or any(map(is_loaded, top.parameters()))
+    def on_fork(self) -> None:
+        """Begin a record anew, in a child process."""
+        self._reporter.on_fork()
+
+    def on_exit(self) -> None:
+        """Report the process for the last time."""
+        if self._reporter.has_nothing_to_report:
+            return
+        if self._reporter.record.has_trained:
+            self._candidates.report_missing()
+        self._reporter.end(self._models)
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:

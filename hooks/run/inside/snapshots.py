@@ -1,4 +1,4 @@
-"""What weights were before somebody wrote to them, kept until the model is patched."""
+"""Copies of parameters from before somebody wrote to them, kept until the model is patched."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...weights.pretrained import distributed_like, is_distributed, local
 
 
-class Past:
+class Snapshots:
     """Values of parameters, in the CPU's memory; whole DTensors where they are. They go with the parameters."""
 
     def __init__(self) -> None:
@@ -51,11 +51,11 @@ class Past:
                 parameter.copy_(self._values[parameter])
 
     @contextmanager
-    def brought_back(self, parameters: Iterable[nn.Parameter], *, is_past_written: bool = False) -> Iterator[None]:
+    def restored(self, parameters: Iterable[nn.Parameter], *, is_updating: bool = False) -> Iterator[None]:
         """Give parameters the values that are kept of them, for the body of a `with`.
 
         Args:
-            is_past_written: what the body makes of them is what is kept from then on.
+            is_updating: what the body makes of them is what is kept from then on.
         """
         kept = [parameter for parameter in parameters if parameter in self._values]
         present = [_copy(parameter.detach()) for parameter in kept]
@@ -64,7 +64,7 @@ class Past:
             yield
         finally:
             for parameter, values in zip(kept, present, strict=True):
-                if is_past_written:
+                if is_updating:
                     self._values[parameter] = _copy(parameter.detach())
                 with torch.no_grad():
                     parameter.copy_(values)

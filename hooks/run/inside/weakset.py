@@ -1,4 +1,4 @@
-"""Remember parameters and modules without keeping them alive, nor taking others for them that get their ids."""
+"""A set over WeakIdKeyDictionary: keeps nothing alive, and takes nothing for what is dead and had its id."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -193,14 +193,14 @@ def test_model_compiled_after_moving_captures_cuda_graphs() -> None:
         skips.append(counters["inductor"]["cudagraph_skips"])
     assert skips == skips[:1] * 5  # the first call moves w_pre
     assert stats(model)["steps"] == 5
-    assert not model._surgery_patch.sites[0].values.is_cpu
+    assert not model._surgery_patch.weights.tracked[0].values.is_cpu
 
 
 @run_on_gpu
 def test_offloaded_w_pre_is_pinned_and_fetched_one_ahead() -> None:
     model = patch_model(net("cuda", depth=6), mixout=Mixout(P), w_pre_device="cpu")
     train(model)
-    sites = model._surgery_patch.sites
+    sites = model._surgery_patch.weights.tracked
     assert all(site.values.is_pinned() for site in sites)
     torch.cuda.synchronize()
     model[0](rows("cuda"))

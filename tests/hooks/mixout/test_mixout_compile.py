@@ -64,7 +64,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def expected(model: Seen, seen: tuple[torch.Tensor, ...], slope: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Loss and dL/dW of the formula in float64, for the masks that the run's own W_mix show."""
-    pretrained = [site.values.double() for site in model._surgery_patch.sites]
+    pretrained = [site.values.double() for site in model._surgery_patch.weights.tracked]
     layers = [model.first, model.second]
     mixed = []
     for layer, w_pre, shown in zip(layers, pretrained * (2 // len(pretrained)), seen[1:], strict=True):
@@ -105,7 +105,7 @@ def test_compiled_steps_follow_the_formula_in_one_graph(
         steps += [compare(model, compiled, slope=slope, tolerance=1e-12) for _ in range(4)]
     assert all(not torch.equal(one[1], other[1]) for one, other in pairwise(steps))
     assert all(torch.equal(first, second) == is_tied for _, first, second in steps)
-    columns = (steps[0][1] != model._surgery_patch.sites[0].values).double().mean(0)
+    columns = (steps[0][1] != model._surgery_patch.weights.tracked[0].values).double().mean(0)
     assert set(columns.tolist()) <= {0.0, 1.0} or granularity == "element"
     assert stats(compiled)["steps"] == stats(model)["steps"] == 5
     assert describe(compiled).uncalled == ()
@@ -269,7 +269,7 @@ def test_compiled_after_a_cast_follows_the_formula() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         compare(model, compiled, slope=2, tolerance=1e-5)
-    assert {site.values.dtype for site in model._surgery_patch.sites} == {torch.float32}
+    assert {site.values.dtype for site in model._surgery_patch.weights.tracked} == {torch.float32}
 
 
 class Blocks(nn.Module):

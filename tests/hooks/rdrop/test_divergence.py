@@ -11,10 +11,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from surgery import SettingError
 from surgery.hooks.rdrop import divergence, rowwise
-from surgery.hooks.rdrop.divergence import Blend, cross_entropy, log_softmax, mse_loss, nll_loss
+from surgery.hooks.rdrop.divergence import cross_entropy, log_softmax, mse_loss, nll_loss
+from surgery.hooks.rdrop.objective import Objective, RDropLoss
 
 ALPHA = 1.3
-BLEND = Blend(ALPHA)
+OBJECTIVE = Objective(ALPHA)
 C = 5
 REDUCTIONS = ("mean", "sum", "none")
 SHAPES = {"rows": (6, C), "single": (C,), "sequence": (3, C, 4), "image": (2, C, 2, 3)}
@@ -67,13 +68,13 @@ def expected(
     return ce + ALPHA / 2 * kl, ce.detach(), kl.detach()
 
 
-def check(joined: divergence.Joined, reference: tuple[torch.Tensor, ...], *inputs: torch.Tensor) -> None:
+def check(terms: RDropLoss, reference: tuple[torch.Tensor, ...], *inputs: torch.Tensor) -> None:
     loss = reference[0]
-    torch.testing.assert_close(joined.loss, loss)
-    assert not joined.ce.requires_grad
-    assert joined.kl.dim() == 0
+    torch.testing.assert_close(terms.loss, loss)
+    assert not terms.ce.requires_grad
+    assert terms.kl.dim() == 0
     outer = draw(*loss.shape, seed=9)
-    grads = torch.autograd.grad(joined.loss, inputs, outer)
+    grads = torch.autograd.grad(terms.loss, inputs, outer)
     for got, want in zip(grads, torch.autograd.grad(loss, inputs, outer), strict=True):
         torch.testing.assert_close(got, want)
 
@@ -94,8 +95,8 @@ def test_cross_entropy_is_the_equation(
         target = torch.tensor(1)
     how = {"ignore_index": ignored, "label_smoothing": smoothing}
     how["weight"] = draw(C, seed=3).abs() if weighted else None
-    joined = cross_entropy(a, b, target, Blend(ALPHA, sums=sums), reduction=reduction, **how)
-    check(joined, expected(a, b, target, reduction=reduction, sums=sums, **how), a, b)
+    terms = cross_entropy(a, b, target, Objective(ALPHA, sums_kl=sums), reduction=reduction, **how)
+    check(terms, expected(a, b, target, reduction=reduction, sums=sums, **how), a, b)
 
 
 @shapes
@@ -107,8 +108,8 @@ def test_cross_entropy_with_probabilities_is_the_equation(
     a, b = pair(*shape)
     target = draw(*shape, seed=4).softmax(0 if len(shape) == 1 else 1)
     how = {"weight": draw(C, seed=3).abs() if weighted else None, "label_smoothing": 0.1}
-    joined = cross_entropy(a, b, target, BLEND, reduction=reduction, **how)
-    check(joined, expected(a, b, target, reduction=reduction, **how), a, b)
+    terms = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction, **how)
+    check(terms, expected(a, b, target, reduction=reduction, **how), a, b)
 
 
 @shapes
@@ -120,8 +121,8 @@ def test_nll_loss_of_log_softmax_is_cross_entropy(shape: tuple[int, ...], reduct
     how = {"weight": draw(C, seed=3).abs() if weighted else None, "ignore_index": 2}
     if shape == (C,):
         target = torch.tensor(1)
-    joined = nll_loss(a.log_softmax(dim), b.log_softmax(dim), target, BLEND, reduction=reduction, **how)
-    check(joined, expected(a, b, target, reduction=reduction, **how), a, b)
+    terms = nll_loss(a.log_softmax(dim), b.log_softmax(dim), target, OBJECTIVE, reduction=reduction, **how)
+    check(terms, expected(a, b, target, reduction=reduction, **how), a, b)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES.values() if len(s) > 1], ids=str)
@@ -131,12 +132,12 @@ def test_doubled_batch_is_its_halves(shape: tuple[int, ...], smoothing: float, r
     (a, b), target = pair(*shape), classes(shape)
     both = torch.cat([a, b]).detach().requires_grad_()
     how = {"reduction": reduction, "label_smoothing": smoothing}
-    joined, pairs = (
-        cross_entropy(both, None, torch.cat([target, target]), BLEND, **how),
-        cross_entropy(a, b, target, BLEND, **how),
+    terms, pairs = (
+        cross_entropy(both, None, torch.cat([target, target]), OBJECTIVE, **how),
+        cross_entropy(a, b, target, OBJECTIVE, **how),
     )
-    assert all(torch.equal(x, y) for x, y in zip(joined, pairs, strict=True))
-    joined.loss.sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip(terms, pairs, strict=True))
+    terms.loss.sum().backward()
     pairs.loss.sum().backward()
     assert torch.equal(both.grad, torch.cat([a.grad, b.grad]))
 
@@ -146,19 +147,19 @@ def test_doubled_batch_is_its_halves(shape: tuple[int, ...], smoothing: float, r
 def test_chunks_do_not_show(chunk: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     (a, b), target = pair(*shape), classes(shape)
     monkeypatch.setattr(rowwise, "_CPU_CHUNK", chunk)
-    check(cross_entropy(a, b, target, BLEND), expected(a, b, target, reduction="mean"), a, b)
+    check(cross_entropy(a, b, target, OBJECTIVE), expected(a, b, target, reduction="mean"), a, b)
 
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
-    "cross_entropy": lambda a, b: cross_entropy(a, b, torch.tensor([1, -100, 3]), BLEND, reduction="none").loss,
-    "smoothed": lambda a, b: cross_entropy(a, b, torch.tensor([1, -100, 3]), BLEND, label_smoothing=0.1).loss,
-    "nll_loss": lambda a, b: nll_loss(a, b, torch.tensor([1, -100, 3]), BLEND).loss,
+    "cross_entropy": lambda a, b: cross_entropy(a, b, torch.tensor([1, -100, 3]), OBJECTIVE, reduction="none").loss,
+    "smoothed": lambda a, b: cross_entropy(a, b, torch.tensor([1, -100, 3]), OBJECTIVE, label_smoothing=0.1).loss,
+    "nll_loss": lambda a, b: nll_loss(a, b, torch.tensor([1, -100, 3]), OBJECTIVE).loss,
     "bce_logits": lambda a, b: (
-        divergence.binary_cross_entropy_with_logits(a, b, torch.rand_like(a) * 0 + 0.3, BLEND).loss
+        divergence.binary_cross_entropy_with_logits(a, b, torch.rand_like(a) * 0 + 0.3, OBJECTIVE).loss
     ),
-    "bce": lambda a, b: divergence.binary_cross_entropy(a.sigmoid(), b.sigmoid(), a.detach() * 0 + 0.3, BLEND).loss,
-    "mse": lambda a, b: mse_loss(a, b, a.detach() * 0, b.detach() * 0 + 1, BLEND).loss,
-    "log_softmax": lambda a, b: log_softmax(a, b, -1, BLEND, lambda *_: None),
+    "bce": lambda a, b: divergence.binary_cross_entropy(a.sigmoid(), b.sigmoid(), a.detach() * 0 + 0.3, OBJECTIVE).loss,
+    "mse": lambda a, b: mse_loss(a, b, a.detach() * 0, b.detach() * 0 + 1, OBJECTIVE).loss,
+    "log_softmax": lambda a, b: log_softmax(a, b, -1, OBJECTIVE, lambda *_: None),
 }
 
 
@@ -170,7 +171,7 @@ def test_gradient_is_that_of_the_value(loss: Callable[..., torch.Tensor]) -> Non
 def test_second_derivative_is_refused() -> None:
     a, b = pair(3, C)
     with pytest.raises(RuntimeError, match="rdrop: expected create_graph=False, got True"):
-        torch.autograd.grad(cross_entropy(a, b, classes((3, C)), BLEND).loss, a, create_graph=True)
+        torch.autograd.grad(cross_entropy(a, b, classes((3, C)), OBJECTIVE).loss, a, create_graph=True)
 
 
 @reductions
@@ -183,24 +184,24 @@ def test_binary_cross_entropy_is_the_equation(reduction: str, sums: bool, weight
     p, q = Bernoulli(logits=a), Bernoulli(logits=b)
     s = 0.5 * (kl_divergence(p, q) + kl_divergence(q, p)) * (1 if sums else weight)
     how = {"weight": weight if weighted else None, "reduction": reduction}
-    blend = Blend(ALPHA, sums=sums)
+    objective = Objective(ALPHA, sums_kl=sums)
     if kind == "logits":
         positive = draw(3, seed=5).abs()
-        joined = divergence.binary_cross_entropy_with_logits(a, b, target, blend, pos_weight=positive, **how)
+        terms = divergence.binary_cross_entropy_with_logits(a, b, target, objective, pos_weight=positive, **how)
         ce = [F.binary_cross_entropy_with_logits(x, target, pos_weight=positive, **how) for x in (a, b)]
     else:
-        joined = divergence.binary_cross_entropy(a.sigmoid(), b.sigmoid(), target, blend, **how)
+        terms = divergence.binary_cross_entropy(a.sigmoid(), b.sigmoid(), target, objective, **how)
         ce = [F.binary_cross_entropy(x.sigmoid(), target, **how) for x in (a, b)]
     kl = s if reduction == "none" else s.sum() if sums or reduction == "sum" else s.mean()
     mean = (ce[0] + ce[1]) / 2
-    check(joined, (mean + ALPHA / 2 * kl, mean.detach(), kl.detach()), a, b)
+    check(terms, (mean + ALPHA / 2 * kl, mean.detach(), kl.detach()), a, b)
 
 
 def test_binary_cross_entropy_at_0_and_1_is_clamped() -> None:
     p, q = torch.tensor([0.0, 1.0, 0.0]).requires_grad_(), torch.tensor([1.0, 1.0, 0.0]).requires_grad_()
-    joined = divergence.binary_cross_entropy(p, q, torch.tensor([0.0, 1.0, 1.0]), BLEND, reduction="none")
-    joined.loss.sum().backward()
-    assert joined.loss.tolist() == pytest.approx([50 + ALPHA / 2 * 100, 0, 100])
+    terms = divergence.binary_cross_entropy(p, q, torch.tensor([0.0, 1.0, 1.0]), OBJECTIVE, reduction="none")
+    terms.loss.sum().backward()
+    assert terms.loss.tolist() == pytest.approx([50 + ALPHA / 2 * 100, 0, 100])
     assert p.grad.isfinite().all()
     assert q.grad.isfinite().all()
 
@@ -219,23 +220,21 @@ def test_mse_loss_compares_the_residuals(reduction: str, weighted: bool) -> None
         squares = squares * weight
         return {"none": squares, "sum": squares.sum(), "mean": squares.sum() / weight.sum()}[reduction]
 
-    joined = mse_loss(a, b, one, two, BLEND, weight=weight if weighted else None, reduction=reduction)
+    terms = mse_loss(a, b, one, two, OBJECTIVE, weight=weight if weighted else None, reduction=reduction)
     ce, kl = (reduce((a - one) ** 2) + reduce((b - two) ** 2)) / 2, reduce(((a - one) - (b - two)) ** 2)
-    check(joined, (ce + ALPHA / 2 * kl, ce.detach(), kl.detach()), a, b)
+    check(terms, (ce + ALPHA / 2 * kl, ce.detach(), kl.detach()), a, b)
 
 
 def test_mse_loss_sums_unweighted() -> None:
     a, b, weight = draw(4), draw(4, seed=1), draw(4, seed=2).abs()
-    joined = mse_loss(a, b, a * 0, a * 0, Blend(1, sums=True), weight=weight)
-    torch.testing.assert_close(
-        joined.loss, (weight * (a**2 + b**2)).sum() / weight.sum() / 2 + ((a - b) ** 2).sum() / 2
-    )
+    terms = mse_loss(a, b, a * 0, a * 0, Objective(1, sums_kl=True), weight=weight)
+    torch.testing.assert_close(terms.loss, (weight * (a**2 + b**2)).sum() / weight.sum() / 2 + ((a - b) ** 2).sum() / 2)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 def test_paper_scale_doubles_the_loss_only(alpha: float) -> None:
     a, b, target = draw(4, C), draw(4, C, seed=1), classes((4, C))
-    one, two = (cross_entropy(a, b, target, Blend(alpha, factor)) for factor in (1, 2))
+    one, two = (cross_entropy(a, b, target, Objective(alpha, factor)) for factor in (1, 2))
     assert two == (2 * one.loss, one.ce, one.kl)
 
 
@@ -243,16 +242,16 @@ def test_alpha_0_is_the_mean_of_both_even_where_the_divergence_is_infinite() -> 
     a, b = draw(3, C), draw(3, C, seed=1)
     b[0, 1] = float("-inf")
     target = torch.tensor([2, 1, 0])
-    joined = cross_entropy(a, b, target, Blend(0))
-    torch.testing.assert_close(joined.loss, (F.cross_entropy(a, target) + F.cross_entropy(b, target)) / 2)
+    terms = cross_entropy(a, b, target, Objective(0))
+    torch.testing.assert_close(terms.loss, (F.cross_entropy(a, target) + F.cross_entropy(b, target)) / 2)
 
 
 @reductions
 def test_all_rows_ignored_is_what_torch_says(reduction: str) -> None:
     (a, b), target = pair(3, C), torch.full((3,), -100)
-    joined = cross_entropy(a, b, target, BLEND, reduction=reduction)
-    joined.loss.sum().backward()
-    torch.testing.assert_close(joined.loss, F.cross_entropy(a, target, reduction=reduction), equal_nan=True)
+    terms = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction)
+    terms.loss.sum().backward()
+    torch.testing.assert_close(terms.loss, F.cross_entropy(a, target, reduction=reduction), equal_nan=True)
     assert (a.grad == 0).all()
     assert (b.grad == 0).all()
 
@@ -260,8 +259,8 @@ def test_all_rows_ignored_is_what_torch_says(reduction: str) -> None:
 @reductions
 def test_empty_batch_is_what_torch_says(reduction: str) -> None:
     (a, b), target = pair(0, C), torch.empty(0, dtype=torch.int64)
-    joined = cross_entropy(a, b, target, BLEND, reduction=reduction)
-    torch.testing.assert_close(joined.loss, F.cross_entropy(a, target, reduction=reduction), equal_nan=True)
+    terms = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction)
+    torch.testing.assert_close(terms.loss, F.cross_entropy(a, target, reduction=reduction), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -273,19 +272,19 @@ def test_dtype_of_the_loss_is_torchs(dtype: torch.dtype, autocast: bool) -> None
     }  # fmt: skip
     with torch.autocast("cpu", enabled=autocast):
         for name, args in losses.items():
-            joined = getattr(divergence, name)(a, b, *args, BLEND)
-            assert joined.loss.dtype == getattr(F, name)(a, *args).dtype
-            assert joined.ce.dtype == joined.kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert mse_loss(a, b, a, a, BLEND).loss.dtype == F.mse_loss(a, a).dtype
-        assert log_softmax(a, b, 1, BLEND, print).dtype == F.log_softmax(a, 1).dtype
+            terms = getattr(divergence, name)(a, b, *args, OBJECTIVE)
+            assert terms.loss.dtype == getattr(F, name)(a, *args).dtype
+            assert terms.ce.dtype == terms.kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert mse_loss(a, b, a, a, OBJECTIVE).loss.dtype == F.mse_loss(a, a).dtype
+        assert log_softmax(a, b, 1, OBJECTIVE, print).dtype == F.log_softmax(a, 1).dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
     a, b, target = draw(2, 30000).to(dtype), draw(2, 30000, seed=1).to(dtype), classes((2, 30000))
     exact = [x.double().requires_grad_() for x in (a, b)]
-    want = cross_entropy(*exact, target, BLEND, reduction="sum")
-    got = cross_entropy(a.requires_grad_(), b.requires_grad_(), target, BLEND, reduction="sum")
+    want = cross_entropy(*exact, target, OBJECTIVE, reduction="sum")
+    got = cross_entropy(a.requires_grad_(), b.requires_grad_(), target, OBJECTIVE, reduction="sum")
     torch.testing.assert_close([got.ce, got.kl], [want.ce.float(), want.kl.float()])
     for x, y in zip(torch.autograd.grad(got.loss, (a, b)), torch.autograd.grad(want.loss, exact), strict=True):
         torch.testing.assert_close(x, y.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
@@ -308,10 +307,14 @@ def test_extreme_logits_give_no_nan(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("is_log", [False, True], ids=["logits", "log p"])
 def test_classes_ruled_out_by_both_contribute_nothing(is_log: bool) -> None:
     a, b, target = draw(4, C), draw(4, C, seed=1), torch.tensor([0, 1, 0, 1])
-    reference = cross_entropy(a[:, :3], b[:, :3], target, BLEND)
+    reference = cross_entropy(a[:, :3], b[:, :3], target, OBJECTIVE)
     a[:, 3:] = b[:, 3:] = float("-inf")
     a.requires_grad_()
-    loss = nll_loss(a.log_softmax(1), b.log_softmax(1), target, BLEND) if is_log else cross_entropy(a, b, target, BLEND)
+    loss = (
+        nll_loss(a.log_softmax(1), b.log_softmax(1), target, OBJECTIVE)
+        if is_log
+        else cross_entropy(a, b, target, OBJECTIVE)
+    )
     loss.loss.backward()
     torch.testing.assert_close(loss.loss.detach(), reference.loss)
     assert a.grad.isfinite().all()
@@ -320,15 +323,15 @@ def test_classes_ruled_out_by_both_contribute_nothing(is_log: bool) -> None:
 def test_class_ruled_out_by_one_is_huge_and_never_nan() -> None:
     a, b = draw(2, C).float().requires_grad_(), draw(2, C, seed=1).float()
     b[0, 4] = float("-inf")
-    joined = cross_entropy(a, b, torch.tensor([0, 1]), BLEND)
-    joined.loss.backward()
-    assert joined.kl > 1e30
+    terms = cross_entropy(a, b, torch.tensor([0, 1]), OBJECTIVE)
+    terms.loss.backward()
+    assert terms.kl > 1e30
     assert not a.grad.isnan().any()
 
 
 def test_equal_logits_have_no_divergence_whatever_their_offset() -> None:
     a = draw(4, C)
-    torch.testing.assert_close(cross_entropy(a, a + 100, classes((4, C)), BLEND).kl, torch.zeros(()).double())
+    torch.testing.assert_close(cross_entropy(a, a + 100, classes((4, C)), OBJECTIVE).kl, torch.zeros(()).double())
 
 
 @pytest.mark.parametrize("strided", ["transposed", "sliced", "expanded"])
@@ -339,21 +342,21 @@ def test_strides_do_not_show(strided: str) -> None:
     }[strided]  # fmt: skip
     a, b = pair(3, C, C)
     target = torch.ones(make(a).shape[:1] + make(a).shape[2:], dtype=torch.int64)
-    joined = cross_entropy(make(a), make(b), target, BLEND)
-    check(joined, expected(make(a), make(b), target, reduction="mean"), a, b)
+    terms = cross_entropy(make(a), make(b), target, OBJECTIVE)
+    check(terms, expected(make(a), make(b), target, reduction="mean"), a, b)
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_only_one_needs_a_gradient(which: int) -> None:
     inputs, target = [draw(3, C), draw(3, C, seed=1)], classes((3, C))
     inputs[which].requires_grad_()
-    check(cross_entropy(*inputs, target, BLEND), expected(*inputs, target, reduction="mean"), inputs[which])
+    check(cross_entropy(*inputs, target, OBJECTIVE), expected(*inputs, target, reduction="mean"), inputs[which])
 
 
 def test_inputs_stay_as_they_are_and_a_retained_graph_gives_the_same_again() -> None:
     a, b = pair(3, C)
     before = a.detach().clone(), b.detach().clone()
-    loss = cross_entropy(a, b, classes((3, C)), BLEND).loss
+    loss = cross_entropy(a, b, classes((3, C)), OBJECTIVE).loss
     first = torch.autograd.grad(3 * loss, (a, b), retain_graph=True)
     second = torch.autograd.grad(3 * loss, (a, b))
     assert all(torch.equal(x, y) for x, y in zip((*first, a, b), (*second, *before), strict=True))
@@ -362,12 +365,12 @@ def test_inputs_stay_as_they_are_and_a_retained_graph_gives_the_same_again() -> 
 @pytest.mark.parametrize("rows", [2, 4], ids=["fewer", "more"])
 def test_labels_of_another_length_are_refused(rows: int) -> None:
     with pytest.raises(SettingError, match=rf"target: expected shape \(3,\) for logits of \(3, 5\), got \({rows},\)\."):
-        cross_entropy(draw(3, C), draw(3, C), torch.zeros(rows, dtype=torch.int64), BLEND)
+        cross_entropy(draw(3, C), draw(3, C), torch.zeros(rows, dtype=torch.int64), OBJECTIVE)
 
 
 def test_unknown_reduction_is_refused() -> None:
     with pytest.raises(SettingError, match="reduction: expected none, mean or sum, got 'max'"):
-        cross_entropy(draw(3, C), draw(3, C), classes((3, C)), BLEND, reduction="max")
+        cross_entropy(draw(3, C), draw(3, C), classes((3, C)), OBJECTIVE, reduction="max")
 
 
 def test_log_softmax_refuses_to_sum() -> None:
@@ -375,12 +378,12 @@ def test_log_softmax_refuses_to_sum() -> None:
         'kl_reduction: expected "match" for a loss computed from log_softmax, got "sum".*cross_entropy or nll_loss'
     )
     with pytest.raises(SettingError, match=message):
-        log_softmax(draw(3, C), draw(3, C), 1, Blend(1, sums=True), print)
+        log_softmax(draw(3, C), draw(3, C), 1, Objective(1, sums_kl=True), print)
 
 
 def test_log_softmax_on_the_papers_scale_is_twice_the_loss() -> None:
     (a, b), target, seen = pair(4, C), classes((4, C)), []
-    c = log_softmax(a, b, 1, Blend(ALPHA, factor=2), lambda *parts: seen.append(parts))
+    c = log_softmax(a, b, 1, Objective(ALPHA, factor=2), lambda *parts: seen.append(parts))
     loss, ce, kl = expected(a, b, target, reduction="mean")
     got = F.nll_loss(c, target)
     got.backward()
@@ -393,7 +396,7 @@ def test_log_softmax_on_the_papers_scale_is_twice_the_loss() -> None:
 def test_log_softmax_under_nll_loss_is_cross_entropy(reduction: str, shape: tuple[int, ...]) -> None:
     (a, b), target, seen = pair(*shape), classes(shape), []
     weight = draw(C, seed=3).abs()
-    c = log_softmax(a, b, 1, BLEND, lambda *parts: seen.append(parts))
+    c = log_softmax(a, b, 1, OBJECTIVE, lambda *parts: seen.append(parts))
     how = {"weight": weight, "ignore_index": 2, "reduction": reduction}
     loss, want = F.nll_loss(c, target, **how), expected(a, b, target, **how)
     torch.testing.assert_close(loss, want[0])
@@ -409,7 +412,7 @@ def test_log_softmax_under_the_label_smoother_of_transformers() -> None:
 
     a, b = pair(2, 4, C)
     labels = torch.tensor([[0, 1, -100, 2], [3, -100, -100, 4]])
-    c = log_softmax(a, b, -1, BLEND, lambda *_: None)
+    c = log_softmax(a, b, -1, OBJECTIVE, lambda *_: None)
     # the smoother takes logits, of whose log_softmax it makes the loss
     loss = _smooth(LabelSmoother(0.1), c, labels)
     valid = labels != -100
@@ -428,14 +431,14 @@ def _smooth(smoother: Any, c: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 
 def test_log_softmax_under_kl_div_is_a_teachers_divergence() -> None:
     (a, b), teacher = pair(4, C), draw(4, C, seed=2).softmax(1)
-    loss = F.kl_div(log_softmax(a, b, 1, BLEND, lambda *_: None), teacher, reduction="batchmean")
+    loss = F.kl_div(log_softmax(a, b, 1, OBJECTIVE, lambda *_: None), teacher, reduction="batchmean")
     mean = sum((teacher * (teacher.log() - x.log_softmax(1))).sum(1).mean() for x in (a, b)) / 2
     torch.testing.assert_close(loss, mean + ALPHA / 2 * symmetric(a, b).mean())
 
 
 def test_log_softmax_records_nothing_where_no_row_has_weight() -> None:
     (a, b), seen = pair(3, C), []
-    c = log_softmax(a, b, 1, BLEND, lambda *parts: seen.append(parts))
+    c = log_softmax(a, b, 1, OBJECTIVE, lambda *parts: seen.append(parts))
     (0 * c).sum().backward()
     assert seen == []
     assert (a.grad == 0).all()
@@ -447,10 +450,10 @@ def test_log_softmax_records_nothing_where_no_row_has_weight() -> None:
 def test_reported_numbers_are_means_over_valid_rows(reduction: str, weighted: bool, smoothing: float) -> None:
     (a, b), target = pair(3, C), torch.tensor([1, -100, 3])
     how = {"weight": draw(C, seed=3).abs() if weighted else None, "label_smoothing": smoothing}
-    joined = cross_entropy(a, b, target, BLEND, reduction=reduction, **how)
-    summed = cross_entropy(a, b, target, Blend(ALPHA, sums=True), reduction=reduction, **how)
+    terms = cross_entropy(a, b, target, OBJECTIVE, reduction=reduction, **how)
+    summed = cross_entropy(a, b, target, Objective(ALPHA, sums_kl=True), reduction=reduction, **how)
     _, ce, kl = expected(a, b, target, reduction="mean", **how)
-    torch.testing.assert_close((joined.ce, joined.kl), (ce, kl))
+    torch.testing.assert_close((terms.ce, terms.kl), (ce, kl))
     torch.testing.assert_close((summed.ce, summed.kl), (ce, symmetric(a, b)[[0, 2]].mean().detach()))
 
 
@@ -458,19 +461,21 @@ def test_reported_numbers_are_means_over_valid_rows(reduction: str, weighted: bo
 def test_reported_numbers_of_elements_are_means(reduction: str) -> None:
     (a, b), y = pair(4, 3), draw(4, 3, seed=2)
     how = {"weight": draw(4, 3, seed=3).abs()}
-    for join in (
-        lambda **kw: mse_loss(a, b, y, y, BLEND, **how, **kw),
-        lambda **kw: divergence.binary_cross_entropy_with_logits(a, b, y.sigmoid(), BLEND, **how, **kw),
-        lambda **kw: divergence.binary_cross_entropy(a.sigmoid(), b.sigmoid(), y.sigmoid(), BLEND, **how, **kw),
+    for make_loss in (
+        lambda **kw: mse_loss(a, b, y, y, OBJECTIVE, **how, **kw),
+        lambda **kw: divergence.binary_cross_entropy_with_logits(a, b, y.sigmoid(), OBJECTIVE, **how, **kw),
+        lambda **kw: divergence.binary_cross_entropy(a.sigmoid(), b.sigmoid(), y.sigmoid(), OBJECTIVE, **how, **kw),
     ):
-        torch.testing.assert_close(join(reduction=reduction)[1:], join(reduction="mean")[1:])
+        torch.testing.assert_close(make_loss(reduction=reduction)[1:], make_loss(reduction="mean")[1:])
 
 
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_compiled_is_one_graph_with_the_same_gradient() -> None:
     (a, b), target = pair(3, C), classes((3, C))
-    compiled = torch.compile(lambda x, y: cross_entropy(x, y, target, BLEND).loss, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x, y: cross_entropy(x, y, target, OBJECTIVE).loss, backend="aot_eager", fullgraph=True
+    )
     loss, want = compiled(a, b), expected(a, b, target, reduction="mean")[0]
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(torch.autograd.grad(loss, (a, b)), torch.autograd.grad(want, (a, b)))

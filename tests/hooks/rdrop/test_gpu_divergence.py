@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from surgery.hooks.rdrop import rowwise
-from surgery.hooks.rdrop.divergence import Blend, cross_entropy
+from surgery.hooks.rdrop.divergence import cross_entropy
+from surgery.hooks.rdrop.objective import Objective
 
 ROOT = Path(__file__).parents[3]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,10 +25,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GP
 
 def run(a: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor) -> list[torch.Tensor]:
     inputs = [x.detach().requires_grad_() for x in (a, b) if x is not None]
-    joined = cross_entropy(inputs[0], inputs[1] if b is not None else None, target, Blend(1.5), reduction="none")
-    outer = torch.linspace(0.5, 2, joined.loss.numel()).view(joined.loss.shape).to(joined.loss)
-    grads = torch.autograd.grad(joined.loss, inputs, outer)
-    return [joined.loss.detach(), joined.ce, joined.kl, *grads]
+    terms = cross_entropy(inputs[0], inputs[1] if b is not None else None, target, Objective(1.5), reduction="none")
+    outer = torch.linspace(0.5, 2, terms.loss.numel()).view(terms.loss.shape).to(terms.loss)
+    grads = torch.autograd.grad(terms.loss, inputs, outer)
+    return [terms.loss.detach(), terms.ce, terms.kl, *grads]
 
 
 def compare(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
@@ -51,7 +52,7 @@ def compare(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
 
 
 def compare_all() -> None:
-    rowwise.is_fused = lambda a: (
+    rowwise.uses_triton = lambda a: (
         a.dtype != torch.float64
     )  # in a process of its own: only CUDA tensors go to the kernel otherwise
     for dtype, shape in itertools.product(DTYPES, SHAPES.values()):
@@ -79,5 +80,5 @@ def test_kernel_compiled_agrees_with_float64(dtype: torch.dtype, shape: tuple[in
 @pytest.mark.gpu
 @needs_gpu
 def test_cuda_without_triton_agrees_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowwise, "is_fused", lambda _: False)
+    monkeypatch.setattr(rowwise, "uses_triton", lambda _: False)
     compare(torch.float32, SHAPES["blocks"], "cuda")

@@ -148,7 +148,7 @@ def test_hand_made_loss_minimizes_the_papers_objective(script: Loss, divergence:
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_every_log_softmax_is_heard(way: Any) -> None:
+def test_every_log_softmax_is_intercepted(way: Any) -> None:
     check(lambda z: -way(z).gather(-1, Y[..., None]).mean(), mean, lambda z: z)
     check(lambda logp: F.nll_loss(logp.transpose(1, 2), Y), mean, way)
 

@@ -147,13 +147,13 @@ def test_total_of_losses_counts_each_once() -> None:
     total.backward()
 
 
-@pytest.mark.parametrize("head", [None, nn.LogSoftmax(-1)], ids=["twins", "log-probabilities"])
+@pytest.mark.parametrize("head", [None, nn.LogSoftmax(-1)], ids=["paired", "log-probabilities"])
 def test_outputs_are_handled_as_ordinary_tensors(head: nn.Module | None, capsys: pytest.CaptureFixture[str]) -> None:
     out = net(*([head] if head else []))(X)
     plain = out.detach()
     assert type(plain) is torch.Tensor
     print(out, f"{out.mean():.3f}")
-    assert "Twin" not in (shown := capsys.readouterr().out)
+    assert "PairedTensor" not in (shown := capsys.readouterr().out)
     assert "LogProbs" not in shown
     buffer = BytesIO()
     torch.save({"out": out}, buffer)
@@ -189,7 +189,7 @@ def test_no_graph_outlives_the_step() -> None:
             logits = model(X)
             probs = logits.log_softmax(-1)
             loss = F.nll_loss(probs, Y) + F.cross_entropy(logits / 2, Y)
-            watched += [weakref.ref(t) for t in (logits, logits.other, probs, loss)]
+            watched += [weakref.ref(t) for t in (logits, logits.first, probs, loss)]
             loss.backward()
             kept.append((loss.detach(), loss.item(), logits.argmax(-1), logits.detach()))
             with torch.no_grad():
@@ -242,7 +242,7 @@ def one_rank() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static graph"])
-def test_distributed_data_parallel_hands_twins_on(is_static: bool) -> None:
+def test_distributed_data_parallel_keeps_outputs_paired(is_static: bool) -> None:
     model, plain = net(), net()
     wrapped = DistributedDataParallel(model, static_graph=is_static)
     for _ in range(3):

@@ -205,7 +205,7 @@ WRAPS: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tens
 
 
 @pytest.mark.parametrize(("wrap", "take"), WRAPS.values(), ids=WRAPS)
-def test_outputs_of_any_structure_carry_their_twins(wrap: Any, take: Any) -> None:
+def test_outputs_of_any_structure_are_paired(wrap: Any, take: Any) -> None:
     model = Net(wrap)
     check(lambda out: F.cross_entropy(flat(take(out)), Y.flatten()), lambda a, b: kl(take(a), take(b)).mean(), model)
     assert type(model(X)) is type(wrap(X))
@@ -233,7 +233,7 @@ def test_doubled_batch_trains_losses_outside(passes: str) -> None:
     model = patch_model(Net(), rdrop=RDrop(ALPHA, passes=passes))  # type: ignore[arg-type]
     logits = model(X)
     assert logits.shape == (B, T, C)
-    ce, both = F.cross_entropy(flat(logits), Y.flatten()), (logits.other, logits.as_subclass(torch.Tensor))
+    ce, both = F.cross_entropy(flat(logits), Y.flatten()), (logits.first, logits.as_subclass(torch.Tensor))
     plain = sum(F.cross_entropy(flat(z), Y.flatten()) for z in both) / 2
     torch.testing.assert_close(ce, plain + ALPHA / 2 * kl(*both).mean(), rtol=1e-9, atol=1e-12)
 

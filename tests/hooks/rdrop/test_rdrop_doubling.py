@@ -25,7 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from surgery import Mixout, RDrop, patch_model
-from surgery.hooks.rdrop.doubling import is_known
+from surgery.hooks.rdrop.doubling import is_equivalent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_head = pytest.mark.parametrize("name", HEADS)
@@ -220,14 +220,14 @@ def test_auto_doubles_more_arguments(more: str) -> None:
 
 def test_positions_in_planes_are_not_doubled() -> None:
     planes = torch.zeros(4, 3, 8, dtype=torch.long)
-    assert is_known(bert(), ((), TEXT))
-    assert not is_known(bert(), ((), {**TEXT, "position_ids": planes}))
+    assert is_equivalent(bert(), ((), TEXT))
+    assert not is_equivalent(bert(), ((), {**TEXT, "position_ids": planes}))
 
 
 def test_deberta_takes_two_passes_for_soft_labels_alone() -> None:
     config = DebertaV2Config(**SIZES, vocab_size=40, num_labels=3, max_position_embeddings=16)
-    assert is_known(DebertaV2ForSequenceClassification(config), ((), TEXT))
-    assert is_known(DebertaV2ForTokenClassification(config), ((), {"input_ids": IDS, "labels": TOKENS}))
+    assert is_equivalent(DebertaV2ForSequenceClassification(config), ((), TEXT))
+    assert is_equivalent(DebertaV2ForTokenClassification(config), ((), {"input_ids": IDS, "labels": TOKENS}))
 
 
 def test_weights_that_are_mixed_take_two_passes() -> None:
@@ -236,23 +236,23 @@ def test_weights_that_are_mixed_take_two_passes() -> None:
 
 
 def test_only_tensors_of_the_batch_are_doubled() -> None:
-    class Listener(nn.Module):
+    class Recorder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.heard: Any = None
+            self.seen: Any = None
             self.layer = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
 
         def forward(self, x: torch.Tensor, y: torch.Tensor, **more: Any) -> torch.Tensor:
-            self.heard = (x, y, more)
+            self.seen = (x, y, more)
             return F.cross_entropy(self.layer(x), y) * more["factor"]
 
-    model = patch_model(Listener(), rdrop=RDrop(1.0, passes="doubled"))
+    model = patch_model(Recorder(), rdrop=RDrop(1.0, passes="doubled"))
     x, y, factor = torch.randn(4, 3), torch.tensor([0, 1, 2, 1]), torch.tensor(2.0)
     masks = [torch.ones(4), torch.zeros(4, 2)]
     model(x, y, factor=factor, masks=masks, flag=True, count=4, name="n")
-    heard_x, heard_y, more = model.heard
-    assert torch.equal(heard_x, torch.cat([x, x]))
-    assert torch.equal(heard_y, torch.cat([y, y]))
+    seen_x, seen_y, more = model.seen
+    assert torch.equal(seen_x, torch.cat([x, x]))
+    assert torch.equal(seen_y, torch.cat([y, y]))
     assert [mask.shape for mask in more["masks"]] == [(8,), (8, 2)]
     assert (more["factor"] is factor, more["flag"], more["count"], more["name"]) == (True, True, 4, "n")
     assert [mask.shape for mask in masks] == [(4,), (4, 2)]

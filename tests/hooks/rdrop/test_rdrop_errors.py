@@ -90,7 +90,7 @@ def test_patch_model_refuses_an_alpha_out_of_range(alpha: Any) -> None:
 def test_patch_model_refuses_weights_for_rdrop_alone() -> None:
     model = Net()
     before = states(model)
-    message = "include: expected mixout or anchor, which act on weights, got rdrop alone. Leave include out."
+    message = "include: expected mixout, anchor or recadam, which act on weights, got rdrop alone. Leave include out."
     with pytest.raises(SettingError, match=f"^{re.escape(message)}$"):
         patch_model(model, rdrop=1.0, include="head.*")
     assert states(model) == before

@@ -196,7 +196,7 @@ class CheckpointedLoss(Net):
 
 @pytest.mark.parametrize(("use_reentrant", "error"), [(True, SourceError), (False, CheckpointError)])
 def test_loss_within_a_checkpointed_region_is_refused(use_reentrant: bool, error: type[Exception]) -> None:
-    """Its recomputation is torch's own, and does not hear R-Drop."""
+    """Its recomputation is torch's own, and no loss in it is intercepted."""
     torch.manual_seed(0)
     model = patch_model(CheckpointedLoss().double(), rdrop=TWO)
     model.use_reentrant = use_reentrant

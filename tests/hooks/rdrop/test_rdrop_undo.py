@@ -267,7 +267,7 @@ def test_state_dict_and_save_pretrained_know_nothing_of_it(tmp_path: Path) -> No
 # -- several models -----------------------------------------------------------------------------------------------
 
 
-def test_part_of_a_patched_model_is_heard_within_the_whole_only() -> None:
+def test_losses_of_a_part_are_intercepted_within_the_whole_only() -> None:
     whole = nn.Sequential(net(), nn.Identity())
     patch_model(whole, rdrop=TWO)
     x, y = rows()
@@ -339,7 +339,7 @@ def test_model_that_calls_itself_makes_two_passes_in_all() -> None:
     assert stats(model)["rdrop_fired"] == 1
 
 
-def test_threads_hear_their_own_model_only() -> None:
+def test_threads_intercept_losses_of_their_own_model_only() -> None:
     models = [net(rdrop=RDrop(1.0, passes="two")) for _ in range(2)]
     barrier, errors = threading.Barrier(2), []
 

@@ -17,7 +17,7 @@ MIXOUT = ("run", "--mixout", "0.7")
     ("options", "got"),
     [(["-S"], "-S"), (["-I"], "-I"), (["-E"], "-E"), (["-sE"], "-E"), (["-Iu"], "-I"), (["-W", "ignore", "-uS"], "-S")],
 )
-def test_a_python_that_is_deaf_to_the_hooks_is_refused(options, got, run_cli):
+def test_a_python_that_runs_no_sitecustomize_is_refused(options, got, run_cli):
     ran = run_cli(*MIXOUT, "--", sys.executable, *options, "-c", "print(1)")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
@@ -50,7 +50,7 @@ def test_other_options_of_python_are_its_own(options, run_cli):
     ],
     ids=["plain", "spaces", "env", "trampoline"],
 )
-def test_a_script_with_a_deaf_python_is_refused(first_lines, run_cli, tmp_path):
+def test_a_script_with_such_a_python_is_refused(first_lines, run_cli, tmp_path):
     write_program(tmp_path / "tool", f"{first_lines}print(1)\n")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     ran = run_cli(*MIXOUT, "--", "./tool", env={"PATH": path})

@@ -4,15 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
 
+import click
 import pytest
 from runs import MODEL, ROOT, python, training, write_program
 
 from surgery.cli import main
 from surgery.errors import SettingError
 from surgery.hooks.run.launch import SITE, environment_of, launch
-from surgery.hooks.run.options import Order
+from surgery.hooks.run.options import make_options, variable_readers
 
 MIXOUT = ("run", "--mixout", "0.7")
 ACTIVE = "surgery: active: Bert, 4 mixed, 5 steps, distance 0.5\n"
@@ -52,7 +52,7 @@ def test_command_inherits_open_files(run_cli):
     os.close(reader)
 
 
-def test_command_gets_the_order_and_the_hooks_before_the_users_folders(run_cli, tmp_path):
+def test_command_gets_the_options_and_the_hooks_before_the_users_folders(run_cli, tmp_path):
     code = (
         "import os, json\n"
         "from pathlib import Path\n"
@@ -72,10 +72,10 @@ def test_command_gets_the_order_and_the_hooks_before_the_users_folders(run_cli, 
 @pytest.mark.parametrize("before", [{}, {"PYTHONPATH": ""}, {"PYTHONPATH": str(SITE)}])
 def test_no_empty_folder_comes_on_the_path(before):
     """Python takes an empty entry for the working directory."""
-    assert environment_of(Order(mixout=0.7), before) == {"PYTHONPATH": str(SITE), "SURGERY_MIXOUT": "0.7"}
+    assert environment_of(make_options(mixout=0.7), before) == {"PYTHONPATH": str(SITE), "SURGERY_MIXOUT": "0.7"}
 
 
-def test_variables_alone_are_an_order(run_cli):
+def test_variables_alone_are_options(run_cli):
     ran = run_cli("run", "--", *training("mixout"), env={"SURGERY_MIXOUT": "0.7"})
     assert (ran.code, ran.err) == (0, ACTIVE)
 
@@ -86,7 +86,7 @@ def test_flags_win_over_variables(run_cli):
     assert ran.out == "0.7 0.01\n"
 
 
-def test_a_run_in_a_run_adds_to_its_order_and_tells_both(run_cli):
+def test_a_run_in_a_run_adds_to_its_options_and_tells_both(run_cli):
     inner = [sys.executable, "-m", "surgery", "run", "--rdrop", "1", "--"]
     ran = run_cli(*MIXOUT, "--", *inner, *training("mixout", "rdrop"))
     assert (ran.code, ran.err) == (0, 2 * ACTIVE)
@@ -165,14 +165,16 @@ def test_no_command_is_refused(run_cli):
 
 
 def test_no_regularizer_is_refused(run_cli):
-    message = "regularizer: expected noisytune, mixout, rdrop or anchor, got none. Give one, such as --mixout 0.7."
+    message = (
+        "regularizer: expected noisytune, mixout, rdrop, anchor or recadam, got none. Give one, such as --mixout 0.7."
+    )
     refused(run_cli("run", "--", "true"), message)
     refused(run_cli("run", "--allow-inactive", "--", "true"), message)
     refused(run_cli("env"), message)
 
 
 @pytest.mark.parametrize("name", ["run", "env"])
-def test_a_wrong_order_is_refused(name, run_cli):
+def test_a_wrong_option_is_refused(name, run_cli):
     message = "mixout: expected a probability p in [0, 1], got 7.0. Give one such as 0.7."
     refused(run_cli(name, "--mixout", "7", *["true"] * (name == "run")), message)
     ran = run_cli(name, "--mixout", "0.7", *["true"] * (name == "run"), env={"SURGERY_SEED": "x"})
@@ -182,7 +184,7 @@ def test_a_wrong_order_is_refused(name, run_cli):
 def test_windows_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SettingError) as raised:
-        launch(["true"], Order(mixout=0.7))
+        launch(["true"], make_options(mixout=0.7))
     message = "surgery run: expected Linux or macOS, got Windows. Call patch_model in the script instead."
     assert str(raised.value) == message
 
@@ -232,8 +234,15 @@ def test_report_that_became_impossible_is_told(run_cli, tmp_path):
 
 @pytest.mark.parametrize("name", ["run", "env"])
 def test_each_flag_mirrors_a_variable(name):
-    flags = {one.name for one in main.commands[name].params} - {"arguments", "debug", "as_json"}
-    assert flags == {field.name for field in fields(Order)}
+    command = main.commands[name]
+    flags = {one.name for one in command.get_params(click.Context(command))} - {
+        "arguments",
+        "debug",
+        "as_json",
+        "help",
+        "_click_default_help",
+    }
+    assert flags == variable_readers().keys()
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])

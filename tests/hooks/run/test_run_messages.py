@@ -7,7 +7,7 @@ import byhand
 import pytest
 from running import Run, run
 
-from surgery.hooks.run.options import Order
+from surgery.hooks.run.options import make_options
 from surgery.hooks.run.outcome import judge
 from surgery.hooks.run.record import Record
 
@@ -50,7 +50,7 @@ def test_line_of_a_model_that_is_not_patched_claims_no_patch(ran: Run) -> None:
 def test_globs_without_effect_are_reasons(ran: Run) -> None:
     (record,) = ran.records
     assert record["unmatched"] == LOST
-    outcome = judge([Record(**record)], Order(noisytune=0.15, mixout=0.5, rdrop=1.0, anchor=0.01))
+    outcome = judge([Record(**record)], make_options(noisytune=0.15, mixout=0.5, rdrop=1.0, anchor=0.01))
     assert not outcome.is_active
     assert all(f"{option}: expected a glob of a model's class" in str(outcome.reason) for option in LOST)
 
@@ -72,4 +72,4 @@ def test_a_run_that_leaves_all_models_out_ends_at_its_first_step(tmp_path: Path)
     assert (ran.code, ran.err) == (3, f"surgery: rank 0: {left}\n")
     (record,) = ran.records
     assert (record["is_refused"], record["faults"]) == (True, [left])
-    assert judge([Record(**record)], Order(mixout=0.5)).is_refused
+    assert judge([Record(**record)], make_options(mixout=0.5)).is_refused

@@ -12,14 +12,14 @@ from transformers import AutoModel
 
 from surgery import perturb_model, perturb_state_dict
 from surgery.hooks.run.inside.noise import Noise
-from surgery.hooks.run.inside.snapshots import Past
+from surgery.hooks.run.inside.snapshots import Snapshots
 from surgery.hooks.run.messages import NOISE_OFF
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def add(top: nn.Module, trained: nn.Module, *loaded: nn.Module) -> None:
-    Noise(0.15, 0, Past()).add(top, trained.parameters(), loaded, (), ())
+    Noise(0.15, 0, Snapshots()).add(top, trained.parameters(), loaded, (), ())
 
 
 def values(module: nn.Module) -> dict[str, Any]:

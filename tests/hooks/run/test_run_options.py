@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
+from surgery import Anchor, Mixout, RDrop, RecAdam
 from surgery.errors import SettingError
-from surgery.hooks.run import RUN_DIR
-from surgery.hooks.run.options import Order, read_order
-from surgery.hooks.settings import Anchor, Mixout, RDrop
+from surgery.hooks.run.folder import RUN_DIR
+from surgery.hooks.run.options import make_options, read_options
 
-EVERYTHING = Order(
+EVERYTHING = make_options(
     noisytune=0.15,
     mixout=0.7,
     rdrop=1.0,
@@ -28,67 +28,70 @@ EVERYTHING = Order(
 
 
 @pytest.mark.parametrize(
-    "order",
+    "options",
     [
         EVERYTHING,
-        Order(mixout=0.7),
-        Order(mixout=0.0, rdrop=0.0, anchor=0.0),
-        Order(noisytune=0.1, seed=0),
-        Order(rdrop=1.0, allow_inactive=True),
-        Order(mixout=0.1 + 0.2, include=("",)),
+        make_options(mixout=0.7),
+        make_options(mixout=0.0, rdrop=0.0, anchor=0.0),
+        make_options(noisytune=0.1, seed=0),
+        make_options(rdrop=1.0, allow_inactive=True),
+        make_options(recadam=5000.0, recadam_k=0.25, recadam_t0=100.0, mixout=0.5),
+        make_options(mixout=0.1 + 0.2, include=("",)),
     ],
-    ids=["all", "one", "zeros", "seed-0", "flag", "digits"],
+    ids=["all", "one", "zeros", "seed-0", "flag", "recadam", "digits"],
 )
-def test_order_survives_the_environment(order):
-    assert read_order(order.variables) == order
+def test_options_survive_the_environment(options):
+    assert read_options(options.variables) == options
 
 
-def test_order_survives_a_shell():
+def test_options_survive_a_shell():
     names = " ".join(f'"${name}"' for name in EVERYTHING.variables)
     shell = subprocess.run(
         ["sh", "-c", f"printf '%s\\0' {names}"], env=EVERYTHING.variables, capture_output=True, text=True, check=True
     )
-    assert read_order(dict(zip(EVERYTHING.variables, shell.stdout.split("\0")[:-1], strict=True))) == EVERYTHING
+    assert read_options(dict(zip(EVERYTHING.variables, shell.stdout.split("\0")[:-1], strict=True))) == EVERYTHING
 
 
-def test_order_is_written_as_plain_text():
-    assert Order(mixout=0.7, seed=None, allow_inactive=True, include=("a", "b c")).variables == {
+def test_options_are_written_as_plain_text():
+    assert make_options(mixout=0.7, seed=None, allow_inactive=True, include=("a", "b c")).variables == {
         "SURGERY_MIXOUT": "0.7",
         "SURGERY_INCLUDE": "a 'b c'",
         "SURGERY_ALLOW_INACTIVE": "1",
     }
 
 
-def test_no_variables_are_no_order():
-    assert read_order({}) is None
-    assert read_order({"PATH": "/bin", RUN_DIR: "/tmp", "SURGERY_MIXOUT": ""}) is None
+def test_no_variables_are_no_options():
+    assert read_options({}) is None
+    assert read_options({"PATH": "/bin", RUN_DIR: "/tmp", "SURGERY_MIXOUT": ""}) is None
 
 
 def test_flags_win_over_variables():
     variables = {"SURGERY_MIXOUT": "0.7", "SURGERY_RDROP": "1", "SURGERY_INCLUDE": "a b"}
     flags = {"mixout": 0.0, "rdrop": None, "include": ("c",), "exclude": (), "allow_inactive": False}
-    assert read_order(variables, flags) == Order(mixout=0.0, rdrop=1.0, include=("c",))
+    assert read_options(variables, flags) == make_options(mixout=0.0, rdrop=1.0, include=("c",))
 
 
-def test_order_makes_the_settings_of_patch_model():
-    assert EVERYTHING.mixout_setting == Mixout(0.7, "element")
-    assert EVERYTHING.rdrop_setting == RDrop(1.0, 3)
-    assert EVERYTHING.anchor_setting == Anchor(1e-05)
-    alone = Order(noisytune=0.15)
-    assert (alone.mixout_setting, alone.rdrop_setting, alone.anchor_setting) == (None, None, None)
-    assert Order(mixout=0.9).mixout_setting == Mixout(0.9)
-    assert Order(rdrop=0.5).rdrop_setting == RDrop(0.5)
+def test_options_make_the_settings_of_patch_model():
+    assert EVERYTHING.methods == (Mixout(0.7, "element"), RDrop(1.0, 3), Anchor(1e-05))
+    assert make_options(noisytune=0.15).methods == ()
+    assert make_options(mixout=0.9).methods == (Mixout(0.9),)
+    assert make_options(rdrop=0.5).methods == (RDrop(0.5),)
+    assert make_options(recadam=100.0, recadam_k=0.1, recadam_t0=20.0).methods == (RecAdam(100.0, 0.1, 20),)
 
 
 def test_asked_names_what_is_asked_for():
     assert EVERYTHING.asked == ("noisytune", "mixout", "rdrop", "anchor")
-    assert Order(rdrop=0.0).asked == ("rdrop",)
+    assert make_options(rdrop=0.0).asked == ("rdrop",)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "regularizer: expected noisytune, mixout, rdrop or anchor, got none. Give one, such as --mixout 0.7."),
+        (
+            {},
+            "regularizer: expected noisytune, mixout, rdrop, anchor or recadam, got none. Give one, such as "
+            "--mixout 0.7.",
+        ),
         (
             {"noisytune": 0.0},
             "noisytune: expected a lam above 0, up to 1, got 0. The paper uses 0.1 to 0.15.",
@@ -133,14 +136,22 @@ def test_asked_names_what_is_asked_for():
             "w_pre: expected noisytune and mixout with it, got none. Add it, or leave w_pre out.",
         ),
         (
+            {"recadam": 1.0, "anchor": 0.1},
+            "recadam: expected no anchor beside it, got both, which pull to the same place. Leave one of them out.",
+        ),
+        (
+            {"mixout": 0.7, "recadam_t0": 9.0},
+            "recadam_t0: expected recadam with it, got none. Add it, or leave recadam_t0 out.",
+        ),
+        (
             {"anchor": 0.1, "w_pre": "original"},
             "w_pre: expected noisytune and anchor with it, got none. Add it, or leave w_pre out.",
         ),
     ],
 )
-def test_order_refuses(values, message):
+def test_options_refuse(values, message):
     with pytest.raises(SettingError) as raised:
-        Order(**values)
+        make_options(**values)
     assert str(raised.value) == message
 
 
@@ -157,18 +168,19 @@ def test_order_refuses(values, message):
             "MIXUP",
             "0.7",
             "SURGERY_MIXUP: expected one of SURGERY_NOISYTUNE, SURGERY_MIXOUT, SURGERY_RDROP, SURGERY_ANCHOR, "
-            "SURGERY_RDROP_EVERY, SURGERY_MIXOUT_GRANULARITY, SURGERY_SEED, SURGERY_INCLUDE, SURGERY_EXCLUDE, "
+            "SURGERY_RECADAM, SURGERY_MIXOUT_GRANULARITY, SURGERY_RDROP_EVERY, SURGERY_RECADAM_K, SURGERY_RECADAM_T0, "
+            "SURGERY_SEED, SURGERY_INCLUDE, SURGERY_EXCLUDE, "
             "SURGERY_W_PRE, SURGERY_REPORT, SURGERY_ALLOW_INACTIVE, got an unknown variable. Correct its name.",
         ),
     ],
 )
 def test_variables_are_refused(name, value, message):
     with pytest.raises(SettingError) as raised:
-        read_order({"SURGERY_MIXOUT": "0.7", f"SURGERY_{name}": value})
+        read_options({"SURGERY_MIXOUT": "0.7", f"SURGERY_{name}": value})
     assert str(raised.value) == message
 
 
-def test_reading_an_order_takes_nothing_heavy(tmp_path):
+def test_reading_options_takes_nothing_heavy(tmp_path):
     code = (
         "import sys, surgery.hooks.run.options\nprint({'torch', 'numpy', 'transformers', 'click'} & sys.modules.keys())"
     )

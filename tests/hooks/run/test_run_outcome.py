@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from surgery.hooks.run.options import Order
+from surgery.hooks.run.options import make_options
 from surgery.hooks.run.outcome import judge
 from surgery.hooks.run.record import Record, read_records
 
-BOTH = Order(mixout=0.7, rdrop=1.0)
+BOTH = make_options(mixout=0.7, rdrop=1.0)
 MODEL = {
     "class": "BertForSequenceClassification",
     "parameters": 22_713_216,
@@ -49,7 +49,7 @@ def test_outcome_says_in_one_line_what_one_rank_did():
 
 def test_outcome_says_what_noise_alone_did():
     model = MODEL | {"perturbed": 7, "mixed": 0, "rdrop_fired": 0, "kl": None, "ce": None, "distance": None}
-    lines = judge([trained(acts=("noisytune",), models=[model, model])], Order(noisytune=0.1)).lines
+    lines = judge([trained(acts=("noisytune",), models=[model, model])], make_options(noisytune=0.1)).lines
     one = "BertForSequenceClassification, 7 perturbed, 5 steps"
     assert lines == (f"surgery: active: {one}; {one}",)
 
@@ -105,7 +105,7 @@ def test_a_side_process_that_only_holds_a_model_is_reported_and_not_judged():
     ],
 )
 def test_outcome_names_the_regularizer_without_effect(name, sentence):
-    everything = Order(noisytune=0.1, mixout=0.7, rdrop=1.0, anchor=0.01)
+    everything = make_options(noisytune=0.1, mixout=0.7, rdrop=1.0, anchor=0.01)
     outcome = judge([trained(acts=[one for one in everything.asked if one != name])], everything)
     assert outcome.reason == sentence
     assert outcome.lines == (f"surgery: INACTIVE: {sentence}",)
@@ -140,7 +140,7 @@ def test_outcome_adds_what_the_faults_do_not_tell():
 
 
 def test_outcome_shows_the_first_faults():
-    outcome = judge([trained(0, [], faults=[f"rdrop: {n}" for n in "abcde"])], Order(rdrop=1.0))
+    outcome = judge([trained(0, [], faults=[f"rdrop: {n}" for n in "abcde"])], make_options(rdrop=1.0))
     assert outcome.reason == "rdrop: a; rdrop: b; rdrop: c; and 2 more."
 
 

@@ -12,7 +12,7 @@ from running import SCRIPTS, run
 from torch import nn
 
 from surgery import patch_model
-from surgery.hooks.run.inside.saving import plainly
+from surgery.hooks.run.inside.saving import plain_pickle
 
 FLAGS = (*byhand.MIXOUT, *byhand.RDROP, "--anchor", str(byhand.ANCHOR))
 PLAIN = {"rates": [0.3, 0.1], "hooks": 0, "marks": [], "far": 0}
@@ -86,5 +86,5 @@ def test_module_that_pickles_itself_is_saved_to_the_byte(build: Any) -> None:
     model = build()
     before, after = io.BytesIO(), io.BytesIO()
     torch.save(model, before)
-    torch.save(patch_model(model, mixout=0.5), after, plainly)
+    torch.save(patch_model(model, mixout=0.5), after, plain_pickle)
     assert after.getvalue() == before.getvalue()

@@ -117,7 +117,7 @@ def test_spawned_processes_are_reached(run_cli, tmp_path):
     assert ran.out == "True ['torch']\n", ran.err
 
 
-def test_a_deaf_python_within_a_script_is_told_at_the_end(run_cli):
+def test_a_python_without_sitecustomize_in_a_script_is_told_at_the_end(run_cli):
     ran = run_cli("run", "--mixout", "0.7", "--", "sh", "-c", f"'{sys.executable}' -I -c 1")
     assert ran.code == 3
     assert ran.err.startswith("surgery: INACTIVE: command: expected a Python that reads PYTHONPATH")
@@ -155,42 +155,43 @@ def test_start_up_costs_at_most_a_fifth_of_a_second():
 # -- waiting for a module -------------------------------------------------------------------------------------------
 
 
-def test_after_calls_when_the_module_has_run_and_leaves_its_loader_as_it_is(tmp_path):
+def test_call_after_import_calls_when_the_module_has_run_and_leaves_its_loader_as_it_is(tmp_path):
     (tmp_path / "late.py").write_text("done = 1\n")
     code = (
-        "import importlib.util, sys\nfrom surgery.hooks.run.inside.imports import after\n"
-        "after('late', lambda: print('called', sys.modules['late'].done))\n"
+        "import importlib.util, sys\nfrom surgery.hooks.run.inside.imports import call_after_import\n"
+        "call_after_import('late', lambda: print('called', sys.modules['late'].done))\n"
         "assert importlib.util.find_spec('late') and 'late' not in sys.modules\n"
         "print('now')\nimport late\nprint(type(late.__loader__).__name__, vars(late.__loader__).keys())\n"
         "assert late.__spec__.loader is late.__loader__\n"
         "from importlib.machinery import PathFinder; assert late.__spec__ == PathFinder.find_spec('late')\n"
-        "import late\nimport importlib; importlib.reload(late)\nafter('late', lambda: print('at once'))\n"
+        "import late\nimport importlib; importlib.reload(late)\ncall_after_import('late', lambda: print('at once'))\n"
     )
     code, out, err = ran_with([tmp_path, ROOT], sys.executable, "-c", code)
     assert out == "now\ncalled 1\nSourceFileLoader dict_keys(['name', 'path'])\nat once\n", err
 
 
-def test_after_waits_on_when_an_import_fails(tmp_path):
+def test_call_after_import_waits_on_when_an_import_fails(tmp_path):
     (tmp_path / "late.py").write_text("import sys\nif not hasattr(sys, 'ready'): raise ImportError('not yet')\n")
     code = (
-        "import sys\nfrom surgery.hooks.run.inside.imports import after\nafter('late', lambda: print('called'))\n"
+        "import sys\nfrom surgery.hooks.run.inside.imports import call_after_import\n"
+        "call_after_import('late', lambda: print('called'))\n"
         "try: import late\nexcept ImportError as error: print(error)\nsys.ready = 1\nimport late\n"
     )
     code, out, err = ran_with([tmp_path, ROOT], sys.executable, "-c", code)
     assert out == "not yet\ncalled\n", err
 
 
-def test_after_waits_for_a_package_that_is_half_run(tmp_path):
+def test_call_after_import_waits_for_a_package_that_is_half_run(tmp_path):
     (tmp_path / "late").mkdir()
-    inner = "from surgery.hooks.run.inside.imports import after\nimport sys\n"
+    inner = "from surgery.hooks.run.inside.imports import call_after_import\nimport sys\n"
     (tmp_path / "late" / "inner.py").write_text(
-        inner + "after('late', lambda: print('called', sys.modules['late'].done))\n"
+        inner + "call_after_import('late', lambda: print('called', sys.modules['late'].done))\n"
     )
     (tmp_path / "late" / "__init__.py").write_text(
         "import sys\nfrom . import inner\nprint('half')\nsys.ready\ndone = 1\n"
     )
     code = (
-        "import sys\nfrom surgery.hooks.run.inside.imports import expect\nexpect('late')\n"
+        "import sys\nfrom surgery.hooks.run.inside.imports import watch_import\nwatch_import('late')\n"
         "try: import late\nexcept AttributeError: sys.ready = 1\nimport late\n"
     )
     code, out, err = ran_with([tmp_path, ROOT], sys.executable, "-c", code)
@@ -199,7 +200,7 @@ def test_after_waits_for_a_package_that_is_half_run(tmp_path):
 
 FINDERS = """
 import importlib.machinery as machinery, importlib.util, sys
-from surgery.hooks.run.inside.imports import after
+from surgery.hooks.run.inside.imports import call_after_import
 
 class Own:  # finds modules, and is the only loader of all of them
     def find_spec(self, name, path, target=None):
@@ -216,7 +217,7 @@ class Old:  # of the time before find_spec
 def check(finder):
     sys.meta_path[:0] = [Old(), finder]
     before = dict(vars(finder))
-    after('late', lambda: print('called', sys.modules['late'].__loader__ is finder))
+    call_after_import('late', lambda: print('called', sys.modules['late'].__loader__ is finder))
     importlib.util.find_spec('late')
     import other, late
     assert late.__spec__ == machinery.ModuleSpec('late', finder)
@@ -225,6 +226,6 @@ def check(finder):
 
 
 @pytest.mark.parametrize("finder", ["Own()", "OfClass"])
-def test_after_hears_a_loader_that_is_its_own_finder(finder):
+def test_call_after_import_hears_a_loader_that_is_its_own_finder(finder):
     code, out, err = ran_with([ROOT], sys.executable, "-W", "ignore", "-c", f"{FINDERS}check({finder})")
     assert (code, out) == (0, "runs other\nruns late\ncalled True\n"), err

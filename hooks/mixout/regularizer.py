@@ -1,0 +1,175 @@
+"""Mixout on one model: what its hooks share, what it makes of dropout, and whether the weights were mixed at all."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from surgery.errors import SourceError, some
+
+from ..compiling import guard_hooks
+from ..marks import PATCH, put
+from ..regularizer import Handle, Settings
+from ..steps import Activity, AuditedRegularizer, about_to_change
+from ..weights.chosen import ChosenWeights
+from .dropout import Rate, find_rates, replace_rate
+from .settings import Mixout
+from .site import SITE, Passes, Site, attach_hooks, reveal_weight
+
+_log = logging.getLogger(__name__)
+
+
+class MixoutRegularizer(AuditedRegularizer):
+    """Mixout on one model: the weights of layers are mixed as long as they are trainable."""
+
+    idle = (
+        "mixout: expected a forward in training mode before an optimizer's step, got none: nothing is mixed. "
+        "Call model.train(): from_pretrained leaves a model in eval mode, and so does an evaluation."
+    )
+    is_strict = False
+
+    def __init__(self, settings: Mixout, weights: ChosenWeights, others: Sequence[Settings]) -> None:  # noqa: ARG002
+        super().__init__()
+        self.settings = settings
+        self.passes = Passes()
+        self.sites = [Site(tracked, settings, self.passes) for tracked in weights.of("layers")]
+        self.replaced: list[Rate] = []
+        self.kept: list[Rate] = []
+        self._left = weights.left["layers"]
+        self._forwards: Any = None
+        self._is_checked = False
+
+    # -- the model ------------------------------------------------------------------------------------------------
+
+    def attach(self, root: nn.Module) -> list[Handle]:
+        """Put hooks on the layers, and set their dropout to 0."""
+        self._forwards = root.__dict__[PATCH].forwards
+        handles: list[Handle] = []
+        if self.settings.is_mixing:
+            guard_hooks()
+            for site in self.sites:
+                for module in site.owners:
+                    handles += [put(module, site), *attach_hooks(module)]
+        if self.settings.replace_dropout:
+            mixed = [name for site in self.sites if site.weight.requires_grad for name in site.tracked.target.names]
+            self.replaced, self.kept = find_rates(root, mixed, self._left)
+            handles += map(replace_rate, self.replaced)
+        return handles
+
+    def abort(self) -> None:
+        """Do away with the W_mix that an interrupted forward has left."""
+        for module in (module for site in self.sites for module in site.owners):
+            if SITE in module.__dict__:
+                reveal_weight(module, None, None)
+
+    # -- the forward ----------------------------------------------------------------------------------------------
+
+    def begin_forward(self, root: nn.Module) -> None:  # noqa: ARG002
+        """Open a pass, in which the layers of a tied weight share a mask."""
+        self.passes.is_open = True
+        self.next_pass()
+
+    def next_pass(self) -> None:
+        """Let tied weights draw a new mask."""
+        for site in self.sites:
+            site.begin()
+
+    def end_forward(self, root: nn.Module, output: Any) -> None:
+        """Close a pass; after the first one in training that came to its end, say what it did not mix."""
+        self.passes.is_open = False
+        torn = [] if torch.compiler.is_compiling() else [site.name for site in self.sites if site.is_torn]
+        self.next_pass()
+        if torn:
+            raise SourceError(
+                f"{some(torn)}: expected one mask for all layers that share it, got some compiled and some not. "
+                "Compile the whole model, or name the weight in exclude."
+            )
+        if torch.compiler.is_compiling() or output is None or self._is_checked or not self.settings.is_mixing:
+            return
+        # PEFT's wrapper is in training mode around a model that is not
+        trained = [site for site in self.sites if site.weight.requires_grad and site.owners[0].training]
+        if root.training and trained:
+            self._is_checked = True
+            _check_calls(trained)
+
+    # -- optimizer steps ------------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
+        if self.settings.is_mixing:
+            super().before_step(optimizer, is_closure=is_closure)
+
+    def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
+        if self.settings.is_mixing:
+            super().after_step(optimizer, is_closure=is_closure)
+
+    def activity(self) -> Activity:
+        """Return what changes with each forward that mixes, without a wait for the GPU."""
+        if self.passes.is_hidden:
+            return Activity(is_known=False)
+        if not self._has_mixed:
+            return Activity()
+        # a compiled layer may be called by a forward that is not
+        eager = self._forwards.eager if any(site.is_traced for site in self.sites) else 0
+        traced = self._forwards.traced
+        return Activity((self.passes.calls, eager, id(traced), traced._version))
+
+    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+        # not site.weight, which raises where another tool has taken it away, and this step may be another model's
+        return about_to_change(optimizer, (site.owners[0]._parameters.get("weight") for site in self.sites))
+
+    # -- what came of it ------------------------------------------------------------------------------------------
+
+    @property
+    def _has_mixed(self) -> bool:
+        """A weight has been mixed, whether or not the model's own forward was called for it."""
+        return any(site.is_called for site in self.sites)
+
+    @property
+    def has_acted(self) -> bool:
+        return self._has_mixed or not self.settings.is_mixing
+
+    def facts(self, root: nn.Module) -> dict[str, Any]:
+        replaced = [rate.name for rate in self.replaced if getattr(rate.module, rate.attribute, None) == 0]
+        return {
+            "uncalled": self._uncalled(root),
+            "replaced": tuple(replaced),
+            "kept": tuple(rate.name for rate in self.kept),
+            "unmixed": self.missed,
+        }
+
+    def _uncalled(self, root: nn.Module) -> tuple[str, ...]:
+        """Name the trainable weights in the model whose layers no forward has called, once there was one."""
+        if not self.settings.is_mixing or not (self._forwards.count or self._has_mixed):
+            return ()
+        modules = set(root.modules())
+        silent = [site for site in self.sites if site.weight.requires_grad and not site.is_called]
+        return tuple(site.name for site in silent if not modules.isdisjoint(site.owners))
+
+    def report(self) -> dict[str, Any]:
+        mixed = [site for site in self.sites if site.weight.requires_grad]
+        if self._has_mixed:  # one of TRL's heads is never called, for instance
+            mixed = [site for site in mixed if site.is_called]
+        return {"mixed": len(mixed)}
+
+    def logs(self, root: nn.Module) -> dict[str, float]:
+        """Return the share of the model's trainable elements that are mixed."""
+        if not self.settings.is_mixing:
+            return {}
+        trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
+        return {"mixed_share": sum(site.weight.numel() for site in self.sites if site.weight.requires_grad) / trainable}
+
+
+def _check_calls(trained: Sequence[Site]) -> None:
+    """Name the weights whose layers a whole forward has not called; raise if that is all of them."""
+    silent = [site.name for site in trained if not site.is_called]
+    if not silent:
+        return
+    what = f"{some(silent)}: expected a call of the layer in forward, got none"
+    if len(silent) == len(trained):
+        raise SourceError(f"{what} of any. Patch the model whose forward calls its layers.")
+    _log.warning(
+        "%s (%d weights): not mixed. Its layer was replaced, or something else reads the weight.", what, len(silent)
+    )

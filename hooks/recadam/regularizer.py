@@ -1,0 +1,181 @@
+"""RecAdam around every optimizer step: weights are kept before it, and what it has done to them is taken in part."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from ..regularizer import Handle, Regularizer, Settings
+from ..steps import OpenStep, StepWatch, held_weights, lr_of
+from ..weights.chosen import ChosenWeights
+from ..weights.pretrained import local
+from ..weights.tracked import Tracked
+from .settings import RecAdam
+
+_log = logging.getLogger(__name__)
+T = "recadam_t"
+"""The key of an optimizer's param_groups that holds t: it is saved and loaded with the optimizer's state."""
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A weight before a step: its values on this rank, and the lr of the step."""
+
+    tracked: Tracked
+    w: torch.Tensor
+    values: torch.Tensor
+    lr: float
+
+
+class RecAdamRegularizer(Regularizer):
+    """RecAdam on one model: all parameters with a pretrained value, as long as they are trainable."""
+
+    def __init__(self, settings: RecAdam, weights: ChosenWeights, others: Sequence[Settings]) -> None:  # noqa: ARG002
+        self.settings = settings
+        self.t = 0
+        """Optimizer steps of the model. Those of several optimizers, each with weights of its own, are one."""
+        self.steps = 0
+        """How many of them it took part in: fewer, in a resumed run."""
+        self._tracked = weights.of("parameters")
+        self._stepped: set[int] = set()  # weights that have had step t
+        self._is_over = True  # the next step is not t, whatever its weights
+        self._before: list[_Before] = []
+        self._open_step = OpenStep()
+        self._watch = StepWatch()
+        self._is_told = False
+        self._written: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+
+    def attach(self, root: nn.Module) -> list[Handle]:  # noqa: ARG002
+        """Change nothing of the model; the handle takes t off the optimizers that it was written to."""
+        return [_Written(self)]
+
+    def begin_forward(self, root: nn.Module) -> None:
+        """Raise where weights change with no optimizer step of torch that could have recalled them."""
+        if not root.training or torch.compiler.is_compiling():
+            return
+        tracked = next((tracked for tracked in self._tracked if tracked.weight.requires_grad), None)
+        if tracked is not None and not self._open_step.is_open:  # else a closure, such as LBFGS's, is amid the step
+            self._watch.refuse_missed("recadam", tracked.name, tracked.weight, self.steps)
+
+    # -- optimizer steps ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
+        """Keep the weights that this optimizer is about to change, unless lambda(t) is 1."""
+        if getattr(optimizer, "found_inf", None):  # a fused optimizer skips by itself the step that GradScaler refuses
+            return
+        held = list(held_weights(optimizer, self._tracked, is_closure=is_closure))
+        if not held or not self._open_step.enter(optimizer):
+            return
+        self._count(optimizer, {id(w) for _, _, w in held})
+        self._before = []
+        if self.settings.anneal(self.t) == 1:
+            return
+        for group, tracked, w in held:
+            lr = lr_of("recadam", optimizer, group, "the pull is lr * gamma")
+            self._warn_of_overshooting(lr)
+            self._before.append(_Before(tracked, w, local(w.detach()).clone(), lr))
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
+        """Take of each change what lambda(t) leaves, and recall the weights; write t down with the optimizer."""
+        if not self._open_step.leave(optimizer):
+            return
+        share = self.settings.anneal(self.t)
+        while self._before:
+            before = self._before.pop()
+            if before.w.grad is not None:
+                pull = before.lr * (1 - share) * self.settings.gamma
+                _recall(before, share, pull)
+        self.steps += 1
+        known = {id(tracked.weight) for tracked in self._tracked}
+        for group in optimizer.param_groups:
+            if any(id(w) in known for w in group["params"]):
+                group[T] = self.t
+        self._written[optimizer] = self.t
+
+    def _count(self, optimizer: Optimizer, ids: set[int]) -> None:
+        """Begin another step if the optimizer has a weight of the last one again; go on where a loaded one was."""
+        saved = max((group[T] for group in optimizer.param_groups if T in group), default=None)
+        if saved is not None and saved != self._written.get(optimizer):
+            self.resume(saved)
+        if self._is_over or not ids.isdisjoint(self._stepped):
+            self.t += 1
+            self._stepped.clear()
+            self._is_over = False
+        self._stepped |= ids
+
+    def resume(self, steps: int) -> None:
+        """Go on with the schedule where a saved run was."""
+        self.t = steps
+        self._is_over = True
+
+    def _warn_of_overshooting(self, lr: float) -> None:
+        pull = lr * (1 - self.settings.anneal(self.t)) * self.settings.gamma
+        if pull > 1 and not self._is_told:
+            self._is_told = True
+            _log.warning(
+                "recadam: expected an lr * gamma of at most 1, got %.3g (lr %.3g, gamma %.3g): each step overshoots "
+                "w_pre, and diverges beyond 2. Give a smaller gamma.",
+                lr * self.settings.gamma,
+                lr,
+                self.settings.gamma,
+            )
+
+    # -- what came of it ------------------------------------------------------------------------------------------
+
+    @property
+    def has_acted(self) -> bool:
+        return self.steps > 0
+
+    def facts(self, root: nn.Module) -> dict[str, Any]:  # noqa: ARG002
+        return {"recalled": self.steps, "recadam_t": self.t}
+
+    def figures(self) -> dict[str, Any]:
+        return {"recadam_t": self.t, "recadam_lambda": self.settings.anneal(self.t)}
+
+    def report(self) -> dict[str, Any]:
+        return self.figures()
+
+    def logs(self, root: nn.Module) -> dict[str, float]:  # noqa: ARG002
+        return self.figures()
+
+    def forget_optimizers(self) -> None:
+        """Take t off the optimizers that it was written to."""
+        for optimizer in list(self._written):
+            for group in optimizer.param_groups:
+                group.pop(T, None)
+        self._written = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_written": None, "_before": [], "_stepped": set(), "_is_over": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._written = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The handle of what was written to optimizers."""
+
+    regularizer: RecAdamRegularizer
+
+    def remove(self) -> None:
+        self.regularizer.forget_optimizers()
+
+
+def _recall(before: _Before, share: float, pull: float) -> None:
+    """Write w + share * change - pull * (w - w_pre) to a weight, w being what it was before the step.
+
+    In float32 where the weight has half its precision, rounded once.
+    """
+    wide = torch.promote_types(before.values.dtype, torch.float32)
+    old, new = before.values.to(wide), local(before.w)
+    w_pre = before.tracked.ready(before.w).part(before.w).to(wide)
+    new.copy_(torch.lerp(old, new.to(wide), share).add_(w_pre.sub(old), alpha=pull))

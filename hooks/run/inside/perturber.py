@@ -1,0 +1,115 @@
+"""When noise is added: as soon as an optimizer has the weights, before fully_shard, and again after a late load."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from surgery.errors import SurgeryError
+from surgery.recipe import TensorRecord
+
+from ..messages import NOISE_OFF
+from ..options import Options
+from .filters import Filters
+from .loads import Loads
+from .models import Model
+from .noise import Noise
+from .owners import find_tops
+from .reporter import Reporter
+from .snapshots import Snapshots
+
+
+class Perturber:
+    """Adds noise to the models of a process; does nothing if none is asked for.
+
+    Args:
+        options: what was asked for.
+        filters: what leaves models and parameters out.
+        loads: what load_state_dict has brought.
+        reporter: is told what was refused.
+    """
+
+    def __init__(self, options: Options, filters: Filters, loads: Loads, reporter: Reporter) -> None:
+        self._options = options
+        self._filters = filters
+        self._loads = loads
+        self._reporter = reporter
+        self._noise: Noise | None = None
+        if options.noisytune is not None:
+            self._noise = Noise(options.noisytune, options.seed or 0, loads.overwritten)
+
+    @property
+    def is_asked(self) -> bool:
+        return self._noise is not None
+
+    @property
+    def original(self) -> Snapshots | None:
+        """The weights from before the noise, None if none is asked for."""
+        return self._noise.original if self._noise is not None else None
+
+    def perturb(self, top: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+        """Add noise to the pretrained parts of a model that hold one of these parameters."""
+        if self._noise is None:
+            return
+        try:
+            self._noise.add(top, trained, list(self._loads.filled), *self._filters.parameter_globs(top))
+        except SurgeryError as error:
+            self._reporter.refuse("noisytune", top, error)
+            return
+        if any(hasattr(module, "adapter_layer_names") for module in top.modules()):  # PEFT's
+            flags = f"--lam {self._options.noisytune:g} --seed {self._options.seed or 0}"
+            self._reporter.add_note(
+                f"{type(top).__name__}: noise is on frozen weights, which an adapter is saved without: merge them, or "
+                f"load it onto what surgery perturb makes with {flags}."
+            )
+
+    def before_fully_shard(self, module: nn.Module) -> None:
+        """Perturb what fully_shard is about to split, which is too late for it then."""
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if self._noise is None or self._noise.has_seen(trainable):
+            return
+        for top, parameters in find_tops(trainable):
+            if not any(parameter.is_meta for parameter in top.parameters()) and self._filters.is_included(top):
+                self.perturb(top, parameters)
+
+    def after_load(self, loaded: Sequence[nn.Parameter], models: Iterable[Model]) -> None:
+        """Report a load that has taken the noise off a model that is trained, as between the folds of a loop."""
+        for model in models:
+            own = [one for one in loaded if model.holds([one])]
+            if self._noise is not None and self._noise.is_overwritten(own):
+                model.acts.discard("noisytune")
+                self._reporter.add_fault(f"noisytune: {model.name}: {NOISE_OFF}")
+
+    def before_patch(self, root: nn.Module) -> None:
+        """Add noise to what came after the optimizer; take it off again if it was added to a resumed run's weights."""
+        parameters = list(root.parameters())
+        if not self._loads.is_resumed(parameters):
+            self._loads.treat_as_pretrained(parameters)
+        if self._noise is not None and self._loads.without_noise.has_any(parameters):
+            self._noise.forget(parameters)
+            self.perturb(root, parameters)
+        if not self._loads.is_pretrained_unknown(parameters):
+            return
+        self._reporter.add_note(
+            f"{type(root).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
+            "were then, and noise is what the run began with."
+        )
+        if self._noise is not None:
+            self._noise.undo(parameters)
+
+    def after_patch(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep these weights from before the noise no longer."""
+        if self._noise is not None:
+            self._noise.original.drop(parameters)
+
+    def records(self, root: nn.Module) -> list[TensorRecord]:
+        """Return what was done to the tensors of a model."""
+        return self._noise.records(root) if self._noise is not None else []
+
+    def is_undone(self, root: nn.Module) -> bool:
+        """Tell whether the noise was taken off a part of a model again."""
+        return self._noise is not None and self._noise.is_undone(root)
+
+    def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Follow parameters that were replaced by others of their names."""
+        if self._noise is not None:
+            self._noise.move(before, after)

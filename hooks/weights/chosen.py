@@ -1,0 +1,153 @@
+"""The weights that the methods of one patch act on, each with its w_pre; and why each other parameter is left alone."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import SettingError, some
+
+from ..marks import Marked, Part, put
+from .offload import Offload
+from .pretrained import is_distributed, local, refuse_not_finite
+from .selection import Scope, Target, refuse_unready, select
+from .sources import Kept, Source, open_origin
+from .tracked import Tracked
+
+_log = logging.getLogger(__name__)
+_CHUNK = 1 << 22
+"""Elements whose distance is taken at once, so that no float64 copy of a large weight is made."""
+
+
+class ChosenWeights:
+    """What `choose` has chosen.
+
+    Args:
+        tracked: the weights.
+        left: why each other parameter is not acted on, by scope and name.
+        fresh: names of the parameters without a pretrained value.
+        label: where w_pre comes from.
+    """
+
+    def __init__(
+        self,
+        tracked: Sequence[Tracked],
+        left: Mapping[Scope, Mapping[str, str]],
+        fresh: set[str],
+        label: str,
+    ) -> None:
+        self.tracked = tuple(tracked)
+        self.left = left
+        self.fresh = fresh
+        self.label = label
+        self._is_told = False
+
+    def of(self, scope: Scope) -> tuple[Tracked, ...]:
+        """Return those of a scope."""
+        return tuple(one for one in self.tracked if scope == "parameters" or one.target.mask is not None)
+
+    def attach(self) -> list[Marked]:
+        """Mark the modules that hold the weights as parts of a patched model."""
+        owners = dict.fromkeys(module for tracked in self.tracked for module in tracked.target.owners)
+        return [put(module, Part()) for module in owners]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that w_pre takes on this rank."""
+        return sum(tracked.pretrained.nbytes for tracked in self.tracked if tracked.pretrained is not None)
+
+    @torch.no_grad()
+    def distance(self, *, is_whole: bool = True) -> float:
+        """Return ||w - w_pre||_2 over all trainable weights, in float64.
+
+        Args:
+            is_whole: False takes of sharded weights the shards of this rank, and asks no other one.
+        """
+        squares = 0.0
+        for tracked in self.tracked:
+            w = tracked.weight.detach()
+            if tracked.pretrained is None or tracked.values is None or not tracked.weight.requires_grad:
+                continue
+            part = tracked.pretrained.part(w)
+            if is_distributed(w) and is_whole:
+                squares += _square_of_shards(w, part)
+            else:
+                pieces = zip(*(torch.split(t.flatten(), _CHUNK) for t in (local(w), part)), strict=True)
+                squares += sum(float((a.double() - b.double()).square().sum()) for a, b in pieces)
+        return float(squares**0.5)
+
+    def warn_frozen(self) -> None:
+        """Warn once where every weight has been frozen since the model was patched."""
+        if self._is_told or any(tracked.weight.requires_grad for tracked in self.tracked):
+            return
+        self._is_told = True
+        _log.warning(
+            "%s: expected a trainable weight, got %d frozen since patch_model: nothing is regularized. "
+            "Unfreeze them, and add LoRA before patch_model: it freezes what it is added to.",
+            self.tracked[0].name,
+            len(self.tracked),
+        )
+
+
+def choose(
+    root: nn.Module,
+    scopes: AbstractSet[Scope],
+    former: ChosenWeights | None,
+    *,
+    w_pre: Source | None,
+    offload: Offload | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> ChosenWeights:
+    """Choose the weights to act on and take their w_pre, without touching the model.
+
+    Args:
+        scopes: what the methods act on.
+        former: what an earlier patch of the model chose, whose w_pre is kept unless another one is given.
+        w_pre: where pretrained values come from; None: from `former`, or else from the model.
+        offload: keeps w_pre in the CPU's memory.
+        include, exclude: globs of parameters or modules.
+    Raises:
+        SettingError, SourceError: as patch_model.
+    """
+    kept = former if w_pre is None else None
+    origin = Kept(kept.tracked, kept.fresh, kept.label) if kept is not None else open_origin(root, w_pre)
+    selection = select(root, origin.fresh, scopes, include=include, exclude=exclude)
+    targets = selection.targets
+    refuse_unready(targets)
+    _refuse_split(targets, offload)
+    for target in targets:
+        refuse_not_finite(target.name, target.weight)
+    weights = {target.name: Tracked(target, offload) for target in targets}
+    for tracked in kept.tracked if kept is not None else ():
+        if tracked.name in weights and tracked.pretrained is None:
+            weights[tracked.name].follow(tracked)
+    wanted = [target for target in targets if target.weight.requires_grad or w_pre is not None]
+    for target, values in origin.read(wanted):
+        refuse_not_finite(f"w_pre: {target.name}", values)
+        weights[target.name].take(values, is_own=origin.is_own)
+    return ChosenWeights(list(weights.values()), selection.left, origin.fresh, origin.label)
+
+
+def _refuse_split(targets: Sequence[Target], offload: Offload | None) -> None:
+    split = [target.name for target in targets if is_distributed(target.weight)]
+    if offload is not None and split:
+        raise SettingError(
+            f"w_pre_device: expected same for weights that fully_shard has split, got cpu ({some(split)}). "
+            "Leave it out: w_pre is split as they are."
+        )
+
+
+def _square_of_shards(w: Any, part: torch.Tensor) -> float:
+    """Sum over the ranks that hold a part of `w`; where it is replicated, every rank has all of it."""
+    from torch.distributed.tensor import DTensor
+
+    difference = w.to_local().double() - part.double()
+    whole = DTensor.from_local(
+        difference, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride()
+    )
+    total: Any = whole.square().sum()
+    return float(total.full_tensor())
