@@ -61,7 +61,7 @@ def test_reason_to_copy_follows_the_globs():
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_glob_that_matches_nothing_is_refused(option):
     with pytest.raises(
-        SettingError, match=rf"--{option} '\*bias': expected a glob that matches a tensor, got none of 2"
+        SettingError, match=rf"`{option}` '\*bias': expected a glob that matches a tensor, got none of 2"
     ):
         NoisyTune(**{option: ("*bias",)}).check_globs(["a.bias", "a.weight"])
 
