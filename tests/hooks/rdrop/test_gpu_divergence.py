@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +62,10 @@ def compare_all() -> None:
 
 @needs_triton
 def test_kernel_interpreted_agrees_with_float64() -> None:
+    try:
+        int(np.ones(1))
+    except TypeError:
+        pytest.skip("Triton's interpreter makes loop bounds of arrays, which NumPy refuses from 2.5 on")
     # a process of its own: Triton reads the variable when it is imported
     code = "import tests.hooks.rdrop.test_gpu_divergence as t; t.compare_all()"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}

@@ -1,5 +1,6 @@
 """RecAdam on a GPU; what needs none of its own runs on the CPU as well."""
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,7 +53,8 @@ def test_steps_are_those_of_float64_on_the_cpu(name: str, device: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_lr_that_is_a_tensor_is_read() -> None:
     model, reference = (patch_model(net("cuda", dtype=torch.float64), recadam=SETTINGS) for _ in "ab")
-    train(model, torch.optim.AdamW(model.parameters(), torch.tensor(0.01, device="cuda"), capturable=True), range(4))
+    lr = torch.tensor(0.01, dtype=torch.float64, device="cuda")
+    train(model, torch.optim.AdamW(model.parameters(), lr, capturable=True), range(4))
     train(reference, torch.optim.AdamW(reference.parameters(), 0.01), range(4))
     for w, expected in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(w, expected, rtol=1e-9, atol=1e-11)
@@ -83,6 +85,7 @@ def test_step_that_the_grad_scaler_skips_does_not_count(is_fused: bool) -> None:
 @pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
 def test_old_weights_take_memory_only_while_they_are_recalled(is_late: bool) -> None:
     def peak(model: nn.Module) -> int:
+        gc.collect()
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
         train(model, optimizer, range(2))
         torch.cuda.synchronize()
