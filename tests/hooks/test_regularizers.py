@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import FrozenInstanceError, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -351,3 +352,25 @@ def test_run_that_it_has_no_part_in_ends_with_3(
     ran = run_cli("run", f"--{kind.name}", NUMBERS[kind.name], "--", sys.executable, "train.py", folder)
     assert ran.code == 3, ran.err
     assert "INACTIVE" in ran.err
+
+
+# -- together ------------------------------------------------------------------------------------------------------
+
+PAIRS = list(combinations(METHODS, 2))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["-".join(kind.name for kind in pair) for pair in PAIRS])
+def test_any_two_work_together_or_are_refused(pair: tuple[type[Settings], ...]) -> None:
+    model = seeded.bert()
+    before = seeded.fingerprint(model)
+    given = {kind.name: NUMBERS[kind.name] for kind in pair}
+    if {"anchor", "recadam"} == given.keys():
+        with pytest.raises(SettingError, match="recadam: expected no anchor beside it"):
+            patch_model(model, **given)
+    else:
+        patch_model(model, **given)
+        train(model, lr=0.0)
+        assert all(one.has_acted for one in model.__dict__["_surgery_patch"].regularizers)
+        assert describe(model).settings == as_settings(given)
+        unpatch_model(model).zero_grad()
+    assert seeded.fingerprint(model) == before
