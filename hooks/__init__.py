@@ -1,4 +1,4 @@
-"""The live-model side: regularizers that are patched into a model, and undone without a trace."""
+"""Methods on a torch model while it trains: patch_model in a script, `surgery run` around one."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""describe and stats: what a patch does to a model, as data and in words; what is measured of it."""
+"""describe and stats: what patch_model did to a model, as data and in words, and what is measured of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""One patched model: the order in which its methods are attached, told of forwards and steps, and removed again."""
+"""class Patch: attach methods to a model, pass its forwards and optimizer steps on to them, remove them in reverse."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Attributes that a patch leaves on the modules it changes, so that copies of a part of the model can be told.
+"""Attributes on the modules of a patched model, by which a copy of a part of it is recognized: no patch owns those.
 
 deepcopy and pickle take a module's attributes along. If the whole model went, its patch did as well and owns the copied
 marks; if a part did, nobody would ever take them off again.

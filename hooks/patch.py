@@ -1,4 +1,4 @@
-"""patch_model and its siblings: check everything, then change the model, or leave it as it was."""
+"""patch_model, unpatch_model, patched: check everything, then attach a Patch to the model, or leave it as it was."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Hooks on the steps of every torch optimizer, whoever built it; and what becomes of steps without a regularizer.
+"""Hooks on the steps of every torch optimizer, and the refusal of steps that a method has no part in.
 
 A model in eval mode, or weights that somebody updates by hand, would train without regularization, in silence.
 """

@@ -1,4 +1,4 @@
-"""Decay toward w_pre before every optimizer step, whatever the optimizer."""
+"""Optimizer hooks that decay weights toward w_pre before each step of any torch optimizer."""
 
 from collections.abc import Sequence
 from typing import Any

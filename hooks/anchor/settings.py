@@ -1,4 +1,4 @@
-"""What can be asked of the anchor, checked when it is written down."""
+"""class Anchor: what is asked of it, checked; and its words in reports."""
 
 import math
 from collections.abc import Mapping

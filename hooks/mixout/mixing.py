@@ -1,4 +1,4 @@
-"""W_mix = w_pre + (w - w_pre) * m / (1 - p), its derivative, and how it is made again in the backward pass."""
+"""W_mix = w_pre + (w - w_pre) * m / (1 - p) as a tensor whose gradient is exact, made again in the backward pass."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Mixout on one model: what its hooks share, what it makes of dropout, and whether the weights were mixed at all."""
+"""Mixout on one model: attaches the hooks to its layers, sets their dropout to 0, and tells whether they were mixed."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ from ..regularizer import Handle, Settings
 from ..steps import Activity, AuditedRegularizer, about_to_change
 from ..weights.chosen import ChosenWeights
 from .dropout import Rate, find_rates, replace_rate
+from .mixed_weight import MIXED, MixedWeight, Passes, attach_hooks, reveal_weight
 from .settings import Mixout
-from .site import SITE, Passes, Site, attach_hooks, reveal_weight
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class MixoutRegularizer(AuditedRegularizer):
         super().__init__()
         self.settings = settings
         self.passes = Passes()
-        self.sites = [Site(tracked, settings, self.passes) for tracked in weights.of("layers")]
+        self.mixed = [MixedWeight(tracked, settings, self.passes) for tracked in weights.of("layers")]
         self.replaced: list[Rate] = []
         self.kept: list[Rate] = []
         self._left = weights.left["layers"]
@@ -50,19 +50,19 @@ class MixoutRegularizer(AuditedRegularizer):
         handles: list[Handle] = []
         if self.settings.is_mixing:
             guard_hooks()
-            for site in self.sites:
-                for module in site.owners:
-                    handles += [put(module, site), *attach_hooks(module)]
+            for one in self.mixed:
+                for module in one.owners:
+                    handles += [put(module, one), *attach_hooks(module)]
         if self.settings.replace_dropout:
-            mixed = [name for site in self.sites if site.weight.requires_grad for name in site.tracked.target.names]
+            mixed = [name for one in self.mixed if one.weight.requires_grad for name in one.tracked.target.names]
             self.replaced, self.kept = find_rates(root, mixed, self._left)
             handles += map(replace_rate, self.replaced)
         return handles
 
     def abort(self) -> None:
         """Do away with the W_mix that an interrupted forward has left."""
-        for module in (module for site in self.sites for module in site.owners):
-            if SITE in module.__dict__:
+        for module in (module for one in self.mixed for module in one.owners):
+            if MIXED in module.__dict__:
                 reveal_weight(module, None, None)
 
     # -- the forward ----------------------------------------------------------------------------------------------
@@ -74,13 +74,13 @@ class MixoutRegularizer(AuditedRegularizer):
 
     def next_pass(self) -> None:
         """Let tied weights draw a new mask."""
-        for site in self.sites:
-            site.begin()
+        for one in self.mixed:
+            one.begin()
 
     def end_forward(self, root: nn.Module, output: Any) -> None:
         """Close a pass; after the first one in training that came to its end, say what it did not mix."""
         self.passes.is_open = False
-        torn = [] if torch.compiler.is_compiling() else [site.name for site in self.sites if site.is_torn]
+        torn = [] if torch.compiler.is_compiling() else [one.name for one in self.mixed if one.is_torn]
         self.next_pass()
         if torn:
             raise SourceError(
@@ -90,7 +90,7 @@ class MixoutRegularizer(AuditedRegularizer):
         if torch.compiler.is_compiling() or output is None or self._is_checked or not self.settings.is_mixing:
             return
         # PEFT's wrapper is in training mode around a model that is not
-        trained = [site for site in self.sites if site.weight.requires_grad and site.owners[0].training]
+        trained = [one for one in self.mixed if one.weight.requires_grad and one.owners[0].training]
         if root.training and trained:
             self._is_checked = True
             _check_calls(trained)
@@ -112,20 +112,20 @@ class MixoutRegularizer(AuditedRegularizer):
         if not self._has_mixed:
             return Activity()
         # a compiled layer may be called by a forward that is not
-        eager = self._forwards.eager if any(site.is_traced for site in self.sites) else 0
+        eager = self._forwards.eager if any(one.is_traced for one in self.mixed) else 0
         traced = self._forwards.traced
         return Activity((self.passes.calls, eager, id(traced), traced._version))
 
     def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
-        # not site.weight, which raises where another tool has taken it away, and this step may be another model's
-        return about_to_change(optimizer, (site.owners[0]._parameters.get("weight") for site in self.sites))
+        # not one.weight, which raises where another tool has taken it away, and this step may be another model's
+        return about_to_change(optimizer, (one.owners[0]._parameters.get("weight") for one in self.mixed))
 
     # -- what came of it ------------------------------------------------------------------------------------------
 
     @property
     def _has_mixed(self) -> bool:
         """A weight has been mixed, whether or not the model's own forward was called for it."""
-        return any(site.is_called for site in self.sites)
+        return any(one.is_called for one in self.mixed)
 
     @property
     def has_acted(self) -> bool:
@@ -145,13 +145,13 @@ class MixoutRegularizer(AuditedRegularizer):
         if not self.settings.is_mixing or not (self._forwards.count or self._has_mixed):
             return ()
         modules = set(root.modules())
-        silent = [site for site in self.sites if site.weight.requires_grad and not site.is_called]
-        return tuple(site.name for site in silent if not modules.isdisjoint(site.owners))
+        silent = [one for one in self.mixed if one.weight.requires_grad and not one.is_called]
+        return tuple(one.name for one in silent if not modules.isdisjoint(one.owners))
 
     def report(self) -> dict[str, Any]:
-        mixed = [site for site in self.sites if site.weight.requires_grad]
+        mixed = [one for one in self.mixed if one.weight.requires_grad]
         if self._has_mixed:  # one of TRL's heads is never called, for instance
-            mixed = [site for site in mixed if site.is_called]
+            mixed = [one for one in mixed if one.is_called]
         return {"mixed": len(mixed)}
 
     def logs(self, root: nn.Module) -> dict[str, float]:
@@ -159,12 +159,12 @@ class MixoutRegularizer(AuditedRegularizer):
         if not self.settings.is_mixing:
             return {}
         trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
-        return {"mixed_share": sum(site.weight.numel() for site in self.sites if site.weight.requires_grad) / trainable}
+        return {"mixed_share": sum(one.weight.numel() for one in self.mixed if one.weight.requires_grad) / trainable}
 
 
-def _check_calls(trained: Sequence[Site]) -> None:
+def _check_calls(trained: Sequence[MixedWeight]) -> None:
     """Name the weights whose layers a whole forward has not called; raise if that is all of them."""
-    silent = [site.name for site in trained if not site.is_called]
+    silent = [one.name for one in trained if not one.is_called]
     if not silent:
         return
     what = f"{some(silent)}: expected a call of the layer in forward, got none"

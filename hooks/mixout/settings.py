@@ -1,4 +1,4 @@
-"""What can be asked of Mixout, checked when it is written down."""
+"""class Mixout: what is asked of it, checked; its flags of `surgery run`, and its words in reports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

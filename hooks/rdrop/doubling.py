@@ -1,4 +1,4 @@
-"""torch.cat of a batch with itself, where one forward of it is known to equal two forwards and takes less time."""
+"""One forward of torch.cat([batch, batch]) in place of two, and for which models and inputs the loss is the same."""
 
 import inspect
 import re

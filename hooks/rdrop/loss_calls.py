@@ -1,4 +1,4 @@
-"""Calls of torch.nn.functional losses, bound to their signatures: those that R-Drop has a formula for, and others."""
+"""Calls of torch.nn.functional losses, bound to their signatures: those with a formula; add a new one here."""
 
 import inspect
 from collections.abc import Callable, Mapping

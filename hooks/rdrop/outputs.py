@@ -1,4 +1,4 @@
-"""tree_map of torch.utils._pytree for what a model returns, which also enters dataclasses, records and KV caches.
+"""Apply a function to every tensor in what a model returns: a tree_map that enters dataclasses and KV caches too.
 
 A forward writes to a KV cache of transformers and returns it, so that each of two passes needs a copy of its own.
 """

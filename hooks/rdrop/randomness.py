@@ -1,4 +1,4 @@
-"""torch.equal on the logits of both passes: without dropout they are equal to the bit, and the KL is 0."""
+"""Refuse R-Drop where torch.equal finds both passes' logits the same to the bit: no dropout, and a KL of 0."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What can be asked of R-Drop, checked when it is written down."""
+"""class RDrop: what is asked of it, checked; its flags of `surgery run`, and its words in reports."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""torch.Tensor subclass that prints, pickles and copies as an ordinary tensor: only torch functions notice it."""
+"""Base class of the tensor subclasses here: they print, pickle and copy as ordinary tensors do."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""RecAdam around every optimizer step: weights are kept before it, and what it has done to them is taken in part."""
+"""Optimizer hooks that keep weights before a step, then take part of what it did to them and recall them to w_pre."""
 
 import logging
 from collections.abc import Sequence

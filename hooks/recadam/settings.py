@@ -1,4 +1,4 @@
-"""What can be asked of RecAdam, checked when it is written down; and its annealing function."""
+"""class RecAdam: what is asked of it, checked; lambda(t); its flags of `surgery run`, and its words in reports."""
 
 import math
 from collections.abc import Mapping, Sequence

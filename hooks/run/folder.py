@@ -1,4 +1,4 @@
-"""SURGERY_RUN_DIR, the folder of the records: apart from them, as each Python of a command reads it when it starts."""
+"""SURGERY_RUN_DIR, the folder that records are left in; a file of its own, for every Python of a command imports it."""
 
 import os
 from pathlib import Path

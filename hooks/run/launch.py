@@ -1,4 +1,4 @@
-"""`surgery run`: check the command, start it with hooks/site on PYTHONPATH, wait, and print what took effect."""
+"""What `surgery run` does, from command line to exit code: check, start the command, print what took effect."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Sentences that a process prints of its models, and the rank that it prints them with."""
+"""The sentences in which a process tells of its models, and the rank that it bears in them."""
 
 import os
 

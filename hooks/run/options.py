@@ -1,4 +1,4 @@
-"""The options of `surgery run`: flags on its command line, SURGERY_* variables in every process below it."""
+"""class Options: what `surgery run` is asked for, checked, from the values of flags and from SURGERY_* variables."""
 
 import math
 import shlex

@@ -1,4 +1,4 @@
-"""fork and execve of a command, to which terminal and signals are what they would be if it had taken our place."""
+"""fork, execve and wait: the command gets the terminal and the signals that it would have had in our place."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The weights that the methods of one patch act on, each with its w_pre; and why each other parameter is left alone."""
+"""ChosenWeights: the parameters that were selected, each with its w_pre, their bytes and their distance from it."""
 
 import logging
 from collections.abc import Mapping, Sequence

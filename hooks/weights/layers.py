@@ -1,4 +1,4 @@
-"""Which modules have a weight that can be mixed, and which of its axes are input features."""
+"""Which layers Mixout can mix, and the axis of their input features; a new kind of layer is added here."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""w_pre: the frozen copy of one weight's pretrained values, wherever it lies."""
+"""w_pre of one weight, as a tensor: frozen, in no state_dict, moved or gathered to where the weight is."""
 
 from typing import Any
 

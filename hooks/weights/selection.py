@@ -1,4 +1,4 @@
-"""Which weights of a model are mixed, which are not, and why. Looks only; changes nothing."""
+"""Which parameters of a model methods act on, and why not the others: by layer, include and exclude, and newness."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""One weight and its w_pre: the live parameter, looked up in its module, and the frozen pretrained values."""
+"""A live parameter and its w_pre, which is taken when the model is patched, or when a frozen one is unfrozen."""
 
 import torch
 

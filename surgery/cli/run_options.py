@@ -1,4 +1,4 @@
-"""What `surgery run` and `surgery env` share: the options that choose regularizers, and how they are read."""
+"""The flags of `surgery run` and `surgery env` as click options; those of methods are made of their Settings."""
 
 import os
 from functools import cache

@@ -1,4 +1,4 @@
-"""The sink of `verify`: compare the bytes that a file should hold with those on disk, while they stream past."""
+"""Where `verify` streams a shard in place of a file to write: its bytes are compared with those on the disk."""
 
 import json
 from dataclasses import dataclass

@@ -140,4 +140,4 @@ def test_model_patched_before_peft_wraps_it(thaw: bool, tmp_path: Path) -> None:
     assert stats(plain)["mixed"] == (13 if thaw else 0)
     assert isinstance(model, PeftModel)
     unpatch_model(plain)
-    assert not any("_surgery_site" in vars(module) for module in model.modules())
+    assert not any("_surgery_mixed" in vars(module) for module in model.modules())

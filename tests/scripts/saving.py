@@ -101,7 +101,7 @@ def kind(model):
     }
 
 
-OURS = {"_surgery_patch", "_surgery_part", "_surgery_site", "_surgery_rates", "_is_surgery_loaded"}
+OURS = {"_surgery_patch", "_surgery_part", "_surgery_mixed", "_surgery_rates", "_is_surgery_loaded"}
 
 
 def read(folder):

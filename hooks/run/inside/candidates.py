@@ -1,4 +1,4 @@
-"""The models whose parameters are in an optimizer's param_groups, and which of them are to be regularized."""
+"""class Candidates: the models whose parameters are in optimizers, and which of them are to be regularized."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""perturb_model on the models that a process trains: once on each, and undone where a run turns out to be resumed."""
+"""class Noise: what perturb_model has been applied to, so that it is once on each weight, and can be undone."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass

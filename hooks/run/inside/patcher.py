@@ -1,4 +1,4 @@
-"""patch_model with the options of a run, on the weights that a model has now or had before a load."""
+"""class Patcher: patch_model with the options of a run, on the weights that a model has now or had before a load."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Parameters in an optimizer's param_groups that wait for their model to be called, and patched."""
+"""class Pending: parameters of optimizers whose model has not been called yet, and so is not patched."""
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""When noise is added: as soon as an optimizer has the weights, before fully_shard, and again after a late load."""
+"""class Perturber: adds noise once an optimizer has the weights, before fully_shard, and again after a late load."""
 
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -1,5 +1,6 @@
 """A run that is resumed goes on as if it had never been interrupted: the same w_pre, and no second noise."""
 
+from pathlib import Path
 from typing import Any
 
 import byhand
@@ -80,3 +81,17 @@ def test_resumed_run_without_its_pretrained_weights_adds_no_noise(runs: tuple[Ru
     wanted = byhand.train(model, steps, model, mixed=byhand.Mixed(model), optimizer=lambda *_, **__: optimizer)
     byhand.assert_equal(left(again, "again.pt")[BLIND], wanted)
     assert again.err.count("Net: resumed, without the pretrained weights in sight: w_pre is what the weights were") == 1
+
+
+def test_resumed_run_goes_on_with_recadams_schedule(nets: Any, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    torch.save(nets.Net().double().state_dict(), tmp_path / "pretrained.pt")
+    flags = ("--recadam", "3", "--recadam-k", "1", "--recadam-t0", "3")
+    whole = run(tmp_path, "resumed.py", *flags, args=("pretrained.pt", "whole.pt", WHOLE[0]))
+    again = run(tmp_path, "resumed.py", *flags, args=("pretrained.pt", "again.pt", RESUMED[0]))
+    plain = run(tmp_path, "resumed.py", args=("pretrained.pt", "plain.pt", WHOLE[0]))
+    assert (whole.code, again.code, plain.code) == (0, 0, 0), whole.err + again.err
+    wanted = left(whole, "whole.pt")[WHOLE[0]]
+    byhand.assert_equal(left(again, "again.pt")[RESUMED[0]], wanted, tolerance=0)
+    assert any(not torch.equal(w, wanted[name]) for name, w in left(plain, "plain.pt")[WHOLE[0]].items())
+    assert again.models[0]["recadam_t"] == whole.models[0]["recadam_t"] > again.models[0]["steps"] > 0

@@ -15,13 +15,13 @@ from .masks import Chance, Draw, SharedSeeds, draw_mask, draw_seed
 from .mixing import Rule, mixed_weight
 from .settings import Mixout
 
-SITE = "_surgery_site"
-"""The attribute of a mixed module that holds its Site."""
+MIXED = "_surgery_mixed"
+"""The attribute of a mixed module that holds its MixedWeight."""
 
 
 @dataclass
 class Passes:
-    """What the sites of one model share.
+    """What the mixed weights of one model share.
 
     Args:
         is_open: a forward pass of the model is under way.
@@ -34,7 +34,7 @@ class Passes:
     is_hidden: bool = False
 
 
-class Site(Mark):
+class MixedWeight(Mark):
     """One weight that is mixed, and how masks are drawn for it.
 
     Args:
@@ -43,7 +43,7 @@ class Site(Mark):
         passes: of the model.
     """
 
-    attribute = SITE
+    attribute = MIXED
 
     def __init__(self, tracked: Tracked, settings: Mixout, passes: Passes) -> None:
         assert tracked.target.mask is not None
@@ -124,7 +124,7 @@ class Site(Mark):
 
     def release(self, module: nn.Module) -> None:
         """Take it off a module, and the W_mix that an interrupted forward has left."""
-        if module.__dict__.get(SITE) is self:
+        if module.__dict__.get(MIXED) is self:
             reveal_weight(module, None, None)
         super().release(module)
 
@@ -148,18 +148,18 @@ def shadow_weight(module: nn.Module, args: Any) -> None:
     reveal_weight(module, args, None)  # a KeyboardInterrupt runs no hooks: the last forward may have left its W_mix
     if not module.training:
         return
-    site: Site = getattr(module, SITE)
-    w = own_weight(site.name, module)
+    own: MixedWeight = getattr(module, MIXED)
+    w = own_weight(own.name, module)
     if not w.requires_grad:
         return
-    if site.is_copy:
+    if own.is_copy:
         raise SourceError(
-            f"{site.name}: expected a layer of a patched model, got one that was copied or loaded without it. "
+            f"{own.name}: expected a layer of a patched model, got one that was copied or loaded without it. "
             "Call unpatch_model or patch_model on the model that it is in now."
         )
-    mixed = site.mixed(w)
+    mixed = own.mixed(w)
     if torch.compiler.is_compiling():
-        site.hidden = w
+        own.hidden = w
         module._parameters["weight"] = mixed  # type: ignore[assignment]
     else:
         module.__dict__["weight"] = mixed
@@ -169,7 +169,7 @@ def reveal_weight(module: nn.Module, args: Any, output: Any) -> None:  # noqa: A
     """Take W_mix away again; a forward hook that is also called when forward raises."""
     if "weight" in module.__dict__ and "weight" in module._parameters:  # else it is what another tool made of it
         del module.__dict__["weight"]
-    site: Site = getattr(module, SITE)
-    if site.hidden is not None:
-        module._parameters["weight"] = site.hidden  # type: ignore[assignment]
-        site.hidden = None
+    own: MixedWeight = getattr(module, MIXED)
+    if own.hidden is not None:
+        module._parameters["weight"] = own.hidden  # type: ignore[assignment]
+        own.hidden = None
