@@ -7,12 +7,13 @@ import logging
 import sys
 import weakref
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from surgery.errors import SettingError, SourceError
@@ -147,9 +148,14 @@ class AuditedRegularizer(Regularizer):
 
 def _has_gradient(weights: Collection[torch.Tensor]) -> bool:
     """Tell whether a gradient is not 0, as all are where somebody only wants an optimizer's state made."""
-    if any(w.is_cuda for w in weights) and torch.cuda.is_current_stream_capturing():  # where nothing can be read
+    if is_captured(weights):  # where nothing can be read
         return False
     return any(bool(w.grad.any()) for w in weights if w.grad is not None)
+
+
+def is_captured(weights: Iterable[torch.Tensor]) -> bool:
+    """Tell whether what is done to these weights now goes into a CUDA graph, which will repeat it without Python."""
+    return any(w.is_cuda for w in weights) and torch.cuda.is_current_stream_capturing()
 
 
 class StepWatch:
@@ -174,19 +180,6 @@ class StepWatch:
             self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0
         self._seen = seen
         return self._missed > 1
-
-    def refuse_missed(self, method: str, name: str, w: torch.Tensor, steps: int) -> None:
-        """Raise where a method acts in optimizer steps, and a weight changes without one.
-
-        Args:
-            method, name: of the method and of the weight.
-            w, steps: as for `is_missed`.
-        """
-        if self.is_missed(w, steps):
-            raise SourceError(
-                f"{method}: expected a step of a torch.optim.Optimizer that holds {name}, got weights that change "
-                "without one. Use such an optimizer, built from the model's own parameters."
-            )
 
 
 class OpenStep:
@@ -226,6 +219,40 @@ def _is_running(optimizer: Optimizer) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+class StepRegularizer(Regularizer):
+    """A method that acts in the steps of optimizers: it raises where weights change without one.
+
+    Args:
+        name: of the method.
+        tracked: the weights that it acts on, as long as they are trainable.
+    """
+
+    def __init__(self, name: str, tracked: Sequence[Tracked]) -> None:
+        self.steps = 0
+        """Optimizer steps that it acted in."""
+        self._name = name
+        self._tracked = tracked
+        self._open_step = OpenStep()
+        self._watch = StepWatch()
+
+    def begin_forward(self, root: nn.Module) -> None:
+        """Raise where weights have changed with no optimizer step of torch that the method could have acted in."""
+        if not root.training or torch.compiler.is_compiling():
+            return
+        one = next((one for one in self._tracked if one.weight.requires_grad), None)
+        if one is None or self._open_step.is_open:  # a closure, such as LBFGS's, amid the step
+            return
+        if self._watch.is_missed(one.weight, self.steps):
+            raise SourceError(
+                f"{self._name}: expected a step of a torch.optim.Optimizer that holds {one.name}, got weights that "
+                "change without one. Use such an optimizer, built from the model's own parameters."
+            )
+
+    @property
+    def has_acted(self) -> bool:
+        return self.steps > 0
 
 
 def held_weights(

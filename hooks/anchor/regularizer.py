@@ -7,31 +7,19 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from ..regularizer import Regularizer, Settings
-from ..steps import OpenStep, StepWatch, held_weights, lr_of
+from ..regularizer import Settings
+from ..steps import StepRegularizer, held_weights, lr_of
 from ..weights.chosen import ChosenWeights
 from ..weights.pretrained import local
 from .settings import Anchor
 
 
-class AnchorRegularizer(Regularizer):
+class AnchorRegularizer(StepRegularizer):
     """The decay of one model's weights: those of layers, as long as they are trainable."""
 
     def __init__(self, settings: Anchor, weights: ChosenWeights, others: Sequence[Settings]) -> None:  # noqa: ARG002
+        super().__init__(settings.name, weights.of("layers"))
         self.settings = settings
-        self.steps = 0
-        """Optimizer steps that it acted in."""
-        self._tracked = weights.of("layers")
-        self._open_step = OpenStep()
-        self._watch = StepWatch()
-
-    def begin_forward(self, root: nn.Module) -> None:
-        """Raise where weights change with no optimizer step of torch that could have anchored them."""
-        if not root.training or torch.compiler.is_compiling():
-            return
-        tracked = next((tracked for tracked in self._tracked if tracked.weight.requires_grad), None)
-        if tracked is not None and not self._open_step.is_open:  # else a closure, such as LBFGS's, is amid the step
-            self._watch.refuse_missed("anchor", tracked.name, tracked.weight, self.steps)
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
@@ -52,10 +40,6 @@ class AnchorRegularizer(Regularizer):
 
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
         self._open_step.leave(optimizer)
-
-    @property
-    def has_acted(self) -> bool:
-        return self.steps > 0
 
     def facts(self, root: nn.Module) -> dict[str, Any]:  # noqa: ARG002
         return {"anchored": self.steps}

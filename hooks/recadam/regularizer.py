@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from ..regularizer import Handle, Regularizer, Settings
-from ..steps import OpenStep, StepWatch, held_weights, lr_of
+from surgery.errors import SourceError
+
+from ..regularizer import Handle, Settings
+from ..steps import StepRegularizer, held_weights, is_captured, lr_of
 from ..weights.chosen import ChosenWeights
-from ..weights.pretrained import local
-from ..weights.tracked import Tracked
+from ..weights.pretrained import Pretrained, local
 from .settings import RecAdam
 
 _log = logging.getLogger(__name__)
@@ -24,43 +25,31 @@ T = "recadam_t"
 
 @dataclass(frozen=True)
 class _Before:
-    """A weight before a step: its values on this rank, and the lr of the step."""
+    """A weight before a step: its w_pre, its values on this rank, and the lr of the step."""
 
-    tracked: Tracked
+    pretrained: Pretrained
     w: torch.Tensor
     values: torch.Tensor
     lr: float
 
 
-class RecAdamRegularizer(Regularizer):
+class RecAdamRegularizer(StepRegularizer):
     """RecAdam on one model: all parameters with a pretrained value, as long as they are trainable."""
 
     def __init__(self, settings: RecAdam, weights: ChosenWeights, others: Sequence[Settings]) -> None:  # noqa: ARG002
+        super().__init__(settings.name, weights.of("parameters"))
         self.settings = settings
         self.t = 0
-        """Optimizer steps of the model. Those of several optimizers, each with weights of its own, are one."""
-        self.steps = 0
-        """How many of them it took part in: fewer, in a resumed run."""
-        self._tracked = weights.of("parameters")
+        """Optimizer steps of the model: more than `steps`, in a resumed run."""
         self._stepped: set[int] = set()  # weights that have had step t
         self._is_over = True  # the next step is not t, whatever its weights
         self._before: list[_Before] = []
-        self._open_step = OpenStep()
-        self._watch = StepWatch()
         self._is_told = False
         self._written: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
     def attach(self, root: nn.Module) -> list[Handle]:  # noqa: ARG002
         """Change nothing of the model; the handle takes t off the optimizers that it was written to."""
         return [_Written(self)]
-
-    def begin_forward(self, root: nn.Module) -> None:
-        """Raise where weights change with no optimizer step of torch that could have recalled them."""
-        if not root.training or torch.compiler.is_compiling():
-            return
-        tracked = next((tracked for tracked in self._tracked if tracked.weight.requires_grad), None)
-        if tracked is not None and not self._open_step.is_open:  # else a closure, such as LBFGS's, is amid the step
-            self._watch.refuse_missed("recadam", tracked.name, tracked.weight, self.steps)
 
     # -- optimizer steps ------------------------------------------------------------------------------------------
 
@@ -72,6 +61,11 @@ class RecAdamRegularizer(Regularizer):
         held = list(held_weights(optimizer, self._tracked, is_closure=is_closure))
         if not held or not self._open_step.enter(optimizer):
             return
+        if is_captured(w for _, _, w in held):
+            raise SourceError(
+                "recadam: expected optimizer steps made by Python, got one captured in a CUDA graph, where lambda(t) "
+                "would stay what it is. Capture forward and backward alone."
+            )
         self._count(optimizer, {id(w) for _, _, w in held})
         self._before = []
         if self.settings.anneal(self.t) == 1:
@@ -79,7 +73,7 @@ class RecAdamRegularizer(Regularizer):
         for group, tracked, w in held:
             lr = lr_of("recadam", optimizer, group, "the pull is lr * gamma")
             self._warn_of_overshooting(lr)
-            self._before.append(_Before(tracked, w, local(w.detach()).clone(), lr))
+            self._before.append(_Before(tracked.ready(w), w, local(w.detach()).clone(), lr))
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
@@ -129,10 +123,6 @@ class RecAdamRegularizer(Regularizer):
 
     # -- what came of it ------------------------------------------------------------------------------------------
 
-    @property
-    def has_acted(self) -> bool:
-        return self.steps > 0
-
     def facts(self, root: nn.Module) -> dict[str, Any]:  # noqa: ARG002
         return {"recalled": self.steps, "recadam_t": self.t}
 
@@ -177,5 +167,5 @@ def _recall(before: _Before, share: float, pull: float) -> None:
     """
     wide = torch.promote_types(before.values.dtype, torch.float32)
     old, new = before.values.to(wide), local(before.w)
-    w_pre = before.tracked.ready(before.w).part(before.w).to(wide)
+    w_pre = before.pretrained.part(before.w).to(wide)
     new.copy_(torch.lerp(old, new.to(wide), share).add_(w_pre.sub(old), alpha=pull))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgery import RecAdam, describe, patch_model, stats
+from surgery import RecAdam, SourceError, describe, patch_model, stats
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 anywhere = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
@@ -57,6 +57,18 @@ def test_lr_that_is_a_tensor_is_read(device: str) -> None:
     train(reference, torch.optim.SGD(reference.parameters(), 0.01), range(4))
     for w, expected in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(w, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_step_in_a_cuda_graph_is_refused() -> None:
+    model = patch_model(net("cuda"), recadam=SETTINGS)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, capturable=True)
+    train(model, optimizer, range(2))
+    for w in model.parameters():
+        w.grad = torch.ones_like(w)
+    with pytest.raises(SourceError, match="got one captured in a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
 
 
 @pytest.mark.gpu

