@@ -8,6 +8,7 @@ from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
 from surgery.errors import SettingError, SourceError
+from surgery.live.foreign import is_fsdp1
 from surgery.live.names import unwrap
 
 from .marks import PATCH, Part
@@ -48,7 +49,7 @@ def take_root(model: Any, *, may_be_compiled: bool = False) -> nn.Module:
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise SourceError(f"{path}: expected Python modules, got TorchScript. Patch the model before scripting it.")
-        if type(module).__name__ == "FullyShardedDataParallel":
+        if is_fsdp1(module):
             raise SourceError(
                 f"{path}: expected whole weights or FSDP 2, got FSDP 1, which flattens them. Use fully_shard."
             )

@@ -11,11 +11,11 @@ a graph is retained.
 """
 
 from collections.abc import Iterator
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+from surgery.kernels.backends import has_triton
 
 _CPU_CHUNK = 2**18  # elements of each of the four temporaries: 1 MB of float32, which stays in the CPU's cache
 _GPU_CHUNK = 2**24  # without Triton: large enough to occupy the GPU
@@ -52,12 +52,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def uses_triton(a: torch.Tensor) -> bool:
     """Tell whether the Triton kernel takes these logits."""
-    return a.is_cuda and a.dtype != torch.float64 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return a.is_cuda and a.dtype != torch.float64 and has_triton()
 
 
 class _CompareRows(torch.autograd.Function):

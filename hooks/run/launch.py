@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from surgery.errors import SettingError
+from surgery.exit_codes import INACTIVE
 
 from .command import CommandError, check_python, find_program
 from .console import say
 from .folder import RUN_DIR, run_dir
 from .options import PREFIX, Options
-from .outcome import EXIT_INACTIVE, Outcome, judge
+from .outcome import Outcome, judge
 from .record import Record, read_records
 
 SITE = Path(__file__).resolve().parents[1] / "site"
@@ -21,7 +22,7 @@ SITE = Path(__file__).resolve().parents[1] / "site"
 
 
 def launch(command: Sequence[str], options: Options) -> int:
-    """Run a command with regularizers. Return its exit code, or EXIT_INACTIVE; end as it did, if a signal ended it.
+    """Run a command with regularizers. Return its exit code, or INACTIVE; end as it did, if a signal ended it.
 
     What became of it goes to stderr and to the file of --report.
 
@@ -92,4 +93,4 @@ def _report(outcome: Outcome, options: Options, code: int) -> int:
         return die(-code)
     if outcome.is_active or outcome.is_idle or options.allow_inactive:
         return code
-    return EXIT_INACTIVE if code == 0 or outcome.is_refused else code
+    return INACTIVE if code == 0 or outcome.is_refused else code

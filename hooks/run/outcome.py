@@ -12,9 +12,6 @@ from .console import say
 from .options import NOISYTUNE, Options
 from .record import Record
 
-EXIT_INACTIVE = 3
-"""The exit code of a command that succeeded, and of a process that was ended, while a regularizer had no effect."""
-
 _HELP = ("-h", "--help", "--version")
 _MISSING = {
     NOISYTUNE: "noisytune: no pretrained weights were loaded, so that none were perturbed",

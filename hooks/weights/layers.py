@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from surgery.live.foreign import packed_class
+
 Shape = tuple[int, ...]
 
 
@@ -48,11 +50,9 @@ def is_read_by_attention(module: nn.Module) -> bool:
 
 def packing(weight: torch.Tensor) -> str | None:
     """Return what a weight is quantized to, by its dtype or its class; None if it is simply elements."""
-    kind = type(weight)
-    data = type(weight.data)
-    is_plain = data is torch.Tensor or data.__name__ == "DTensor"
-    if kind.__module__.startswith("bitsandbytes") or not is_plain:
-        return kind.__name__ if is_plain else data.__name__
+    packed = packed_class(weight)
+    if packed is not None and packed.__name__ != "DTensor":
+        return packed.__name__
     if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.is_quantized:
         return str(weight.dtype).removeprefix("torch.")
     return None

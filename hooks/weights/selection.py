@@ -11,6 +11,7 @@ from torch import nn
 
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
+from surgery.live.foreign import is_flat, is_zero3_shard
 
 from .layers import Shape, is_conv1d, is_read_by_attention, mask_shape, packing
 
@@ -60,7 +61,7 @@ def own_weight(name: str, module: nn.Module, attribute: str = "weight") -> torch
         SourceError: another tool has taken it away since the model was patched.
     """
     w = module._parameters.get(attribute)
-    if w is None or (not isinstance(w, nn.Parameter) and hasattr(w._base, "_is_flat_param")):
+    if w is None or (not isinstance(w, nn.Parameter) and is_flat(w._base)):
         raise SourceError(
             f"{name}: expected the layer's own parameter, got none. DataParallel, FSDP 1 and parametrizations "
             "take it away: use DistributedDataParallel or fully_shard, and patch after parametrizing."
@@ -268,9 +269,9 @@ def refuse_unready(targets: Iterable[Named]) -> None:
         weight = target.weight
         if weight.is_meta:
             fault, remedy = "one on the meta device", "Load the model without offloading, and patch it then."
-        elif hasattr(weight, "ds_id"):
+        elif is_zero3_shard(weight):
             fault, remedy = "one split by DeepSpeed's ZeRO-3", "Use ZeRO 1 or 2, or FSDP 2."
-        elif type(weight).__name__ == "FlatParameter" or hasattr(weight, "_is_flat_param"):
+        elif is_flat(weight):
             fault, remedy = "one flattened by FSDP 1", "Use fully_shard, that is FSDP 2."
         else:
             continue

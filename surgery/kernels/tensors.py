@@ -1,14 +1,13 @@
 """The kernels called on torch tensors: on the CPU in place, on CUDA with Triton, elsewhere by way of the CPU."""
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
 from surgery.kernels import cpu, torch_moments
+from surgery.kernels.backends import has_triton
 from surgery.noise import BLOCK
 from surgery.threads import computing_workers
 
@@ -23,7 +22,7 @@ def workers() -> ThreadPoolExecutor:
 def flatten(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements in row-major order where a kernel can take them: a view if that is possible, else a copy."""
     flat = tensor.detach().contiguous().view(-1)
-    return flat if flat.device.type == "cpu" or (flat.is_cuda and _has_triton()) else flat.cpu()
+    return flat if flat.device.type == "cpu" or (flat.is_cuda and has_triton()) else flat.cpu()
 
 
 def moments(tensor: torch.Tensor, dtype: str, pool: ThreadPoolExecutor) -> tuple[np.ndarray, float]:
@@ -66,8 +65,3 @@ def _pieces(w: torch.Tensor) -> list[np.ndarray]:
 
 def _map(pool: ThreadPoolExecutor, function: Any, work: list[Any]) -> Any:
     return pool.map(function, work) if len(work) > 1 else map(function, work)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -12,6 +12,7 @@ import torch
 from surgery.checkpoint.pickles import DTYPES, ties
 from surgery.errors import SettingError, SourceError
 from surgery.kernels import tensors as kernels
+from surgery.live.foreign import is_flat, is_fsdp1, is_zero3_shard, packed_class
 from surgery.live.names import find_names
 from surgery.noise import key
 from surgery.noisytune import (
@@ -137,8 +138,7 @@ def _refuse_quantized(model: torch.nn.Module) -> None:
 def refuse_flattened(model: torch.nn.Module) -> None:
     """Raise SourceError for a model, or a part of one, whose weights FSDP 1 has flattened: they look like any other."""
     for name, module in model.named_modules():
-        is_flat = any(hasattr(parameter, "_is_flat_param") for parameter in module._parameters.values())
-        if is_flat or type(module).__name__ == "FullyShardedDataParallel":
+        if is_fsdp1(module) or any(map(is_flat, module._parameters.values())):
             raise SourceError(
                 f"{name or type(model).__name__}: expected whole weights, got FSDP 1, which flattens them. "
                 "Perturb the model before FSDP, or use fully_shard after it."
@@ -176,16 +176,16 @@ def _targets(
 
 def _dtype(name: str, tensor: torch.Tensor) -> str:
     """Return the dtype in safetensors' names; refuse what is not simply elements in memory."""
-    kind = type(tensor) if type(tensor.data) is torch.Tensor else type(tensor.data)
-    is_packed = (
-        type(tensor.data) is not torch.Tensor or kind.__module__.startswith("bitsandbytes") or tensor.is_quantized
-    )
+    packed = packed_class(tensor) or (type(tensor) if tensor.is_quantized else None)
     fault = None
     if tensor.is_meta:
         fault, remedy = "one on the meta device", "Load the model without offloading."
-    elif is_packed or (tensor.is_floating_point() and tensor.dtype not in DTYPES):
-        fault, remedy = f"{kind.__name__} of {tensor.dtype}", "Perturb the checkpoint before quantizing or sharding."
-    elif hasattr(tensor, "ds_id"):
+    elif packed or (tensor.is_floating_point() and tensor.dtype not in DTYPES):
+        fault, remedy = (
+            f"{(packed or type(tensor)).__name__} of {tensor.dtype}",
+            "Perturb the checkpoint before quantizing or sharding.",
+        )
+    elif is_zero3_shard(tensor):
         fault, remedy = "a shard of one", "Perturb the model before DeepSpeed shards it."
     elif tensor.layout is not torch.strided:
         fault, remedy = f"{tensor.layout}", "Make it dense."

@@ -8,12 +8,13 @@ from typing import NoReturn
 from torch import nn
 
 from surgery.errors import SurgeryError
+from surgery.exit_codes import INACTIVE
 
 from ..console import say
 from ..folder import run_dir
 from ..messages import describe_model, find_rank
 from ..options import Options
-from ..outcome import EXIT_INACTIVE, print_outcome
+from ..outcome import print_outcome
 from ..record import Record
 from .models import Model
 
@@ -66,7 +67,7 @@ class Reporter:
         """End the process, for nothing can take effect in it."""
         self.record.is_refused = True
         self.write(models, is_last=True)
-        raise SystemExit(EXIT_INACTIVE)
+        raise SystemExit(INACTIVE)
 
     def on_fork(self) -> None:
         """Begin anew, in a child process."""
