@@ -63,9 +63,9 @@ def patch_model(
         w_pre: the pretrained weights: a Hub id, a folder, a file or a state_dict. Default: those the model has now.
         w_pre_device: "same" keeps w_pre beside the weights and moves it with the model. "cpu" keeps it in the CPU's
             memory, pinned, and copies it to the GPU layer by layer, one ahead.
-        include: globs of parameters or modules; if any, only these are mixed. `*` stays within one dotted part of a
-            name, `**` spans several.
-        exclude: globs of parameters or modules that are not mixed.
+        include: globs of parameters or modules; if any, methods act on these only. `*` stays within one dotted part of
+            a name, `**` spans several.
+        exclude: globs of parameters or modules that no method acts on.
     Returns:
         The model itself.
     Raises:

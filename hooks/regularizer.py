@@ -170,6 +170,10 @@ class Regularizer(ABC):
         """Return its fields of a model in --report; reading them changes nothing."""
         return {}
 
+    def remarks(self) -> list[str]:
+        """Return what should be known of it when a training has ended, in sentences."""
+        return []
+
     def logs(self, root: "nn.Module") -> dict[str, float]:  # noqa: ARG002
         """Return what goes beside a training loss in a log; means are over the forwards since they were last read."""
         return {}

@@ -24,6 +24,8 @@ from .weights.pretrained import local
 from .weights.tracked import Tracked
 
 _log = logging.getLogger(__name__)
+_PATIENCE = 100
+"""Forwards between two steps, more than gradients are accumulated over."""
 
 
 class Listener(Protocol):
@@ -60,13 +62,30 @@ def forget(listener: Listener) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for listener in list(_listeners):
+    for listener in list(_listeners) if _depth(optimizer) <= 1 else ():
         listener.before_step(optimizer, is_closure=_is_closure(args, kwargs))
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for listener in list(_listeners):
+    for listener in list(_listeners) if _depth(optimizer) <= 1 else ():
         listener.after_step(optimizer, is_closure=_is_closure(args, kwargs))
+
+
+def _depth(optimizer: Optimizer) -> int:
+    """Count the steps of an optimizer that are under way: one whose step calls super().step() has two.
+
+    torch wraps the step of each class that an optimizer is made of, and calls the hooks in every wrapper.
+    """
+    depth = 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        depth += frame.f_code is _WRAPPER and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return depth
+
+
+_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__  # noqa: ARG005
+"""Of the function that torch puts around a step."""
 
 
 def _is_closure(args: Any, kwargs: Any) -> bool:
@@ -195,7 +214,7 @@ class OpenStep:
     def enter(self, optimizer: Optimizer) -> bool:
         """Open a step; False within one of another optimizer. One that has raised is over."""
         outer = self._optimizer() if self._optimizer is not None else None
-        if outer is not None and outer is not optimizer and _is_running(outer):
+        if outer is not None and outer is not optimizer and _depth(outer):
             return False
         self._optimizer = weakref.ref(optimizer)
         return True
@@ -209,16 +228,6 @@ class OpenStep:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_optimizer": None}
-
-
-def _is_running(optimizer: Optimizer) -> bool:
-    """Tell whether a method of an optimizer is on the stack."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_locals.get("self") is optimizer:
-            return True
-        frame = frame.f_back
-    return False
 
 
 class StepRegularizer(Regularizer):
@@ -236,6 +245,7 @@ class StepRegularizer(Regularizer):
         self._tracked = tracked
         self._open_step = OpenStep()
         self._watch = StepWatch()
+        self._seen = self._idle = 0
 
     def begin_forward(self, root: nn.Module) -> None:
         """Raise where weights have changed with no optimizer step of torch that the method could have acted in."""
@@ -244,6 +254,16 @@ class StepRegularizer(Regularizer):
         one = next((one for one in self._tracked if one.weight.requires_grad), None)
         if one is None or self._open_step.is_open:  # a closure, such as LBFGS's, amid the step
             return
+        self._idle = self._idle + 1 if self.steps == self._seen else 0
+        self._seen = self.steps
+        if self._idle == _PATIENCE:
+            _log.warning(
+                "%s: expected an optimizer that holds %s, or another weight that it acts on, got no step of one in %d "
+                "forwards in training mode.",
+                self._name,
+                one.name,
+                _PATIENCE,
+            )
         if self._watch.is_missed(one.weight, self.steps):
             raise SourceError(
                 f"{self._name}: expected a step of a torch.optim.Optimizer that holds {one.name}, got weights that "

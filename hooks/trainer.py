@@ -1,5 +1,6 @@
 """A callback for transformers' Trainer that logs what the regularizers do."""
 
+import logging
 import sys
 from typing import Any
 
@@ -11,6 +12,8 @@ from surgery.errors import SettingError
 from surgery.live.names import unwrap
 
 from .patch import find_patch, unpatch_model
+
+_log = logging.getLogger(__name__)
 
 
 class SurgeryCallback(TrainerCallback):
@@ -66,6 +69,10 @@ class SurgeryCallback(TrainerCallback):
             state.log_history[-1].update(added)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Take the patch off, if asked to."""
+        """Warn of what should be known of the methods at the end; take the patch off, if asked to."""
+        patch = find_patch(kwargs["model"])
+        for regularizer in patch.regularizers if patch is not None else ():
+            for text in regularizer.remarks():
+                _log.warning(text)
         if self.unpatch:
             unpatch_model(kwargs["model"])

@@ -65,7 +65,7 @@ from torch import nn
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
 model.load_state_dict({name: torch.randn_like(w) / 8 for name, w in model.state_dict().items()})  # "pretrained"
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
 x, y = torch.randn(32, 16), torch.randint(2, (32,))
 for _ in range(10):
     nn.functional.cross_entropy(model(x), y).backward()

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SourceError
+from surgery.errors import SettingError, SourceError
 
+from ..marks import PATCH
 from ..regularizer import Handle, Settings
 from ..steps import StepRegularizer, held_weights, is_captured, lr_of
 from ..weights.chosen import ChosenWeights
@@ -19,7 +20,7 @@ from ..weights.pretrained import Pretrained, local
 from .settings import RecAdam
 
 _log = logging.getLogger(__name__)
-T = "recadam_t"
+T = "surgery_recadam_t"
 """The key of an optimizer's param_groups that holds t: it is saved and loaded with the optimizer's state."""
 
 
@@ -43,13 +44,19 @@ class RecAdamRegularizer(StepRegularizer):
         """Optimizer steps of the model: more than `steps`, in a resumed run."""
         self._stepped: set[int] = set()  # weights that have had step t
         self._is_over = True  # the next step is not t, whatever its weights
+        self._is_loaded = False  # load_state_dict has written to the weights since the last step
+        self._now = 0  # t of the step that is under way
         self._before: list[_Before] = []
         self._is_told = False
         self._written: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
-    def attach(self, root: nn.Module) -> list[Handle]:  # noqa: ARG002
-        """Change nothing of the model; the handle takes t off the optimizers that it was written to."""
-        return [_Written(self)]
+    def attach(self, root: nn.Module) -> list[Handle]:
+        """Listen to load_state_dict; the other handle takes t off the optimizers that it was written to."""
+        return [_Written(self), root.register_load_state_dict_post_hook(_note_load)]  # type: ignore[no-untyped-call]
+
+    def note_load(self) -> None:
+        """Note that load_state_dict has written to the weights: with a new optimizer, another training begins."""
+        self._is_loaded = True
 
     # -- optimizer steps ------------------------------------------------------------------------------------------
 
@@ -66,13 +73,13 @@ class RecAdamRegularizer(StepRegularizer):
                 "recadam: expected optimizer steps made by Python, got one captured in a CUDA graph, where lambda(t) "
                 "would stay what it is. Capture forward and backward alone."
             )
-        self._count(optimizer, {id(w) for _, _, w in held})
+        self._now = self._count(optimizer, {id(w) for _, _, w in held})
         self._before = []
-        if self.settings.anneal(self.t) == 1:
+        if self.settings.anneal(self._now) == 1:
             return
         for group, tracked, w in held:
             lr = lr_of("recadam", optimizer, group, "the pull is lr * gamma")
-            self._warn_of_overshooting(lr)
+            self._check_pull(lr)
             self._before.append(_Before(tracked.ready(w), w, local(w.detach()).clone(), lr))
 
     @torch.no_grad()
@@ -80,6 +87,10 @@ class RecAdamRegularizer(StepRegularizer):
         """Take of each change what lambda(t) leaves, and recall the weights; write t down with the optimizer."""
         if not self._open_step.leave(optimizer):
             return
+        if self._now != self.t:
+            self.t = self._now
+            self._stepped.clear()
+        self._is_over = self._is_loaded = False
         share = self.settings.anneal(self.t)
         while self._before:
             before = self._before.pop()
@@ -89,37 +100,41 @@ class RecAdamRegularizer(StepRegularizer):
         self.steps += 1
         known = {id(tracked.weight) for tracked in self._tracked}
         for group in optimizer.param_groups:
-            if any(id(w) in known for w in group["params"]):
+            if ours := known.intersection(map(id, group["params"])):
                 group[T] = self.t
+                self._stepped |= ours
         self._written[optimizer] = self.t
 
-    def _count(self, optimizer: Optimizer, ids: set[int]) -> None:
-        """Begin another step if the optimizer has a weight of the last one again; go on where a loaded one was."""
+    def _count(self, optimizer: Optimizer, ids: set[int]) -> int:
+        """Return t of a step: another one if the optimizer has a weight of the last one again.
+
+        An optimizer whose state was loaded goes on where that was; a new one on weights that were loaded begins anew.
+        """
         saved = max((group[T] for group in optimizer.param_groups if T in group), default=None)
         if saved is not None and saved != self._written.get(optimizer):
             self.resume(saved)
-        if self._is_over or not ids.isdisjoint(self._stepped):
-            self.t += 1
-            self._stepped.clear()
-            self._is_over = False
-        self._stepped |= ids
+        elif saved is None and self._is_loaded and self.t:
+            _log.warning(
+                "recadam: weights were loaded and the optimizer is new: t begins anew, after %d steps.", self.t
+            )
+            self.resume(0)
+        is_another = self._is_over or not ids.isdisjoint(self._stepped)
+        return self.t + 1 if is_another else self.t
 
     def resume(self, steps: int) -> None:
         """Go on with the schedule where a saved run was."""
         self.t = steps
         self._is_over = True
 
-    def _warn_of_overshooting(self, lr: float) -> None:
-        pull = lr * (1 - self.settings.anneal(self.t)) * self.settings.gamma
+    def _check_pull(self, lr: float) -> None:
+        """Refuse a pull that diverges; warn once of one that overshoots."""
+        pull = lr * (1 - self.settings.anneal(self._now)) * self.settings.gamma
+        got = f"expected an lr * gamma of at most 1, got {lr * self.settings.gamma:.3g} (lr {lr:.3g}"
+        if pull > 2:
+            raise SettingError(f"recadam: {got}): weights would diverge. Give a smaller gamma.")
         if pull > 1 and not self._is_told:
             self._is_told = True
-            _log.warning(
-                "recadam: expected an lr * gamma of at most 1, got %.3g (lr %.3g, gamma %.3g): each step overshoots "
-                "w_pre, and diverges beyond 2. Give a smaller gamma.",
-                lr * self.settings.gamma,
-                lr,
-                self.settings.gamma,
-            )
+            _log.warning("recadam: %s): each step overshoots w_pre. Give a smaller gamma.", got)
 
     # -- what came of it ------------------------------------------------------------------------------------------
 
@@ -132,6 +147,14 @@ class RecAdamRegularizer(StepRegularizer):
     def report(self) -> dict[str, Any]:
         return self.figures()
 
+    def remarks(self) -> list[str]:
+        if not self.steps or self.settings.anneal(self.t) >= 0.5:
+            return []
+        return [
+            f"recadam: the training ended at step {self.t}, before t0 ({self.settings.t0:g}), so that pretrained "
+            "weights were held where they were. Give a t0 of about half the steps."
+        ]
+
     def logs(self, root: nn.Module) -> dict[str, float]:  # noqa: ARG002
         return self.figures()
 
@@ -143,7 +166,8 @@ class RecAdamRegularizer(StepRegularizer):
         self._written = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_written": None, "_before": [], "_stepped": set(), "_is_over": True}
+        step = {"_before": [], "_stepped": set(), "_is_over": True, "_is_loaded": False}
+        return {**self.__dict__, **step, "_written": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -158,6 +182,11 @@ class _Written:
 
     def remove(self) -> None:
         self.regularizer.forget_optimizers()
+
+
+def _note_load(root: nn.Module, incompatible_keys: Any) -> None:  # noqa: ARG001
+    own = next(one for one in root.__dict__[PATCH].regularizers if isinstance(one, RecAdamRegularizer))
+    own.note_load()
 
 
 def _recall(before: _Before, share: float, pull: float) -> None:

@@ -77,7 +77,7 @@ class RecAdam(Settings):
         return [("recadam", f"gamma = {self.gamma:g}, {rate}, {now}")]
 
     def announcement(self, entry: Mapping[str, Any]) -> str:  # noqa: ARG002
-        return f"RecAdam (gamma {self.gamma:g})"
+        return f"RecAdam (gamma {self.gamma:g}, k {self.k:g}, t0 {self.t0:g})"
 
     @classmethod
     def summary(cls, entry: Mapping[str, Any]) -> list[str]:

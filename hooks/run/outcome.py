@@ -182,7 +182,7 @@ def _model(model: dict[str, Any]) -> str:
     figures = [model["class"], *(f"{model[name]:,} {name}" for name in counts if model[name])]
     for kind in METHODS:
         figures += kind.summary({**kind.idle_report, **model})
-    if model["distance"]:
+    if model["distance"] is not None:
         figures.append(f"distance {model['distance']:.4g}")
     return ", ".join(figures)
 

@@ -69,12 +69,17 @@ def _wrap_optimizers(session: Session) -> None:
     @wraps(load)
     def load_state_dict(self: Optimizer, state_dict: Any) -> None:
         load(self, state_dict)
-        if state_dict["state"]:
+        if state_dict["state"] or _has_mark(state_dict):
             session.on_optimizer_state_loaded(self)
 
     Optimizer.__init__ = __init__  # type: ignore[method-assign]
     Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
     Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+
+def _has_mark(state_dict: Any) -> bool:
+    """Tell whether a method has written to the param_groups before they were saved: plain SGD has no other state."""
+    return any(str(key).startswith("surgery_") for group in state_dict["param_groups"] for key in group)
 
 
 def _wrap_load_state_dict(session: Session) -> None:

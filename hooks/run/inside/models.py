@@ -38,6 +38,8 @@ class Model:
         has_noise = is_resumed or any(tensor.copied is None for tensor in noise)
         self.acts: set[str] = {NOISYTUNE} if has_noise else set()
         """The regularizers that have had an effect on it."""
+        self.remarks: list[str] = []
+        """What should be known of them at the end."""
         self._root = weakref.ref(root)
         self._patch = weakref.ref(patch) if patch is not None else None
         parameters = dict(root.named_parameters())
@@ -94,6 +96,7 @@ class Model:
             self._entry |= regularizer.report()
             if regularizer.has_acted:
                 self.acts.add(settings.name)
+        self.remarks = [text for one in patch.regularizers for text in one.remarks()]
         if patch.weights is None:
             return
         self._entry["w_pre_bytes"] = patch.weights.nbytes

@@ -36,6 +36,9 @@ def _without_marks(reduced: Any) -> Any:
     return _plain(reduced) if isinstance(reduced, dict) and _is_patched(reduced) else reduced
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_post_hooks")
+
+
 def _is_patched(attributes: dict[str, Any]) -> bool:
     return PATCH in attributes or bool(marks_of(attributes))
 
@@ -43,10 +46,9 @@ def _is_patched(attributes: dict[str, Any]) -> bool:
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """Return what a module's state was before it was patched."""
     plain = {name: value for name, value in state.items() if name != PATCH}
-    hooks = state.get("_forward_pre_hooks", {}) | state.get("_forward_hooks", {})
-    ours = {key for key, hook in hooks.items() if is_ours(hook)}
+    ours = {key for name in _HOOKS for key, hook in state.get(name, {}).items() if is_ours(hook)}
     for name, value in plain.items():
-        if name.startswith("_forward_") and not ours.isdisjoint(value):
+        if name.startswith(("_forward_", "_load_state_dict_")) and not ours.isdisjoint(value):
             plain[name] = type(value)((key, one) for key, one in value.items() if key not in ours)
     for mark in marks_of(state):
         mark.restore(plain)

@@ -304,6 +304,42 @@ def test_weight_that_is_unfrozen_later_is_recalled_to_what_it_was() -> None:
     torch.testing.assert_close(model[1].weight - w_pre, torch.full_like(w_pre, 0.6))
 
 
+class Derived(torch.optim.SGD):
+    """Its step is hooked by torch, and so is that of the class it is made of."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("method", ["recadam", "anchor"])
+def test_step_that_calls_its_class_counts_once(method: str) -> None:
+    runs = []
+    for kind in (torch.optim.SGD, Derived):
+        model = patch_model(net(), **{method: RecAdam(2.0, 0.5, 3) if method == "recadam" else 2.0})
+        take_steps(model, kind(model.parameters(), 0.05), range(6))
+        assert describe(model).recalled + describe(model).anchored == 6
+        runs.append(model)
+    assert_same(*runs)
+
+
+def test_loaded_weights_and_a_new_optimizer_begin_anew(caplog: pytest.LogCaptureFixture) -> None:
+    model = patch_model(net(), recadam=RecAdam(2.0, 0.5, 3))
+    start = deepcopy(model.state_dict())
+    ends = []
+    for _ in range(2):
+        model.load_state_dict(start)
+        take_steps(model, torch.optim.SGD(model.parameters(), 0.05), range(6))
+        ends.append([w.detach().clone() for w in model.parameters()])
+    assert all(torch.equal(w, other) for w, other in zip(*ends, strict=True))
+    assert stats(model)["recadam_t"] == 6
+    assert caplog.messages == ["recadam: weights were loaded and the optimizer is new: t begins anew, after 6 steps."]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    take_steps(model, optimizer, [6])
+    model.load_state_dict(start)
+    take_steps(model, optimizer, [7])  # the same optimizer goes on
+    assert stats(model)["recadam_t"] == 8
+
+
 # -- resumed runs --------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +396,7 @@ def test_patched_again_begins_anew_and_context_goes_on() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     take_steps(model, optimizer, range(2))
     with patched(model, mixout=Mixout(0.5)):
-        assert all("recadam_t" not in group for group in optimizer.param_groups)
+        assert all("surgery_recadam_t" not in group for group in optimizer.param_groups)
         take_steps(model, optimizer, [2])
     take_steps(model, optimizer, [3])
     assert stats(model)["recadam_t"] == 3
@@ -368,7 +404,7 @@ def test_patched_again_begins_anew_and_context_goes_on() -> None:
     take_steps(model, optimizer, [4])
     assert stats(model)["recadam_t"] == 1
     unpatch_model(model)
-    assert all("recadam_t" not in group for group in optimizer.param_groups)
+    assert all("surgery_recadam_t" not in group for group in optimizer.param_groups)
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
@@ -383,6 +419,16 @@ def test_trainer_logs_where_the_schedule_is(tmp_path: Path) -> None:
     assert [log["recadam_t"] for log in logs] == [1, 2, 3]
     assert [log["recadam_lambda"] for log in logs] == [pytest.approx(anneal(t, 1.0, 2)) for t in (1, 2, 3)]
     assert all(log["w_pre_distance"] > 0 for log in logs)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_trainer_that_ends_before_t0_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = patch_model(seeded.bert(), recadam=RecAdam(gamma=10.0, t0=500))
+    trainer(model, tmp_path, callbacks=[SurgeryCallback()], max_steps=3).train()
+    assert caplog.messages[-1] == (
+        "recadam: the training ended at step 3, before t0 (500), so that pretrained weights were held where they were. "
+        "Give a t0 of about half the steps."
+    )
 
 
 def test_description_names_what_is_recalled() -> None:
@@ -471,10 +517,32 @@ def test_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_lr_that_overshoots_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    model = patch_model(net(), recadam=RecAdam())
+    model = patch_model(net(), recadam=RecAdam(gamma=1500.0))
     with caplog.at_level(logging.WARNING, "surgery"):
         take_steps(model, torch.optim.SGD(model.parameters(), 1e-3), range(2))
     assert caplog.messages == [
-        "recadam: expected an lr * gamma of at most 1, got 5 (lr 0.001, gamma 5e+03): each step overshoots w_pre, and "
-        "diverges beyond 2. Give a smaller gamma."
+        "recadam: expected an lr * gamma of at most 1, got 1.5 (lr 0.001): each step overshoots w_pre. Give a smaller "
+        "gamma."
     ]
+
+
+def test_lr_that_diverges_is_refused_before_anything_changes() -> None:
+    model = patch_model(net(), recadam=RecAdam())
+    before = [w.detach().clone() for w in model.parameters()]
+    with pytest.raises(SettingError) as error:
+        take_steps(model, torch.optim.SGD(model.parameters(), 1e-3), [0])
+    assert str(error.value) == (
+        "recadam: expected an lr * gamma of at most 1, got 5 (lr 0.001): weights would diverge. Give a smaller gamma."
+    )
+    assert all(torch.equal(w, was) for w, was in zip(model.parameters(), before, strict=True))
+    assert stats(model)["recadam_t"] == 0
+
+
+@pytest.mark.parametrize("method", ["recadam", "anchor"])
+def test_optimizer_that_holds_no_such_weight_is_warned_of(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = patch_model(net(), **{method: 1.0}, exclude="4")
+    optimizer = torch.optim.SGD(model[4].parameters(), 0.01)
+    with caplog.at_level(logging.WARNING, "surgery"):
+        take_steps(model, optimizer, range(120))
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"{method}: expected an optimizer that holds ")
