@@ -1,13 +1,15 @@
 # make demo   install, and perturb a real checkpoint
 # make test   install, and run the tests
+# make test-all  the same, with the sweeps over every model type of transformers
 # make check  install, and run formatter, linter and type checker
 # make bench  install, and run the benchmarks
+# make model-types  sweep the installed transformers, and write surgery/checkpoint/model_types.json again
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-all check bench model-types clean
 
 demo: $(VENV)/.installed
 	rm -rf demo-out
@@ -16,6 +18,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n logical --maxprocesses 8
+
+test-all: $(VENV)/.installed
+	SURGERY_TEST_ALL=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -27,6 +32,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/bench_report.py
 	$(BIN)/python tests/benchmarks/bench_weights.py
 	$(BIN)/python tests/benchmarks/bench_rdrop.py
+
+model-types: $(VENV)/.installed
+	PYTHONPATH=.:tests/helpers $(BIN)/python tests/make_model_types.py
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

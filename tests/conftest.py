@@ -45,6 +45,14 @@ def command(*args: object) -> list[str]:
     return [sys.executable, "-m", "surgery", *map(str, args)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, but for `make test-all`."""
+    if "SURGERY_TEST_ALL" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("sweep"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: make test-all"))
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Threads of several workers on few cores wait for each other longer than tiny models compute."""

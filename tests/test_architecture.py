@@ -20,7 +20,7 @@ SURGERY = (
     ("perturb", "push", "live"),
     ("recipe",),
     ("noisytune", "checkpoint", "kernels"),
-    ("noise", "errors", "exit_codes", "dtypes", "globs", "caches", "progress", "threads"),
+    ("noise", "errors", "exit_codes", "dtypes", "globs", "caches", "progress", "threads", "roles"),
 )
 METHODS = tuple(kind.name for kind in registry.METHODS)
 HOOKS = (

@@ -111,6 +111,7 @@ def installed(tmp_path_factory) -> Path:
     subprocess.run(build, check=True, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        assert "surgery/checkpoint/model_types.json" in archive.namelist()
         packages = {name.rpartition("/")[0] for name in archive.namelist() if name.endswith(".py")}
     folders = {
         path.parent.relative_to(ROOT).as_posix()
