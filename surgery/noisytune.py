@@ -15,12 +15,10 @@ import numpy as np
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
 from surgery.noise import BLOCK, LANES, SAMPLED_BLOCKS
+from surgery.roles import Role
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes that can be perturbed, in safetensors' names."""
-
-BUFFER = "a buffer, not a parameter"
-"""Why a buffer is left as it is, in a file or on a live model."""
 
 NO_SPREAD = "all elements equal, no spread"
 """Why a tensor is copied whose std turned out to be 0."""
@@ -29,17 +27,7 @@ NOISES = ("uniform", "normal")
 SCALES = ("matrix", "global")
 ROUNDINGS = ("nearest", "stochastic")
 
-# Buffers as transformers, torch and their ancestors name them. A checkpoint file does not tell a buffer from a
-# parameter, and noise in a statistic, a frequency table or a mask breaks the model.
-_BUFFERS = frozenset(
-    """
-    running_mean running_var num_batches_tracked inv_freq original_inv_freq inv_timescales rotary_pos_emb_cache
-    cos_cached sin_cached position_ids token_type_ids masked_bias causal_mask attn_mask attn_mask_probs logits_mask
-    relative_position_index relative_coords_table relative_position_bucket e_score_correction_bias expert_bias
-    balancing_biases final_logits_bias empty_weight cluster_size cluster_usage embed_avg embed_sum inited initialized
-    mup_vector latent_mean latent_std global_mean global_invstd
-    """.split()
-)
+PARAMETER = Role(False, None)
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,8 @@ class NoisyTune:
         scale: "matrix" (the paper's), std of each tensor; or "global", one std of all perturbed elements together.
         rounding: "nearest", or "stochastic", which keeps the mean of noise too small for float16 or bfloat16.
         include: globs of tensor names; if any, only these are perturbed. `*` stays within one dotted part of a name,
-            `**` spans any number of them.
+            `**` spans any number of them. One without `**` whose last part is spelled out overrules what is known of
+            buffers: `h.*.attn.bias` perturbs them, `**` and `**.bias` do not.
         exclude: globs of tensor names that are not perturbed.
     """
 
@@ -76,12 +65,12 @@ class NoisyTune:
             if (given := getattr(self, name)) not in known:
                 raise SettingError(f"{name}: expected {' or '.join(known)}, got {given!r}. Choose one of them.")
 
-    def reason_to_copy(self, name: str, dtype: str, shape: Sequence[int]) -> str | None:
+    def reason_to_copy(self, name: str, dtype: str, shape: Sequence[int], role: Role = PARAMETER) -> str | None:
         """Say why this tensor is copied unchanged, as far as its header tells, or None if it is perturbed."""
         if dtype not in FLOATS:
             return f"{dtype}, not floating point"
-        if _is_buffer(name, shape):
-            return BUFFER
+        if role.is_buffer:
+            return role.reason
         if math.prod(shape) == 0:
             return "empty"
         if math.prod(shape) == 1:
@@ -91,6 +80,14 @@ class NoisyTune:
         if any(matches(glob, name) for glob in self.exclude):
             return "in --exclude"
         return "lam is 0" if self.lam == 0 else None
+
+    def overrule(self, name: str, role: Role) -> Role:
+        """Return the role of a tensor by these settings: an include glob that names a buffer makes it a parameter.
+
+        A glob does with a last part without wildcards and no `**`: one for many tensors does not mean their buffers.
+        """
+        is_named = role.is_buffer and any(_is_exact(glob) and matches(glob, name) for glob in self.include)
+        return Role(False, role.known) if is_named else role
 
     def check_globs(self, names: Iterable[str]) -> None:
         """Raise SettingError for an include or exclude glob that matches no tensor: it would do nothing in silence."""
@@ -109,6 +106,10 @@ class NoisyTune:
         return scale if dtype == "F64" else float(np.float32(scale))
 
 
+def _is_exact(glob: str) -> bool:
+    return "**" not in glob and not set(glob.rpartition(".")[2]) & set("*?[")
+
+
 def as_globs(option: str, patterns: str | Iterable[str] | None) -> tuple[str, ...]:
     """Take one glob, several or none; a string is one, not its characters.
 
@@ -123,13 +124,6 @@ def as_globs(option: str, patterns: str | Iterable[str] | None) -> tuple[str, ..
     if not all(isinstance(glob, str) for glob in globs):
         raise SettingError(f"{option}: expected a glob or several, got {patterns!r}. Give strings.")
     return tuple(str(glob) for glob in globs)
-
-
-def _is_buffer(name: str, shape: Sequence[int]) -> bool:
-    last = name.rpartition(".")[2]
-    # GPT-2, GPT-J and GPT-NeoX keep their causal mask as attn.bias, (1, 1, positions, positions)
-    is_mask = last == "bias" and len(shape) == 4 and shape[0] == shape[1] == 1 and shape[2] == shape[3]
-    return last in _BUFFERS or is_mask
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from surgery.errors import SettingError, SourceError
 from surgery.noise import CONTRACT
 from surgery.noisytune import Effect, NoisyTune
+from surgery.roles import Role, role_of_reason
 
 FORMAT = "surgery-recipe-1"
 _VANISHED = 0.01
@@ -26,6 +27,7 @@ class TensorRecord:
         std: of the source tensor, float64; None where it was not measured.
         copied: why the tensor is unchanged, or None if it was perturbed.
         effect: what the noise did to it, None if copied.
+        known: how it was known to be a parameter or a buffer: by "class", "rule" or "name"; None in an old recipe.
     """
 
     name: str
@@ -34,11 +36,18 @@ class TensorRecord:
     std: float | None
     copied: str | None
     effect: Effect | None = None
+    known: str | None = None
+
+    @property
+    def role(self) -> Role:
+        """What the tensor was taken for."""
+        return role_of_reason(self.copied, self.known)
 
     def to_json(self) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
         entry["perturbed"] = self.copied is None
-        optional = {"why": self.copied, "std": _hex(self.std), **(asdict(self.effect) if self.effect else {})}
+        effect = asdict(self.effect) if self.effect else {}
+        optional = {"why": self.copied, "known": self.known, "std": _hex(self.std), **effect}
         return entry | {key: value for key, value in optional.items() if value is not None}
 
     @classmethod
@@ -46,7 +55,8 @@ class TensorRecord:
         effect = Effect(entry["noise_over_std"], entry["survived"]) if "survived" in entry else None
         why = None if entry["perturbed"] else _typed(entry["why"], str)
         name, dtype = _typed(entry["name"], str), _typed(entry["dtype"], str)
-        return cls(name, dtype, _all_typed(entry["shape"], int), _from_hex(entry.get("std")), why, effect)
+        known = _optional(entry.get("known"), str)
+        return cls(name, dtype, _all_typed(entry["shape"], int), _from_hex(entry.get("std")), why, effect, known)
 
 
 @dataclass(frozen=True)

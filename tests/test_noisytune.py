@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from surgery.checkpoint.roles import find_roles
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
 from surgery.noisytune import Moments, NoisyTune, merge_blocks, merge_effect, pool
+from surgery.roles import BUFFER, CLASS, NAME, Role, role_of_reason
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_settings_refuse_bad_values(settings, message):
         ("mask", "BOOL", (4,), "BOOL, not floating point"),
         ("bn.running_mean", "F32", (4,), "a buffer, not a parameter"),
         ("rotary_emb.inv_freq", "F32", (4,), "a buffer, not a parameter"),
-        ("h.0.attn.bias", "F32", (1, 1, 8, 8), "a buffer, not a parameter"),
+        ("h.0.attn.bias", "F32", (1, 1, 8, 8), "a buffer, not a parameter: a causal mask"),
         ("h.0.attn.bias", "F32", (8,), None),
         ("mlp.gate.e_score_correction_bias", "F32", (8,), "a buffer, not a parameter"),
         ("empty", "F32", (0, 4), "empty"),
@@ -48,7 +50,7 @@ def test_settings_refuse_bad_values(settings, message):
     ids=lambda value: str(value),
 )
 def test_reason_to_copy(name, dtype, shape, reason):
-    assert NoisyTune().reason_to_copy(name, dtype, shape) == reason
+    assert NoisyTune().reason_to_copy(name, dtype, shape, find_roles({name: shape})[name]) == reason
 
 
 def test_reason_to_copy_follows_the_globs():
@@ -56,6 +58,32 @@ def test_reason_to_copy_follows_the_globs():
     assert settings.reason_to_copy("encoder.0.weight", "F32", (4,)) is None
     assert settings.reason_to_copy("encoder.0.bias", "F32", (4,)) == "in --exclude"
     assert settings.reason_to_copy("decoder.weight", "F32", (4,)) == "not in --include"
+
+
+@pytest.mark.parametrize(
+    ("include", "is_buffer"),
+    [
+        ((), True),
+        (("**",), True),
+        (("**.bias",), True),
+        (("h.**",), True),
+        (("h.0.attn.*",), True),
+        (("h.*.attn.bias",), False),
+        (("h.0.attn.bias",), False),
+        (("**", "h.0.attn.bias"), False),
+        (("h.1.attn.bias",), True),
+    ],
+    ids=str,
+)
+def test_include_overrules_where_it_names_the_buffer(include, is_buffer):
+    assert NoisyTune(include=include).overrule("h.0.attn.bias", Role(True, NAME)) == Role(is_buffer, NAME)
+
+
+@pytest.mark.parametrize("role", [Role(True, NAME), Role(True, CLASS, "a mask"), Role(True, None), Role(False, None)])
+def test_role_is_read_from_the_reason_in_a_recipe(role):
+    assert role_of_reason(role.reason, role.known) == role
+    assert role_of_reason("in --exclude", role.known) == Role(False, role.known)
+    assert role_of_reason(f"{BUFFER}s", role.known) == Role(False, role.known)
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])

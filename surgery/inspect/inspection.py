@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint.layout import RECIPE
 from surgery.checkpoint.resolve import Checkpoint, locate, quantized, resolve
+from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
 from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError
@@ -17,6 +18,7 @@ from surgery.noisytune import NO_SPREAD, NoisyTune
 from surgery.perturb.plan import ShardPlan, is_packed
 from surgery.progress import bar
 from surgery.recipe import Recipe
+from surgery.roles import Role
 
 if TYPE_CHECKING:
     from surgery.inspect.stats import Stats
@@ -34,12 +36,14 @@ class TensorInfo:
     Args:
         file: that holds it, relative to the checkpoint.
         why: why perturb leaves it as it is, by default; None if it gets noise.
+        known: how it is known to be a parameter or a buffer: by "class", "rule" or "name".
         stats: None if not asked for, or if its elements are not read as numbers.
     """
 
     file: str
     tensor: Tensor
     why: str | None
+    known: str | None
     stats: "Stats | None" = None
 
     @property
@@ -95,10 +99,10 @@ def inspect_checkpoint(
 
         if remote := read_remote_headers(found[0], revision=found[1], variant=variant, token=token):
             checkpoint, headers = remote
-            return _describe(checkpoint, [_shard(name, header, {}) for name, header in headers.items()])
+            return _describe(checkpoint, _shards(checkpoint, {name: (header, {}) for name, header in headers.items()}))
     checkpoint = resolve(source, revision=revision, variant=variant, token=token)
     with open_all(checkpoint) as sources:
-        shards = [_shard(name, source.header, source.tied) for name, source in sources.items()]
+        shards = _shards(checkpoint, {name: (source.header, source.tied) for name, source in sources.items()})
         described = _describe(checkpoint, shards)
         return _measure(described, sources, shards, workers) if stats else described
 
@@ -125,19 +129,30 @@ def components(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _shard(name: str, header: Header, tied: dict[str, str]) -> ShardPlan:
+def _shards(checkpoint: Checkpoint, files: Mapping[str, tuple[Header, dict[str, str]]]) -> list[ShardPlan]:
+    """Say what perturb would do with each tensor of the weight files, given by name with what they repeat."""
+    shards = []
+    for weight_set in checkpoint.layout.weights:
+        shapes = {tensor.name: tensor.shape for name in weight_set.files for tensor in files[name][0].tensors}
+        roles = find_roles(shapes, read_model_type(checkpoint, weight_set.folder))
+        shards += [_shard(name, *files[name], roles) for name in weight_set.files]
+    return shards
+
+
+def _shard(name: str, header: Header, tied: dict[str, str], roles: dict[str, Role]) -> ShardPlan:
     settings = NoisyTune()
     copied = {}
     for tensor in header.tensors:
-        why = PACKED if is_packed(tensor) else settings.reason_to_copy(tensor.name, tensor.dtype, tensor.shape)
+        role = roles[tensor.name]
+        why = PACKED if is_packed(tensor) else settings.reason_to_copy(tensor.name, tensor.dtype, tensor.shape, role)
         if why:
             copied[tensor.name] = why
-    return ShardPlan(name, name, header, copied, tied)
+    return ShardPlan(name, name, header, copied, tied, roles)
 
 
 def _describe(checkpoint: Checkpoint, shards: list[ShardPlan]) -> Inspection:
     tensors = tuple(
-        TensorInfo(shard.name, tensor, shard.copied.get(tensor.name))
+        TensorInfo(shard.name, tensor, shard.copied.get(tensor.name), shard.roles[tensor.name].known)
         for shard in shards
         for tensor in shard.header.tensors
     )

@@ -15,10 +15,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from surgery.checkpoint.pickles import DTYPES, PickleFile
 from surgery.checkpoint.resolve import Checkpoint, resolve
-from surgery.checkpoint.tensorfile import read_header
+from surgery.checkpoint.roles import find_roles, read_model_type
+from surgery.checkpoint.tensorfile import Tensor, read_header
 from surgery.errors import SourceError
 from surgery.live.renames import CheckpointNames, Counterparts, match_names
-from surgery.noisytune import BUFFER
+from surgery.roles import BUFFER, CLASS, Role
 
 NEW = "new: not in the checkpoint"
 
@@ -35,6 +36,7 @@ class Names:
         tensors: parameters and persistent buffers by live name; a tied tensor under each of its names.
         canonical: the name to draw noise for, by live name.
         copied: why a tensor is left as it is, by live name.
+        roles: what each tensor is, by live name: its module's word, and the checkpoint's for what that holds.
         notes: what could not be mapped, in sentences.
         converted: live names of what has no counterpart of its shape; the checkpoint's shape where only that differs.
     """
@@ -44,6 +46,7 @@ class Names:
     tensors: dict[str, torch.Tensor]
     canonical: dict[str, str]
     copied: dict[str, str]
+    roles: dict[str, Role]
     notes: tuple[str, ...] = ()
     converted: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
 
@@ -61,7 +64,8 @@ def find_names(model: torch.nn.Module, source: str | Path | Checkpoint | None) -
     tensors, buffers = _tensors(model)
     what = type(model).__name__
     parts = list(pretrained_parts(model))
-    names = Names(what, None, tensors, {name: name for name in tensors}, dict.fromkeys(buffers, BUFFER))
+    roles = {name: Role(name in buffers, CLASS) for name in tensors}
+    names = Names(what, None, tensors, {name: name for name in tensors}, dict.fromkeys(buffers, BUFFER), roles)
     notes: list[str] = []
     read: list[CheckpointNames] = []
     mapped: set[str] = set()
@@ -143,6 +147,8 @@ def _apply(found: Counterparts, members: Mapping[str, str], names: Names, checkp
     for name, inner in members.items():
         if inner in found.canonical:
             names.canonical[name] = written = found.canonical[inner]
+            if checkpoint.roles[written].is_buffer or not names.roles[name].is_buffer:
+                names.roles[name] = checkpoint.roles[written]  # the choice that `surgery perturb` makes
             if name not in names.copied and DTYPES.get(names.tensors[name].dtype) != checkpoint.dtypes[written]:
                 cast.append(name)
         elif name in names.copied:
@@ -186,15 +192,21 @@ def _read_names(checkpoint: Checkpoint) -> CheckpointNames:
     if len({weights.folder for weights in chosen}) > 1:
         folders = ", ".join(sorted({weights.folder for weights in chosen})[:3])
         raise SourceError(f"{checkpoint.id}: expected one model, got several ({folders}). Point at the folder of one.")
+    tensors: list[Tensor] = []
     written: dict[str, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
     for name in (name for weights in chosen for name in weights.files):
         header, tied = _read_file(checkpoint.path(name))
-        shapes |= {tensor.name: tensor.shape for tensor in header.tensors}
-        dtypes |= {tensor.name: tensor.dtype for tensor in header.tensors}
+        tensors += header.tensors
         written |= {tensor.name: tensor.name for tensor in header.tensors} | tied
-    return CheckpointNames(checkpoint.id, checkpoint.commit, written, shapes, dtypes)
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    return CheckpointNames(
+        checkpoint.id,
+        checkpoint.commit,
+        written,
+        shapes,
+        dtypes={tensor.name: tensor.dtype for tensor in tensors},
+        roles=find_roles(shapes, read_model_type(checkpoint, chosen[0].folder)),
+    )
 
 
 def _read_file(path: Path) -> Any:

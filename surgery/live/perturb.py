@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from surgery.checkpoint.pickles import DTYPES, ties
+from surgery.checkpoint.roles import find_roles
 from surgery.errors import SettingError, SourceError
 from surgery.kernels import tensors as kernels
 from surgery.live.foreign import is_flat, is_fsdp1, is_zero3_shard, packed_class
-from surgery.live.names import find_names
+from surgery.live.names import NEW, find_names
 from surgery.noise import key
 from surgery.noisytune import (
-    BUFFER,
     FLOATS,
     NO_SPREAD,
     Effect,
@@ -28,6 +28,7 @@ from surgery.noisytune import (
     pool,
 )
 from surgery.recipe import FileRecord, Recipe, TensorRecord, warn_of_vanished
+from surgery.roles import Role
 
 _log = logging.getLogger(__name__)
 _LARGEST_U = 2.5  # the normal distribution's: its quantile at 2^-53 is 8.3, times 1/sqrt(12)
@@ -41,6 +42,7 @@ class _LiveTensor:
     tensor: torch.Tensor
     dtype: str
     copied: str | None
+    known: str | None = None
     moments: Moments | None = None
     effect: Effect | None = None
 
@@ -51,7 +53,7 @@ class _LiveTensor:
     @property
     def record(self) -> TensorRecord:
         std = self.moments.std if self.moments else None
-        return TensorRecord(self.name, self.dtype, self.shape, std, self.copied, self.effect)
+        return TensorRecord(self.name, self.dtype, self.shape, std, self.copied, self.effect, self.known)
 
 
 def perturb_state_dict(
@@ -82,7 +84,9 @@ def perturb_state_dict(
     """
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     found = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
-    targets, tied = _targets(found, {name: name for name in found}, {}, settings)
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    roles = {name: settings.overrule(name, role) for name, role in find_roles(shapes).items()}
+    targets, tied = _targets(found, {name: name for name in found}, {}, roles, settings)
     return _perturb(targets, tied, settings, source="state_dict")
 
 
@@ -121,7 +125,9 @@ def perturb_model(
     names = find_names(model, source)
     for note in names.notes:  # the recipe has them too, but it is easily thrown away
         _log.warning(note)
-    targets, tied = _targets(names.tensors, names.canonical, names.copied, settings)
+    roles = {name: settings.overrule(names.canonical[name], role) for name, role in names.roles.items()}
+    new = {name: reason for name, reason in names.copied.items() if reason == NEW}
+    targets, tied = _targets(names.tensors, names.canonical, new, roles, settings)
     return _perturb(targets, tied, settings, source=names.source, commit=names.commit, notes=names.notes)
 
 
@@ -146,18 +152,23 @@ def refuse_flattened(model: torch.nn.Module) -> None:
 
 
 def _targets(
-    found: Mapping[str, torch.Tensor], canonical: Mapping[str, str], copied: Mapping[str, str], settings: NoisyTune
+    found: Mapping[str, torch.Tensor],
+    canonical: Mapping[str, str],
+    new: Mapping[str, str],
+    roles: Mapping[str, Role],
+    settings: NoisyTune,
 ) -> tuple[list[_LiveTensor], dict[str, str]]:
     """Settle what happens to every tensor, as far as that is known without reading it.
 
     Args:
         found: by live name, in the model's order.
         canonical: the name to draw noise for, by live name.
-        copied: why a tensor is left as it is, by live name.
+        new: why a tensor that is not in the checkpoint is left as it is, by live name.
+        roles: what each tensor is, by live name.
     Returns:
         One target for each group of tied tensors, and the canonical names of the others with that of their target.
     """
-    parameters = {name: tensor for name, tensor in found.items() if copied.get(name) != BUFFER}
+    parameters = {name: tensor for name, tensor in found.items() if not roles[name].is_buffer}
     dtypes = {name: _dtype(name, tensor) for name, tensor in parameters.items()}
     dtypes |= {name: DTYPES.get(found[name].dtype, str(found[name].dtype)) for name in found.keys() - parameters.keys()}
     groups: dict[str, list[str]] = {name: [name] for name in found}
@@ -166,10 +177,10 @@ def _targets(
     targets: list[_LiveTensor] = []
     tied: dict[str, str] = {}
     for members in groups.values():
-        name = next((member for member in members if member not in copied), members[0])
-        tensor, dtype = found[name], dtypes[name]
-        reason = copied.get(name) or settings.reason_to_copy(canonical[name], dtype, tensor.shape)
-        targets.append(_LiveTensor(canonical[name], tensor, dtype, reason))
+        name = next((member for member in members if member not in new), members[0])
+        tensor, dtype, role = found[name], dtypes[name], roles[name]
+        reason = new.get(name) or settings.reason_to_copy(canonical[name], dtype, tensor.shape, role)
+        targets.append(_LiveTensor(canonical[name], tensor, dtype, reason, role.known))
         tied |= {canonical[other]: canonical[name] for other in members if canonical[other] != canonical[name]}
     return targets, tied
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from surgery.roles import Role
+
 _Rename = Callable[[str], tuple[str, list[str]]]
 """A checkpoint's name to the live one, and the live names of what a converter makes of it, if one does."""
 
@@ -22,7 +24,7 @@ class CheckpointNames:
 
     Args:
         written: every name, and the one that `surgery perturb` writes it under: another for what a pickle holds twice.
-        shapes, dtypes: by written name.
+        shapes, dtypes, roles: by written name.
     """
 
     id: str
@@ -30,6 +32,7 @@ class CheckpointNames:
     written: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    roles: dict[str, Role] = field(default_factory=dict)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from surgery.checkpoint.digests import sha256_of
 from surgery.checkpoint.layout import CARD, RECIPE
 from surgery.errors import OutputError, SourceError
 from surgery.noise import CONTRACT
-from surgery.noisytune import Moments, NoisyTune, as_globs
+from surgery.noisytune import FLOATS, Moments, NoisyTune, as_globs
 from surgery.perturb import stream
 from surgery.perturb.compare_recipe import file_faults, recipe_faults
 from surgery.perturb.output import OutputFolder, is_finished, refuse_windows
@@ -194,6 +194,9 @@ def _already_done(plan: Plan) -> Recipe | None:
     if not all((plan.out / name).is_file() for name in plan.sizes):
         return None
     for file, shard in zip(recipe.files, plan.shards, strict=True):
+        floats = [tensor for tensor in file.tensors if tensor.dtype in FLOATS and tensor.name in shard.roles]
+        if any(tensor.role.is_buffer != shard.roles[tensor.name].is_buffer for tensor in floats):
+            return None  # an older version took other tensors for buffers
         path = plan.out / file.name
         if not path.is_file() or path.stat().st_size != shard.nbytes:
             return None

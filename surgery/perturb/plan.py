@@ -4,17 +4,20 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.checkpoint.layout import CARD, WeightSet
 from surgery.checkpoint.resolve import Checkpoint, read_weight_map, refuse_quantized, resolve
+from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
 from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError, SourceError
 from surgery.noisytune import FLOATS, NoisyTune
 from surgery.perturb.output import refuse_output
 from surgery.recipe import Recipe
+from surgery.roles import Role
 
 _PACKED_NAMES = (".qweight", ".qzeros", ".absmax", ".weight_packed")  # GPTQ and AWQ, bitsandbytes, compressed-tensors
 
@@ -29,6 +32,7 @@ class ShardPlan:
         header: of the file to write.
         copied: reason by tensor name, for the tensors that will be copied.
         tied: names that repeat another tensor, and that tensor's name.
+        roles: what each tensor is, by name.
     """
 
     source: str
@@ -36,6 +40,7 @@ class ShardPlan:
     header: Header
     copied: dict[str, str]
     tied: dict[str, str]
+    roles: dict[str, Role]
 
     @property
     def nbytes(self) -> int:
@@ -132,9 +137,13 @@ def choose_out(out: str | Path | None, checkpoint: Checkpoint, settings: NoisyTu
     return out.absolute()
 
 
-def plan_checkpoint(checkpoint: Checkpoint, out: Path, settings: NoisyTune, *, variant: str | None) -> Plan:
+def plan_checkpoint(
+    checkpoint: Checkpoint, out: Path, settings: NoisyTune, *, variant: str | None, recorded: Recipe | None = None
+) -> Plan:
     """Settle what happens to every tensor of a checkpoint.
 
+    Args:
+        recorded: the recipe that the run repeats, if it does: what it took for buffers are its buffers.
     Raises:
         SettingError, SourceError: as perturb_checkpoint.
     """
@@ -142,7 +151,7 @@ def plan_checkpoint(checkpoint: Checkpoint, out: Path, settings: NoisyTune, *, v
     shards: list[ShardPlan] = []
     indexes: dict[str, bytes] = {}
     for weight_set in checkpoint.layout.weights:
-        members = [_plan_shard(checkpoint, weight_set, name, settings) for name in weight_set.files]
+        members = _plan_set(checkpoint, weight_set, settings, recorded)
         indexes |= _plan_index(checkpoint, weight_set, members)
         shards += members
     names = [tensor.name for shard in shards for tensor in shard.header.tensors]
@@ -156,23 +165,44 @@ def plan_checkpoint(checkpoint: Checkpoint, out: Path, settings: NoisyTune, *, v
             "Correct `include` and `exclude`."
         )
     command = perturb_command(checkpoint.id, settings, commit=checkpoint.commit, variant=variant, out=out)
-    return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command)
+    return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command, recorded)
 
 
-def _plan_shard(checkpoint: Checkpoint, weight_set: WeightSet, name: str, settings: NoisyTune) -> ShardPlan:
+def _plan_set(
+    checkpoint: Checkpoint, weight_set: WeightSet, settings: NoisyTune, recorded: Recipe | None
+) -> list[ShardPlan]:
+    """Plan the shards of one model, whose tensors together tell what each of them is."""
+    files = {name: _read_header(checkpoint, name) for name in weight_set.files}
+    shapes = {tensor.name: tensor.shape for header, _ in files.values() for tensor in header.tensors}
+    found = find_roles(shapes, read_model_type(checkpoint, weight_set.folder))
+    roles = {name: settings.overrule(name, role) for name, role in found.items()}
+    records = {file.source: file.tensors for file in recorded.files} if recorded else {}
+    shards = []
+    for name, (header, tied) in files.items():
+        of_shard = {t.name: roles[t.name] for t in header.tensors} | {t.name: t.role for t in records.get(name, ())}
+        copied = _reasons_to_copy(checkpoint.path(name), header, settings, of_shard)
+        shards.append(ShardPlan(name, _output_name(weight_set, name), header, copied, tied, of_shard))
+    return shards
+
+
+def _read_header(checkpoint: Checkpoint, name: str) -> tuple[Header, dict[str, str]]:
+    """Return a weight file's header, and the names in it that repeat another tensor."""
     source = open_weights(checkpoint, name)
     source.close()
-    header = source.header
+    return source.header, source.tied
+
+
+def _reasons_to_copy(path: Path, header: Header, settings: NoisyTune, roles: Mapping[str, Role]) -> dict[str, str]:
     copied: dict[str, str] = {}
     for tensor in header.tensors:
         if is_packed(tensor):
             raise SourceError(
-                f"{checkpoint.path(name)}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
+                f"{path}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
                 "Perturb the original checkpoint and quantize the result."
             )
-        if reason := settings.reason_to_copy(tensor.name, tensor.dtype, tensor.shape):
+        if reason := settings.reason_to_copy(tensor.name, tensor.dtype, tensor.shape, roles[tensor.name]):
             copied[tensor.name] = reason
-    return ShardPlan(name, _output_name(weight_set, name), header, copied, source.tied)
+    return copied
 
 
 def is_packed(tensor: Tensor) -> bool:

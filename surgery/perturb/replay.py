@@ -83,6 +83,8 @@ def find_source(recipe: Recipe, what: str, *, source: str | Path | None, token: 
 def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
     """Plan a recipe's run on its source, under the name that the source had.
 
+    What it took for buffers is left alone, and nothing else: later versions may know better which tensors are buffers.
+
     Raises:
         SourceError: the source has other weight files or other companions than the recipe's.
     """
@@ -93,10 +95,10 @@ def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
         left_out=tuple(recipe.left_out.items()),
     )
     checkpoint = replace(checkpoint, layout=known)
-    plan = plan_checkpoint(checkpoint, out, recipe.settings, variant=recipe.variant)
+    plan = plan_checkpoint(checkpoint, out, recipe.settings, variant=recipe.variant, recorded=recipe)
     _refuse_other_files(plan, {file.name: file.source for file in recipe.files})
     _refuse_other_companions(plan, recipe.companions)
-    return replace(plan, checkpoint=replace(checkpoint, id=recipe.source, commit=recipe.commit), recorded=recipe)
+    return replace(plan, checkpoint=replace(checkpoint, id=recipe.source, commit=recipe.commit))
 
 
 def _refuse_other_files(plan: Plan, recorded: Mapping[str, str]) -> None:

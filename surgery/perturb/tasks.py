@@ -95,5 +95,6 @@ def make_record(task: ShardTask, shard: ShardPlan, measured: GlobalMoments) -> F
         std = moments[tensor.name].std if tensor.name in moments else None
         reason = shard.copied.get(tensor.name) or (None if std else NO_SPREAD)
         effect = task.effects.get(tensor.name)
-        tensors.append(TensorRecord(tensor.name, tensor.dtype, tensor.shape, std, reason, effect))
+        known = shard.roles[tensor.name].known
+        tensors.append(TensorRecord(tensor.name, tensor.dtype, tensor.shape, std, reason, effect, known))
     return FileRecord(shard.name, task.sha256, shard.source, task.source_sha256, tuple(tensors), shard.tied)

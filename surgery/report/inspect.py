@@ -10,6 +10,7 @@ from surgery.inspect.name_patterns import group
 from surgery.recipe import Recipe
 from surgery.report.tables import Alarm, Column, Terminal, lay_out
 from surgery.report.text import as_bytes, finite, line, reason_lines
+from surgery.roles import CLASS, NAME, RULE
 
 if TYPE_CHECKING:
     from surgery.inspect.inspection import Inspection, TensorInfo
@@ -64,7 +65,7 @@ def _join(folder: str, name: str) -> str:
 def _tensor_row(info: "TensorInfo", *, is_measured: bool) -> dict[str, Any]:
     tensor = info.tensor
     return {"name": tensor.name, "file": info.file, "dtype": tensor.dtype, "shape": list(tensor.shape),
-            "bytes": tensor.nbytes, **_common(info.why, info.stats, is_measured)}  # fmt: skip
+            "bytes": tensor.nbytes, "known": info.known, **_common(info.why, info.stats, is_measured)}  # fmt: skip
 
 
 def _group_rows(inspection: "Inspection") -> list[dict[str, Any]]:
@@ -152,6 +153,8 @@ def _summary(rows: Mapping[str, Any]) -> list[str]:
         line("bytes", f"{as_bytes(rows['bytes'])} in {shards} file{'s' * (shards != 1)}"),
         line("tensors", f"{len(tensors)}; perturb changes {perturbed} and copies {len(tensors) - perturbed}"),
     ]
+    known = Counter(tensor["known"] for tensor in tensors)
+    lines.append(line("known by", ", ".join(f"{how} {known[how]}" for how in (CLASS, RULE, NAME) if known[how])))
     if rows["quantized"]:
         lines.append(line("quantized", f"{rows['quantized']}: perturb refuses it"))
     if rows["recipe"]:

@@ -24,6 +24,7 @@ def plan_rows(plan: Plan) -> dict[str, Any]:
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "perturbed": tensor.name not in shard.copied,
+            "known": shard.roles[tensor.name].known,
             **({"why": shard.copied[tensor.name]} if tensor.name in shard.copied else {}),
         }
         for shard in plan.shards

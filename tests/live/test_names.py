@@ -24,6 +24,13 @@ T5 = transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=
 MOE = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "num_key_value_heads": 2}
 QWEN = transformers.Qwen2MoeConfig(**TEXT, **MOE, decoder_sparse_step=1)
 MIXTRAL = transformers.MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=4)
+ENCODEC = transformers.EncodecConfig(
+    num_filters=4, hidden_size=16, codebook_dim=16, codebook_size=16, upsampling_ratios=[2, 2], num_lstm_layers=1,
+    sampling_rate=1600, target_bandwidths=[24.0],
+)  # fmt: skip
+MINIMAX = transformers.MiniMaxConfig(**TEXT, num_key_value_heads=2, num_local_experts=2, block_size=16, head_dim=8)
+IBERT = transformers.IBertConfig(**TEXT, max_position_embeddings=64)
+HIFIGAN = transformers.SpeechT5HifiGanConfig(model_in_dim=8, upsample_initial_channel=16, upsample_rates=[2, 2])
 RESNET = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
 
 
@@ -74,6 +81,9 @@ SAME = [
     pytest.param(auto.T5ForConditionalGeneration, T5, auto.T5ForConditionalGeneration, {}, id="t5-shared"),
     pytest.param(auto.T5ForConditionalGeneration, T5, auto.T5EncoderModel, {}, id="t5-encoder"),
     pytest.param(auto.ResNetModel, RESNET, auto.ResNetModel, {}, id="resnet-buffers"),
+    pytest.param(auto.EncodecModel, ENCODEC, auto.EncodecModel, {}, id="encodec-codebooks"),
+    pytest.param(auto.IBertModel, IBERT, auto.IBertModel, {}, id="ibert-ranges"),
+    pytest.param(auto.SpeechT5HifiGan, HIFIGAN, auto.SpeechT5HifiGan, {}, id="hifigan-statistics"),
 ]
 
 
@@ -89,6 +99,17 @@ def test_perturb_model_has_the_bits_of_the_perturbed_file(
     assert recipe.notes == ()
     names = load_file(source / "model.safetensors").keys()
     assert {tensor.name for tensor in recipe.tensors if tensor.copied is None} <= names
+
+
+def test_decays_are_left_alone_in_a_file_and_in_the_model(tmp_path: Path) -> None:
+    source = save(make(auto.MiniMaxForCausalLM, MINIMAX), tmp_path / "in")
+    before = auto.MiniMaxForCausalLM.from_pretrained(source).state_dict()
+    expected, live, recipe = perturb_both(source, auto.MiniMaxForCausalLM, tmp_path / "out")
+    assert {name for name in differing(expected, live) if ".experts." not in name} == set()
+    decays = {name for name in before if name.endswith(("_decay", "slope_rate"))}
+    assert len(decays) == 4
+    assert all(torch.equal(before[name], expected.state_dict()[name]) for name in decays)
+    assert {t.known for t in recipe.tensors if t.name in decays} == {"class"}
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [("BertForMaskedLM", "BertModel"), ("BertModel", "BertForMaskedLM")])
