@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from surgery.checkpoint.digests import sha256_of
+from surgery.checkpoint.foreign_files import PYTORCH, foreign_file, holds_a_module
 from surgery.checkpoint.tensorfile import Header, Tensor, build_header
 from surgery.checkpoint.tied_names import rank
 from surgery.errors import SourceError
@@ -83,15 +84,24 @@ def _load(path: Path, label: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle make the unpickler raise anything
-        match = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and match:
-            raise SourceError(
-                f"{label}: expected a pickle of nothing but tensors, got one that calls {match[1]}. "
-                "It was not run; get safetensors instead."
-            ) from error
-        raise SourceError(
-            f"{label}: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again."
-        ) from error
+        raise _refusal(error, path, label) from error
+
+
+def _refusal(error: Exception, path: Path, label: str) -> SourceError:
+    match = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and match:
+        if holds_a_module(path):
+            return SourceError(
+                f"{label}: expected a pickle of nothing but tensors, got a whole module, {match[1]}. "
+                "It was not run; save its state_dict() with torch.save where it was trained."
+            )
+        return SourceError(
+            f"{label}: expected a pickle of nothing but tensors, got one that calls {match[1]}. "
+            "It was not run; get safetensors instead."
+        )
+    return foreign_file(path, label, PYTORCH) or SourceError(
+        f"{label}: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again."
+    )
 
 
 def _load_mapped(path: Path) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from surgery.checkpoint.foreign_files import kind_of_file, kind_of_shards
 from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
 from surgery.errors import SettingError, SourceError
 
@@ -83,8 +84,10 @@ def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | 
 
 def _from_file(path: Path) -> Checkpoint:
     if path.suffix not in _SUFFIXES:
-        what = "GGUF" if path.suffix == ".gguf" else f"{path.suffix or 'no'} suffix"
-        raise SourceError(f"{path}: expected {', '.join(_SUFFIXES)}, got {what}. Convert it to safetensors first.")
+        what, advice = kind_of_file(path) or (f"{path.suffix or 'no'} suffix", "Convert it to safetensors first.")
+        raise SourceError(f"{path}: expected {', '.join(_SUFFIXES)}, got {what}. {advice}")
+    if "zero_pp_rank_" in path.name and (kind := kind_of_shards([path.name])):
+        raise SourceError(f"{path}: expected a whole checkpoint, got {kind.what}. {kind.advice}")
     stem = path.name.removesuffix(path.suffix)
     weights = WeightSet("", stem, None, path.suffix, (path.name,))
     return Checkpoint(str(path), None, path.parent, Layout((weights,), (), ()))

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from surgery.checkpoint.digests import recall, remember
+from surgery.checkpoint.foreign_files import SAFETENSORS, foreign_file
 from surgery.dtypes import BITS
 from surgery.errors import SourceError
 
@@ -126,8 +127,8 @@ def read_header(path: Path, *, label: str) -> Header:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
-            raise SourceError(
+        if len(prefix) < 8 or not 0 < length <= min(size - 8, _MAX_HEADER):
+            raise foreign_file(path, label, SAFETENSORS) or SourceError(
                 f"{label}: expected a safetensors header within its {size} bytes, got one of {length} bytes. "
                 "The file is truncated or not safetensors; fetch it again."
             )

@@ -231,8 +231,7 @@ _NONE = (
 _DAMAGED = "x: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again."
 _BASE = torch.arange(10.0)
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "empty": (b"", _DAMAGED),
-    "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", _DAMAGED),
+    "bytes of none": (b"\xff\xfe\xfd" * 9, _DAMAGED),
     "no tensors": ({"epoch": 1}, _NONE),
     "numbered": ({1: torch.ones(2)}, _NONE),
     "holds itself": (_loop, _NONE),

@@ -221,7 +221,7 @@ def test_hub_id_is_refused_offline_without_a_copy(refuses: Refuses) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("model.gguf", "GGUF"), ("model.onnx", ".onnx suffix"), ("model", "no suffix")], ids=str
+    ("name", "what"), [("model.gguf", ".gguf suffix"), ("model.onnx", ".onnx suffix"), ("model", "no suffix")], ids=str
 )
 def test_other_file_is_refused(name: str, what: str, refuses: Refuses, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"x")
