@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from surgery.checkpoint.at_rest import Stamp, refuse_changed
 from surgery.checkpoint.digests import sha256_of
 from surgery.checkpoint.foreign_files import PYTORCH, foreign_file, holds_a_module
 from surgery.checkpoint.tensorfile import Header, Tensor, build_header
@@ -45,6 +46,7 @@ class PickleFile:
 
     def __init__(self, path: Path, *, label: str) -> None:
         self.path = path
+        self._stamp = Stamp.of(path)
         state_dict = _state_dict(_load(path, label), label)
         self.tied = ties(state_dict, label)
         self._tensors = {name: tensor for name, tensor in state_dict.items() if name not in self.tied}
@@ -65,12 +67,21 @@ class PickleFile:
         """Check that the file is still what it was when opened.
 
         Raises:
-            SourceError: it has been written to meanwhile.
+            SourceError: it is not.
         """
+        self.refuse_changed()
         if sha256 != sha256_of(self.path):
             raise SourceError(
                 f"{self.path}: expected a file at rest, got one that changed while it was read. Run again."
             )
+
+    def refuse_changed(self) -> None:
+        """Refuse a file that has been removed, replaced or written to since it was opened.
+
+        Raises:
+            SourceError: it has.
+        """
+        refuse_changed(self.path, self._stamp)
 
     def close(self) -> None:
         self._tensors = {}

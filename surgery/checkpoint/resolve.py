@@ -3,10 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from surgery.checkpoint.at_rest import Stamp, refuse_changed
 from surgery.checkpoint.foreign_files import kind_of_file, kind_of_shards
 from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
 from surgery.errors import SettingError, SourceError
@@ -24,12 +25,14 @@ class Checkpoint:
         commit: the Hub commit's sha, or None for a local checkpoint.
         root: the folder that file names are relative to.
         layout: its files; every weight set names all of its shards.
+        stamps: of the weights and companions when they were found, by name.
     """
 
     id: str
     commit: str | None
     root: Path
     layout: Layout
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def short_name(self) -> str:
@@ -38,6 +41,15 @@ class Checkpoint:
 
     def path(self, name: str) -> Path:
         return self.root / name
+
+    def refuse_changed(self, name: str) -> None:
+        """Refuse a file that is not the one that was found.
+
+        Raises:
+            SourceError: it was removed, replaced or written to since.
+        """
+        if then := self.stamps.get(name):
+            refuse_changed(self.path(name), then)
 
 
 def resolve(
@@ -90,7 +102,7 @@ def _from_file(path: Path) -> Checkpoint:
         raise SourceError(f"{path}: expected a whole checkpoint, got {kind.what}. {kind.advice}")
     stem = path.name.removesuffix(path.suffix)
     weights = WeightSet("", stem, None, path.suffix, (path.name,))
-    return Checkpoint(str(path), None, path.parent, Layout((weights,), (), ()))
+    return Checkpoint(str(path), None, path.parent, Layout((weights,), (), ()), {path.name: Stamp.of(path)})
 
 
 def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, names: list[str] | None) -> Checkpoint:
@@ -101,9 +113,10 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
         found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
         names = [path.relative_to(root).as_posix() for path in found]
     layout = _complete(root, arrange(names, variant=variant, what=id), names=None)
-    for name in [*(name for weight_set in layout.weights for name in weight_set.files), *layout.companions]:
+    files = [*(name for weight_set in layout.weights for name in weight_set.files), *layout.companions]
+    for name in files:
         _refuse_unsafe(root, name)
-    return Checkpoint(id, commit, root, layout)
+    return Checkpoint(id, commit, root, layout, {name: Stamp.of(root / name) for name in files})
 
 
 def from_listing(root: Path, id: str, commit: str, variant: str | None, names: Collection[str]) -> Checkpoint:
