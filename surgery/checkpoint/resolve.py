@@ -85,13 +85,27 @@ def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | 
     if revision and path.exists():
         raise SettingError(f"`revision`: expected a Hub id with it, got the local {source}. Leave one of them out.")
     if path.is_file() or path.is_dir():
-        return path
+        return _snapshot_of(path) if path.name.startswith("models--") and (path / "snapshots").is_dir() else path
     name, _, at = str(source).partition("@")
     if at and revision:
         raise SettingError(f"`revision`: expected it once, got {revision} and {source}. Leave one of them out.")
     if not REPO_ID.fullmatch(name) or name.endswith(_SUFFIXES) or isinstance(source, Path):
         raise SourceError(f"{source}: expected a folder, a file or a Hub id, got a path that does not exist. Check it.")
     return name, revision or at or None
+
+
+def _snapshot_of(cached: Path) -> Path:
+    """Return the snapshot of main in a model's folder of the Hub's cache, whose other files are blobs."""
+    snapshots = sorted(path for path in (cached / "snapshots").iterdir() if path.is_dir())
+    main = cached / "refs" / "main"
+    commit = main.read_text(errors="replace").strip() if main.is_file() else ""
+    for snapshot in snapshots:
+        if snapshot.name == commit or (not commit and len(snapshots) == 1):
+            return snapshot
+    raise SourceError(
+        f"{cached}: expected a checkpoint, got a folder of the Hub's cache without main's snapshot, and with "
+        f"{len(snapshots)} others. Name a folder of its snapshots/."
+    )
 
 
 def _from_file(path: Path) -> Checkpoint:
@@ -241,6 +255,14 @@ def quantized(checkpoint: Checkpoint) -> dict[str, str]:
         if checkpoint.path(name).is_file() and (method := _quantization_of(checkpoint.path(name))):
             methods[name] = method
     return methods
+
+
+def is_untied(checkpoint: Checkpoint, folder: str) -> bool:
+    """Tell whether the config of a folder with weights says that output embeddings are not tied to the input's."""
+    config = checkpoint.path((PurePosixPath(folder) / "config.json").as_posix())
+    loaded = json.loads(config.read_bytes()) if config.is_file() else None
+    parts = [loaded, *loaded.values()] if isinstance(loaded, dict) else []
+    return any(isinstance(part, dict) and part.get("tie_word_embeddings") is False for part in parts)
 
 
 def _quantization_of(config: Path) -> str | None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.checkpoint.layout import CARD, WeightSet
-from surgery.checkpoint.resolve import Checkpoint, read_weight_map, refuse_quantized, resolve
+from surgery.checkpoint.resolve import Checkpoint, is_untied, read_weight_map, refuse_quantized, resolve
 from surgery.checkpoint.tensorfile import Header, Tensor
+from surgery.checkpoint.tied_names import may_be_dropped
 from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError, SourceError
 from surgery.noisytune import FLOATS, NoisyTune
@@ -209,6 +210,8 @@ def _plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[Sha
     tied = {name for shard in members for name in shard.tied}
     for name, file in weight_map.items():
         found = where.get(name)
+        if found is None and may_be_dropped(name, where) and not is_untied(checkpoint, weight_set.folder):
+            continue  # older versions of transformers listed what they then did not save
         if name not in tied and (found is None or found.source.rpartition("/")[2] != file.rpartition("/")[2]):
             raise SourceError(
                 f"{index}: expected tensor {name!r} in {file}, got no such tensor. Fetch the checkpoint again."

@@ -200,6 +200,50 @@ def test_source_of_any_name_can_be_read(run_cli: Callable[..., Ran], tmp_path: P
     assert (ran.code, ran.err) == (0, "")
 
 
+def _cached(folder: Path, *commits: str, main: str = "") -> Path:
+    """Lay out a model as the Hub's cache does."""
+    cached = folder / "models--org--tiny"
+    write_weights(cached / "blobs/b0")
+    write_json(cached / "blobs/c0", {"model_type": "bert"})
+    for commit in commits:
+        snapshot = cached / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "model.safetensors").symlink_to("../../blobs/b0")
+        (snapshot / "config.json").symlink_to("../../blobs/c0")
+    if main:
+        (cached / "refs").mkdir()
+        (cached / "refs/main").write_text(main)
+    return cached
+
+
+@pytest.mark.parametrize("main", ["b" * 40, ""], ids=["main", "only one"])
+def test_folder_of_the_cache_stands_for_its_snapshot(main: str, run_cli: Callable[..., Ran], tmp_path: Path) -> None:
+    cached = _cached(tmp_path, *(["a" * 40, "b" * 40] if main else ["b" * 40]), main=main)
+    assert resolve(cached).root == cached / "snapshots" / ("b" * 40)
+    ran = run_cli("perturb", cached, "-o", "out")
+    assert (ran.code, ran.err) == (0, "")
+    written = {"config.json", "model.safetensors", "README.md", "surgery.json"}
+    assert set(tree_digest(tmp_path / "out")) == written
+    assert run_cli("verify", "out").code == 0
+
+
+def test_index_may_list_a_tied_name_that_no_shard_holds(run_cli: Callable[..., Ran], tmp_path: Path) -> None:
+    write_weights(tmp_path / "source/model-00001-of-00001.safetensors", names=("model.embed_tokens.weight",))
+    shard = "model-00001-of-00001.safetensors"
+    weight_map = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), shard)
+    index = tmp_path / "source/model.safetensors.index.json"
+    write_json(index, {"weight_map": weight_map})
+    ran = run_cli("perturb", "source", "-o", "out")
+    assert (ran.code, ran.err) == (0, "")
+    assert (tmp_path / "out" / index.name).read_bytes() == index.read_bytes()
+    write_json(tmp_path / "source/config.json", {"tie_word_embeddings": False})
+    ran = run_cli("perturb", "source", "-o", "other")
+    assert ran.err == (
+        f"error: {index}: expected tensor 'lm_head.weight' in {shard}, got no such tensor. "
+        "Fetch the checkpoint again.\n"
+    )
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -247,6 +291,15 @@ def test_folder_without_weights_is_refused(refuses: Refuses, source: Path) -> No
         f"{source}: expected safetensors or PyTorch weights, got 2 files without any. "
         "Point at the folder that holds the weights.",
         "source",
+    )
+
+
+def test_folder_of_the_cache_without_main_is_refused(refuses: Refuses, tmp_path: Path) -> None:
+    cached = _cached(tmp_path, "a" * 40, "b" * 40)
+    refuses(
+        f"{cached}: expected a checkpoint, got a folder of the Hub's cache without main's snapshot, and with 2 others. "
+        "Name a folder of its snapshots/.",
+        cached,
     )
 
 
