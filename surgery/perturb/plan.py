@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.checkpoint.layout import CARD, WeightSet
+from surgery.checkpoint.packed_names import is_quantized
 from surgery.checkpoint.resolve import Checkpoint, is_untied, read_weight_map, refuse_quantized, resolve
 from surgery.checkpoint.tensorfile import Header, Tensor
 from surgery.checkpoint.tied_names import may_be_dropped
@@ -16,8 +17,6 @@ from surgery.errors import SettingError, SourceError
 from surgery.noisytune import FLOATS, NoisyTune
 from surgery.perturb.output import refuse_output
 from surgery.recipe import Recipe
-
-_PACKED_NAMES = (".qweight", ".qzeros", ".absmax", ".weight_packed")  # GPTQ and AWQ, bitsandbytes, compressed-tensors
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def _plan_shard(checkpoint: Checkpoint, weight_set: WeightSet, name: str, settin
 
 def is_packed(tensor: Tensor) -> bool:
     """Tell whether a tensor's dtype or name is one of quantized weights, which are refused."""
-    return (tensor.dtype.startswith("F") and tensor.dtype not in FLOATS) or tensor.name.endswith(_PACKED_NAMES)
+    return (tensor.dtype.startswith("F") and tensor.dtype not in FLOATS) or is_quantized(tensor)
 
 
 def _output_name(weight_set: WeightSet, name: str) -> str:

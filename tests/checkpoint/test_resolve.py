@@ -15,6 +15,9 @@ from safetensors.numpy import load_file, save_file
 from surgery.checkpoint.layout import arrange
 from surgery.checkpoint.resolve import resolve
 from surgery.errors import SourceError
+from surgery.inspect.inspection import inspect_checkpoint
+from surgery.noisytune import NoisyTune
+from surgery.perturb.plan import make_plan
 
 Refuses = Callable[..., None]
 
@@ -422,6 +425,40 @@ def test_quantized_dtype_is_refused(dtype: str, refuses: Refuses, source: Path) 
         "Perturb the original checkpoint and quantize the result.",
         "source",
     )
+
+
+_PACKED = {
+    "LLM.int8": {"fc.weight": np.ones((4, 4), np.int8), "fc.SCB": np.ones(4, np.float32)},
+    "W8A8": {"fc.weight": np.ones((4, 4), np.int8), "fc.weight_scale": np.ones((4, 1), np.float32)},
+    "block FP8": {"fc.weight_scale_inv": np.ones((4, 1), np.float32)},
+    "MXFP4": {"experts.gate_up_proj_blocks": np.ones((2, 4, 4), np.uint8)},
+    "GPTQ": {"fc.qweight": np.ones((4, 4), np.int32), "fc.scales": np.ones((1, 4), np.float16)},
+    "AWQ": {"fc.qzeros": np.ones((4, 4), np.int32)},
+    "HQQ": {"fc.W_q": np.ones((4, 4), np.uint8)},
+    "MLX": {"fc.weight": np.ones((4, 4), np.uint32), "fc.scales": np.ones((4, 1), np.float16)},
+}
+
+
+@pytest.mark.parametrize("packed", _PACKED.values(), ids=_PACKED)
+def test_quantized_weights_without_a_config_are_refused(packed: dict[str, np.ndarray], source: Path) -> None:
+    save_file(tensors() | packed, source / "model.safetensors")
+    with pytest.raises(
+        SourceError, match=r"expected unquantized weights, got .*\. Perturb the original checkpoint"
+    ) as error:
+        make_plan(source, source.parent / "out", NoisyTune())
+    assert any(repr(name) in str(error.value) for name in packed)
+    assert inspect_checkpoint(source).quantized
+
+
+def test_integers_that_are_no_weights_are_copied(source: Path, tmp_path: Path) -> None:
+    others = {
+        "position_ids": np.arange(8).reshape(1, 8),
+        "mask": np.ones((4, 4), np.uint8),
+        "steps.weight": np.arange(4, dtype=np.int32),
+    }
+    save_file(tensors() | others, source / "model.safetensors")
+    (shard,) = make_plan(source, tmp_path / "out", NoisyTune()).shards
+    assert set(shard.copied) == set(others)
 
 
 _OUT = "a file of the checkpoint, got a link out of it. Replace it by a copy."
