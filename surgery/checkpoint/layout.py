@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from surgery.checkpoint.foreign_files import kind_of_folder, kind_of_shards
 from surgery.errors import NoWeightsError, SourceError
 
 RECIPE, JOURNAL, CARD = "surgery.json", "surgery.unfinished.json", "README.md"
@@ -25,7 +26,7 @@ _INDEX = re.compile(
     r"(?P<stem2>.+?)\.(?P<variant2>[A-Za-z0-9_]+)(?P<suffix2>\.safetensors|\.bin)\.index\.json"
 )
 _OTHER_FORMATS = re.compile(
-    r".*\.(h5|msgpack|ot|onnx|onnx_data|gguf|ggml|tflite|mlmodel|npz|nemo|engine|pdparams|llamafile)|.*\.ckpt\.(index|data.*)"
+    r".*\.(h5|msgpack|ot|onnx|onnx_data|gguf|ggml|tflite|mlmodel|npz|nemo|engine|pdparams|llamafile|distcp)|.*\.ckpt\.(index|data.*)"
 )
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state.*|training_args|random_states.*)\.(pt|pth|bin|pkl)")
 _COPY_FOLDERS = re.compile(r"onnx|openvino|coreml|original|gguf|flax|tf|checkpoint-\d+|global_step\d+")
@@ -87,14 +88,22 @@ def arrange(names: Iterable[str], *, variant: str | None, what: str) -> Layout:
         left_out += refused
         companions += [name for name in plain if name not in dict(refused)]
     if not weights:
-        formats = "safetensors or PyTorch weights"
-        found = f"{len(left_out) + len(companions)} files without any" if by_folder else "nothing"
-        raise NoWeightsError(f"{what}: expected {formats}, got {found}. Point at the folder that holds the weights.")
+        raise _no_weights(what, [*companions, *(name for name, _ in left_out)])
     if variant and not any(chosen.variant == variant for chosen in weights):
         raise SourceError(
             f"{what}: expected weights of variant {variant!r}, got none. Leave `variant` out or correct it."
         )
     return Layout(tuple(weights), tuple(companions), tuple(left_out))
+
+
+def _no_weights(what: str, names: list[str]) -> NoWeightsError:
+    found, advice = (
+        f"{len(names)} files without any" if names else "nothing",
+        "Point at the folder that holds the weights.",
+    )
+    if kind := kind_of_folder(names):
+        found, advice = kind
+    return NoWeightsError(f"{what}: expected safetensors or PyTorch weights, got {found}. {advice}")
 
 
 def _reason_to_leave_out(name: str) -> str | None:
@@ -172,6 +181,8 @@ def _choose(
         known = [s for s in pickles if s.stem in _STEMS]
         if len(known) != 1:
             names = ", ".join(s.files[0] for s in pickles[:3])
+            if kind := kind_of_shards(name for s in pickles for name in s.files):
+                raise SourceError(f"{what}: expected one PyTorch checkpoint, got {kind.what}. {kind.advice}")
             raise SourceError(
                 f"{what}: expected one PyTorch checkpoint, got {len(pickles)} ({names}). Name the file itself."
             )

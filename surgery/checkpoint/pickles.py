@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from surgery.checkpoint.at_rest import Stamp, refuse_changed
 from surgery.checkpoint.digests import sha256_of
+from surgery.checkpoint.foreign_files import PYTORCH, foreign_file, holds_a_module
+from surgery.checkpoint.pickle_records import is_mappable
+from surgery.checkpoint.state_dicts import find_state_dict
+from surgery.checkpoint.storages import overlap
 from surgery.checkpoint.tensorfile import Header, Tensor, build_header
 from surgery.checkpoint.tied_names import rank
 from surgery.errors import SourceError
 
-_NESTS = ("state_dict", "model_state_dict", "model", "module")
-_DEPTH = 8
+_MOST_EXPANDED = 1 << 30  # bytes of a tensor that repeats its elements: it is laid out in memory to be read
 _one_at_a_time = threading.Lock()
 DTYPES = {
     torch.float64: "F64",
@@ -44,7 +48,8 @@ class PickleFile:
 
     def __init__(self, path: Path, *, label: str) -> None:
         self.path = path
-        state_dict = _state_dict(_load(path, label), label)
+        self._stamp = Stamp.of(path)
+        state_dict = find_state_dict(_load(path, label), label)
         self.tied = ties(state_dict, label)
         self._tensors = {name: tensor for name, tensor in state_dict.items() if name not in self.tied}
         entries = [(name, _dtype(name, t, label), tuple(t.shape)) for name, t in self._tensors.items()]
@@ -52,9 +57,15 @@ class PickleFile:
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on."""
+        self._refuse_cut()
         stored = self._tensors[tensor.name] = self._tensors[tensor.name].contiguous()
         flat = stored.reshape(-1).view(torch.uint8)
         np.copyto(np.frombuffer(buffer, np.uint8), flat[start : start + len(buffer)].numpy())
+
+    def _refuse_cut(self) -> None:
+        """Refuse a file that has become shorter: reading a mapped page that is gone would end the process."""
+        if not self.path.exists() or self.path.stat().st_size < self._stamp.size:
+            self.refuse_changed()
 
     def sha256(self) -> str | None:
         """Hash the file: its bytes are not those that pass when its tensors are read."""
@@ -64,12 +75,21 @@ class PickleFile:
         """Check that the file is still what it was when opened.
 
         Raises:
-            SourceError: it has been written to meanwhile.
+            SourceError: it is not.
         """
+        self.refuse_changed()
         if sha256 != sha256_of(self.path):
             raise SourceError(
                 f"{self.path}: expected a file at rest, got one that changed while it was read. Run again."
             )
+
+    def refuse_changed(self) -> None:
+        """Refuse a file that has been removed, replaced or written to since it was opened.
+
+        Raises:
+            SourceError: it has.
+        """
+        refuse_changed(self.path, self._stamp)
 
     def close(self) -> None:
         self._tensors = {}
@@ -83,18 +103,29 @@ def _load(path: Path, label: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle make the unpickler raise anything
-        match = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and match:
-            raise SourceError(
-                f"{label}: expected a pickle of nothing but tensors, got one that calls {match[1]}. "
-                "It was not run; get safetensors instead."
-            ) from error
-        raise SourceError(
-            f"{label}: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again."
-        ) from error
+        raise _refusal(error, path, label) from error
+
+
+def _refusal(error: Exception, path: Path, label: str) -> SourceError:
+    match = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and match:
+        if holds_a_module(path):
+            return SourceError(
+                f"{label}: expected a pickle of nothing but tensors, got a whole module, {match[1]}. "
+                "It was not run; save its state_dict() with torch.save where it was trained."
+            )
+        return SourceError(
+            f"{label}: expected a pickle of nothing but tensors, got one that calls {match[1]}. "
+            "It was not run; get safetensors instead."
+        )
+    return foreign_file(path, label, PYTORCH) or SourceError(
+        f"{label}: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again."
+    )
 
 
 def _load_mapped(path: Path) -> Any:
+    if not is_mappable(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
@@ -103,27 +134,20 @@ def _load_mapped(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _state_dict(loaded: Any, label: str) -> dict[str, torch.Tensor]:
-    """Find the state_dict, which training frameworks nest under names of their own."""
-    for _ in range(_DEPTH):  # a pickle may hold itself
-        nest = next(
-            (name for name in _NESTS if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping)), None
-        )
-        if nest is None:
-            break
-        loaded = loaded[nest]
-    found = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)} if isinstance(loaded, Mapping) else {}
-    if not found or not all(isinstance(name, str) for name in found):
-        raise SourceError(
-            f"{label}: expected a state_dict, got none, also not under {', '.join(_NESTS)}. Save one with torch.save."
-        )
-    return {name: tensor.detach() for name, tensor in found.items()}
-
-
 def _dtype(name: str, tensor: torch.Tensor, label: str) -> str:
+    """Return safetensors' name of a tensor's dtype; refuse what is no plain tensor."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise SourceError(
+            f"{label}: {name!r}: expected a plain tensor, got a {type(tensor).__name__}. Save the whole tensor."
+        )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in DTYPES:
         kind = "a quantized tensor" if tensor.is_quantized else f"{tensor.dtype}, {tensor.layout}"
         raise SourceError(f"{label}: {name!r}: expected a dense tensor of a plain dtype, got {kind}. Convert it first.")
+    if tensor.nbytes > max(_MOST_EXPANDED, tensor.untyped_storage().nbytes()):
+        raise SourceError(
+            f"{label}: {name!r}: expected a tensor of elements of its own, got {tensor.nbytes} bytes that repeat "
+            f"{tensor.untyped_storage().nbytes()}. Save what it repeats."
+        )
     return DTYPES[tensor.dtype]
 
 
@@ -134,24 +158,20 @@ def ties(state_dict: Mapping[str, torch.Tensor], label: str) -> dict[str, str]:
     """
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
-    spans: dict[int, list[tuple[int, int, str]]] = {}
+    stored: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in sorted(state_dict.items(), key=lambda item: rank(item[0])):
         if tensor.numel() == 0 or tensor.layout is not torch.strided:
             continue
-        storage = tensor.untyped_storage().data_ptr()
         identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if identity in first:
             tied[name] = first[identity]
             continue
         first[identity] = name
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        begin = tensor.data_ptr()
-        end = begin + reach * tensor.element_size()
-        for other_begin, other_end, other in spans.setdefault(storage, []):
-            if begin < other_end and other_begin < end:
-                raise SourceError(
-                    f"{label}: {name!r}: expected tensors that are equal or apart, got one that overlaps {other!r}. "
-                    "Save a copy of it with .clone()."
-                )
-        spans[storage].append((begin, end, name))
+        stored.setdefault(tensor.untyped_storage().data_ptr(), {})[name] = tensor
+    for tensors in stored.values():
+        if pair := overlap(tensors):
+            raise SourceError(
+                f"{label}: {pair[1]!r}: expected tensors that are equal or apart, got one that overlaps {pair[0]!r}. "
+                "Save a copy of it with .clone()."
+            )
     return tied

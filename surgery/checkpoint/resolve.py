@@ -3,10 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from surgery.checkpoint.at_rest import Stamp, refuse_changed
+from surgery.checkpoint.foreign_files import kind_of_file, kind_of_shards
 from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
 from surgery.errors import SettingError, SourceError
 
@@ -23,12 +25,14 @@ class Checkpoint:
         commit: the Hub commit's sha, or None for a local checkpoint.
         root: the folder that file names are relative to.
         layout: its files; every weight set names all of its shards.
+        stamps: of the weights and companions when they were found, by name.
     """
 
     id: str
     commit: str | None
     root: Path
     layout: Layout
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def short_name(self) -> str:
@@ -37,6 +41,15 @@ class Checkpoint:
 
     def path(self, name: str) -> Path:
         return self.root / name
+
+    def refuse_changed(self, name: str) -> None:
+        """Refuse a file that is not the one that was found.
+
+        Raises:
+            SourceError: it was removed, replaced or written to since.
+        """
+        if then := self.stamps.get(name):
+            refuse_changed(self.path(name), then)
 
 
 def resolve(
@@ -72,7 +85,7 @@ def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | 
     if revision and path.exists():
         raise SettingError(f"`revision`: expected a Hub id with it, got the local {source}. Leave one of them out.")
     if path.is_file() or path.is_dir():
-        return path
+        return _snapshot_of(path) if path.name.startswith("models--") and (path / "snapshots").is_dir() else path
     name, _, at = str(source).partition("@")
     if at and revision:
         raise SettingError(f"`revision`: expected it once, got {revision} and {source}. Leave one of them out.")
@@ -81,13 +94,29 @@ def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | 
     return name, revision or at or None
 
 
+def _snapshot_of(cached: Path) -> Path:
+    """Return the snapshot of main in a model's folder of the Hub's cache, whose other files are blobs."""
+    snapshots = sorted(path for path in (cached / "snapshots").iterdir() if path.is_dir())
+    main = cached / "refs" / "main"
+    commit = main.read_text(errors="replace").strip() if main.is_file() else ""
+    for snapshot in snapshots:
+        if snapshot.name == commit or (not commit and len(snapshots) == 1):
+            return snapshot
+    raise SourceError(
+        f"{cached}: expected a checkpoint, got a folder of the Hub's cache without main's snapshot, and with "
+        f"{len(snapshots)} others. Name a folder of its snapshots/."
+    )
+
+
 def _from_file(path: Path) -> Checkpoint:
     if path.suffix not in _SUFFIXES:
-        what = "GGUF" if path.suffix == ".gguf" else f"{path.suffix or 'no'} suffix"
-        raise SourceError(f"{path}: expected {', '.join(_SUFFIXES)}, got {what}. Convert it to safetensors first.")
+        what, advice = kind_of_file(path) or (f"{path.suffix or 'no'} suffix", "Convert it to safetensors first.")
+        raise SourceError(f"{path}: expected {', '.join(_SUFFIXES)}, got {what}. {advice}")
+    if "zero_pp_rank_" in path.name and (kind := kind_of_shards([path.name])):
+        raise SourceError(f"{path}: expected a whole checkpoint, got {kind.what}. {kind.advice}")
     stem = path.name.removesuffix(path.suffix)
     weights = WeightSet("", stem, None, path.suffix, (path.name,))
-    return Checkpoint(str(path), None, path.parent, Layout((weights,), (), ()))
+    return Checkpoint(str(path), None, path.parent, Layout((weights,), (), ()), {path.name: Stamp.of(path)})
 
 
 def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, names: list[str] | None) -> Checkpoint:
@@ -98,9 +127,10 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
         found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
         names = [path.relative_to(root).as_posix() for path in found]
     layout = _complete(root, arrange(names, variant=variant, what=id), names=None)
-    for name in [*(name for weight_set in layout.weights for name in weight_set.files), *layout.companions]:
+    files = [*(name for weight_set in layout.weights for name in weight_set.files), *layout.companions]
+    for name in files:
         _refuse_unsafe(root, name)
-    return Checkpoint(id, commit, root, layout)
+    return Checkpoint(id, commit, root, layout, {name: Stamp.of(root / name) for name in files})
 
 
 def from_listing(root: Path, id: str, commit: str, variant: str | None, names: Collection[str]) -> Checkpoint:
@@ -225,6 +255,14 @@ def quantized(checkpoint: Checkpoint) -> dict[str, str]:
         if checkpoint.path(name).is_file() and (method := _quantization_of(checkpoint.path(name))):
             methods[name] = method
     return methods
+
+
+def is_untied(checkpoint: Checkpoint, folder: str) -> bool:
+    """Tell whether the config of a folder with weights says that output embeddings are not tied to the input's."""
+    config = checkpoint.path((PurePosixPath(folder) / "config.json").as_posix())
+    loaded = json.loads(config.read_bytes()) if config.is_file() else None
+    parts = [loaded, *loaded.values()] if isinstance(loaded, dict) else []
+    return any(isinstance(part, dict) and part.get("tie_word_embeddings") is False for part in parts)
 
 
 def _quantization_of(config: Path) -> str | None:

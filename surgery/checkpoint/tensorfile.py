@@ -15,7 +15,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from surgery.checkpoint.at_rest import Stamp, refuse_changed
 from surgery.checkpoint.digests import recall, remember
+from surgery.checkpoint.foreign_files import SAFETENSORS, foreign_file
 from surgery.dtypes import BITS
 from surgery.errors import SourceError
 
@@ -64,6 +66,7 @@ class TensorFile:
 
     def __init__(self, path: Path, *, label: str) -> None:
         self.path = path
+        self._stamp = Stamp.of(path)
         self.header = read_header(path, label=label)
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         self._seek_lock = threading.Lock()
@@ -101,14 +104,18 @@ class TensorFile:
         """Check that the file is still what it was when opened, and remember its digest.
 
         Raises:
-            SourceError: it has been written to meanwhile.
+            SourceError: it is not.
         """
-        now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
-            raise SourceError(
-                f"{self.path}: expected a file at rest, got one that changed while it was read. Run again."
-            )
+        self.refuse_changed()
         remember(self.path, sha256, self._stat)
+
+    def refuse_changed(self) -> None:
+        """Refuse a file that has been removed, replaced or written to since it was opened.
+
+        Raises:
+            SourceError: it has.
+        """
+        refuse_changed(self.path, self._stamp)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -126,8 +133,8 @@ def read_header(path: Path, *, label: str) -> Header:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
-            raise SourceError(
+        if len(prefix) < 8 or not 0 < length <= min(size - 8, _MAX_HEADER):
+            raise foreign_file(path, label, SAFETENSORS) or SourceError(
                 f"{label}: expected a safetensors header within its {size} bytes, got one of {length} bytes. "
                 "The file is truncated or not safetensors; fetch it again."
             )

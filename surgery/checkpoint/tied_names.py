@@ -1,6 +1,7 @@
 """The names of input and output embeddings that models tie, and which of them a file should keep."""
 
 import re
+from collections.abc import Iterable
 
 # The names under which models keep the two, the one that the others are tied to first.
 _ROLES = (
@@ -9,6 +10,12 @@ _ROLES = (
     re.compile(r"(?:.*\.)?predictions\.bias"),
     re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output|output_projection|predictions\.decoder)\.(?:weight|bias)"),
 )
+
+
+def may_be_dropped(name: str, stored: Iterable[str]) -> bool:
+    """Tell whether models tie a name to one of those that are stored, so that files need not hold it."""
+    place, kind = rank(name), name.rpartition(".")[2]
+    return any(0 < rank(other) < place and other.rpartition(".")[2] == kind for other in stored)
 
 
 def rank(name: str) -> int:

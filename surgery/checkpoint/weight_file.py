@@ -1,5 +1,6 @@
 """An open weight file as a Protocol, for safetensors and pickles alike; a new format is opened here."""
 
+from pathlib import Path
 from typing import Protocol
 
 from surgery.checkpoint.resolve import Checkpoint
@@ -21,6 +22,7 @@ class WeightFile(Protocol):
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None: ...
     def sha256(self) -> str | None: ...
     def settle(self, sha256: str) -> None: ...
+    def refuse_changed(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -28,14 +30,25 @@ def open_weights(checkpoint: Checkpoint, name: str) -> WeightFile:
     """Open one weight file of a checkpoint to read.
 
     Raises:
-        SourceError: it cannot be read, or is malformed.
+        SourceError: it cannot be read, is malformed, or is not the file any more that was found.
     """
     path = checkpoint.path(name)
     try:
-        if path.suffix == ".safetensors":
-            return TensorFile(path, label=str(path))
-        from surgery.checkpoint.pickles import PickleFile  # takes torch
-
-        return PickleFile(path, label=str(path))
+        checkpoint.refuse_changed(name)
+        file = _open(path)
     except OSError as error:
         raise SourceError(f"{path}: expected a file to read, got {error.strerror}. Check its permissions.") from error
+    try:
+        checkpoint.refuse_changed(name)  # it may have been replaced between the two
+    except SourceError:
+        file.close()
+        raise
+    return file
+
+
+def _open(path: Path) -> WeightFile:
+    if path.suffix == ".safetensors":
+        return TensorFile(path, label=str(path))
+    from surgery.checkpoint.pickles import PickleFile  # takes torch
+
+    return PickleFile(path, label=str(path))

@@ -109,13 +109,15 @@ def inspect_checkpoint(
 
 @contextmanager
 def open_all(checkpoint: Checkpoint) -> Iterator[dict[str, WeightFile]]:
-    """Open every weight file of a checkpoint to read, by name; close them at the end."""
+    """Open every weight file of a checkpoint to read, by name; at the end, refuse those that changed, and close all."""
     with ExitStack() as stack:
         sources = {}
         for name in (name for weight_set in checkpoint.layout.weights for name in weight_set.files):
             sources[name] = open_weights(checkpoint, name)
             stack.callback(sources[name].close)
         yield sources
+        for source in sources.values():
+            source.refuse_changed()
 
 
 def components(checkpoint: Checkpoint) -> dict[str, str]:

@@ -5,7 +5,6 @@ package's version number, so the same run writes the same card.
 """
 
 import logging
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard_data import ModelCardData  # huggingface_hub.repocard takes 0.1 s to import
 
+from surgery.perturb.front_matter import read_fields
 from surgery.perturb.plan import perturb_command
 from surgery.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 
 _INHERITED = ("library_name", "license", "license_name", "license_link", "pipeline_tag")
-_FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)  # as the Hub finds it
 _LIBRARIES = {
     "modules.json": "sentence-transformers",
     "model_index.json": "diffusers",
@@ -35,7 +34,6 @@ _LOADERS = {
     "transformers": ("transformers", "AutoModel", ".from_pretrained"),
 }
 _PLACE = "ORG/NAME"
-_MAX_DEPTH = 50
 
 
 def make_card(recipe: Recipe, inherited: Mapping[str, Any]) -> str:
@@ -59,28 +57,10 @@ def make_card(recipe: Recipe, inherited: Mapping[str, Any]) -> str:
 def read_metadata(card: Path) -> dict[str, Any]:
     """Return what holds for the perturbed checkpoint too of a card's metadata; a damaged card has none."""
     try:
-        found = _FRONT_MATTER.match(card.read_text(encoding="utf-8-sig"))
-        metadata = dict(_load_yaml(found[1]) or {}) if found else {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return dict(read_fields(card, _INHERITED))
+    except (OSError, ValueError, yaml.YAMLError):
         _log.warning("%s: its metadata is damaged, so its licence and task are not in the new card", card)
         return {}
-    return {name: metadata[name] for name in _INHERITED if _is_text(metadata.get(name))}
-
-
-def _load_yaml(text: str) -> Any:
-    """Load plain types, in C where that can be: some cards bring a thousand results along."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    depth = 0
-    for event in yaml.parse(text, loader):  # no recursion yet, which in C would take the process down
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            raise ValueError("too deep")
-    return yaml.load(text, loader)
-
-
-def _is_text(value: Any) -> bool:
-    """Take a name, or several: some models have two licences."""
-    return bool(value) and all(isinstance(item, str) for item in (value if isinstance(value, list) else [value]))
 
 
 def _library_of(recipe: Recipe) -> str | None:

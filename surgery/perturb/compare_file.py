@@ -109,7 +109,12 @@ class FileComparison:
         self._file.close()
 
     def faults(self) -> list[str]:
-        """Say what of the file's header is not as it should be."""
+        """Say what of the file's header is not as it should be.
+
+        Raises:
+            SourceError: the file was changed while it was compared.
+        """
+        self._file.refuse_changed()
         if self._file.header.raw == self._header.raw:
             return []
         mine = {tensor.name: tensor for tensor in self._header.tensors}

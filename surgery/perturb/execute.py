@@ -138,12 +138,14 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
     """Copy every companion and write the indexes; return their digests, by name."""
     digests = {}
     for name in plan.companions:
+        plan.checkpoint.refuse_changed(name)
         digest = hashlib.sha256()
         part = folder.open_part(name)
         with plan.checkpoint.path(name).open("rb") as source:
             while chunk := source.read(1 << 20):
                 digest.update(chunk)
                 part.append(memoryview(chunk))
+        plan.checkpoint.refuse_changed(name)
         folder.finish_part(name, part)
         digests[name] = digest.hexdigest()
     for name, data in plan.indexes.items():

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.checkpoint.layout import CARD, WeightSet
-from surgery.checkpoint.resolve import Checkpoint, read_weight_map, refuse_quantized, resolve
+from surgery.checkpoint.packed_names import is_quantized
+from surgery.checkpoint.resolve import Checkpoint, is_untied, read_weight_map, refuse_quantized, resolve
 from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
+from surgery.checkpoint.tied_names import may_be_dropped
 from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError, SourceError
 from surgery.noisytune import FLOATS, NoisyTune
 from surgery.perturb.output import refuse_output
 from surgery.recipe import Recipe
 from surgery.roles import Role
-
-_PACKED_NAMES = (".qweight", ".qzeros", ".absmax", ".weight_packed")  # GPTQ and AWQ, bitsandbytes, compressed-tensors
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _reasons_to_copy(path: Path, header: Header, settings: NoisyTune, roles: Map
 
 def is_packed(tensor: Tensor) -> bool:
     """Tell whether a tensor's dtype or name is one of quantized weights, which are refused."""
-    return (tensor.dtype.startswith("F") and tensor.dtype not in FLOATS) or tensor.name.endswith(_PACKED_NAMES)
+    return (tensor.dtype.startswith("F") and tensor.dtype not in FLOATS) or is_quantized(tensor)
 
 
 def _output_name(weight_set: WeightSet, name: str) -> str:
@@ -239,6 +239,8 @@ def _plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[Sha
     tied = {name for shard in members for name in shard.tied}
     for name, file in weight_map.items():
         found = where.get(name)
+        if found is None and may_be_dropped(name, where) and not is_untied(checkpoint, weight_set.folder):
+            continue  # older versions of transformers listed what they then did not save
         if name not in tied and (found is None or found.source.rpartition("/")[2] != file.rpartition("/")[2]):
             raise SourceError(
                 f"{index}: expected tensor {name!r} in {file}, got no such tensor. Fetch the checkpoint again."

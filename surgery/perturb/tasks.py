@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from surgery.checkpoint.weight_file import open_weights
+from surgery.checkpoint.weight_file import WeightFile, open_weights
+from surgery.errors import SourceError
 from surgery.noisytune import NO_SPREAD, Moments, pool
 from surgery.perturb import stream
 from surgery.perturb.plan import Plan, ShardPlan
@@ -78,13 +79,25 @@ def make_task(plan: Plan, shard: ShardPlan, measured: GlobalMoments, open_sink: 
     return ShardTask(
         name=shard.name,
         label=str(plan.checkpoint.path(shard.source)),
-        open_source=partial(open_weights, plan.checkpoint, shard.source),
+        open_source=partial(_open_planned, plan, shard),
         open_sink=open_sink,
         copied=frozenset(shard.copied.keys() | flat),
         tied=shard.tied,
         pooled_std=pooled.std if pooled else None,
         source_sha256=measured.sha256.get(shard.name, ""),
     )
+
+
+def _open_planned(plan: Plan, shard: ShardPlan) -> WeightFile:
+    """Open the source of a shard, which must hold what it held when it was planned."""
+    source = open_weights(plan.checkpoint, shard.source)
+    if source.header.raw != shard.header.raw:
+        source.close()
+        path = plan.checkpoint.path(shard.source)
+        raise SourceError(
+            f"{path}: expected the tensors that were planned, got others: it changed meanwhile. Run again."
+        )
+    return source
 
 
 def make_record(task: ShardTask, shard: ShardPlan, measured: GlobalMoments) -> FileRecord:

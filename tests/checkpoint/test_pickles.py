@@ -224,18 +224,14 @@ def _refused(content: bytes | dict[Any, Any], tmp_path: Path) -> str:
 
 _loop: dict[str, Any] = {}
 _loop["model"] = _loop
-_NONE = (
-    "x: expected a state_dict, got none, also not under state_dict, model_state_dict, model, module. "
-    "Save one with torch.save."
-)
+_NONE = "x: expected a state_dict, got a dict of {}. Save one with torch.save."
 _DAMAGED = "x: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again."
 _BASE = torch.arange(10.0)
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "empty": (b"", _DAMAGED),
-    "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", _DAMAGED),
-    "no tensors": ({"epoch": 1}, _NONE),
-    "numbered": ({1: torch.ones(2)}, _NONE),
-    "holds itself": (_loop, _NONE),
+    "bytes of none": (b"\xff\xfe\xfd" * 9, _DAMAGED),
+    "no tensors": ({"epoch": 1}, _NONE.format("'epoch'")),
+    "numbered": ({1: torch.ones(2)}, "x: expected names that are text, got 1. Save a state_dict."),
+    "holds itself": (_loop, _NONE.format("'model'")),
     "overlap": (
         {"a": _BASE[:6], "b": _BASE[4:]},
         "x: 'b': expected tensors that are equal or apart, got one that overlaps 'a'. Save a copy of it with .clone().",

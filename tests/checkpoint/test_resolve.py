@@ -15,6 +15,9 @@ from safetensors.numpy import load_file, save_file
 from surgery.checkpoint.layout import arrange
 from surgery.checkpoint.resolve import resolve
 from surgery.errors import SourceError
+from surgery.inspect.inspection import inspect_checkpoint
+from surgery.noisytune import NoisyTune
+from surgery.perturb.plan import make_plan
 
 Refuses = Callable[..., None]
 
@@ -200,6 +203,50 @@ def test_source_of_any_name_can_be_read(run_cli: Callable[..., Ran], tmp_path: P
     assert (ran.code, ran.err) == (0, "")
 
 
+def _cached(folder: Path, *commits: str, main: str = "") -> Path:
+    """Lay out a model as the Hub's cache does."""
+    cached = folder / "models--org--tiny"
+    write_weights(cached / "blobs/b0")
+    write_json(cached / "blobs/c0", {"model_type": "bert"})
+    for commit in commits:
+        snapshot = cached / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "model.safetensors").symlink_to("../../blobs/b0")
+        (snapshot / "config.json").symlink_to("../../blobs/c0")
+    if main:
+        (cached / "refs").mkdir()
+        (cached / "refs/main").write_text(main)
+    return cached
+
+
+@pytest.mark.parametrize("main", ["b" * 40, ""], ids=["main", "only one"])
+def test_folder_of_the_cache_stands_for_its_snapshot(main: str, run_cli: Callable[..., Ran], tmp_path: Path) -> None:
+    cached = _cached(tmp_path, *(["a" * 40, "b" * 40] if main else ["b" * 40]), main=main)
+    assert resolve(cached).root == cached / "snapshots" / ("b" * 40)
+    ran = run_cli("perturb", cached, "-o", "out")
+    assert (ran.code, ran.err) == (0, "")
+    written = {"config.json", "model.safetensors", "README.md", "surgery.json"}
+    assert set(tree_digest(tmp_path / "out")) == written
+    assert run_cli("verify", "out").code == 0
+
+
+def test_index_may_list_a_tied_name_that_no_shard_holds(run_cli: Callable[..., Ran], tmp_path: Path) -> None:
+    write_weights(tmp_path / "source/model-00001-of-00001.safetensors", names=("model.embed_tokens.weight",))
+    shard = "model-00001-of-00001.safetensors"
+    weight_map = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), shard)
+    index = tmp_path / "source/model.safetensors.index.json"
+    write_json(index, {"weight_map": weight_map})
+    ran = run_cli("perturb", "source", "-o", "out")
+    assert (ran.code, ran.err) == (0, "")
+    assert (tmp_path / "out" / index.name).read_bytes() == index.read_bytes()
+    write_json(tmp_path / "source/config.json", {"tie_word_embeddings": False})
+    ran = run_cli("perturb", "source", "-o", "other")
+    assert ran.err == (
+        f"error: {index}: expected tensor 'lm_head.weight' in {shard}, got no such tensor. "
+        "Fetch the checkpoint again.\n"
+    )
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -221,7 +268,7 @@ def test_hub_id_is_refused_offline_without_a_copy(refuses: Refuses) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("model.gguf", "GGUF"), ("model.onnx", ".onnx suffix"), ("model", "no suffix")], ids=str
+    ("name", "what"), [("model.gguf", ".gguf suffix"), ("model.onnx", ".onnx suffix"), ("model", "no suffix")], ids=str
 )
 def test_other_file_is_refused(name: str, what: str, refuses: Refuses, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"x")
@@ -247,6 +294,15 @@ def test_folder_without_weights_is_refused(refuses: Refuses, source: Path) -> No
         f"{source}: expected safetensors or PyTorch weights, got 2 files without any. "
         "Point at the folder that holds the weights.",
         "source",
+    )
+
+
+def test_folder_of_the_cache_without_main_is_refused(refuses: Refuses, tmp_path: Path) -> None:
+    cached = _cached(tmp_path, "a" * 40, "b" * 40)
+    refuses(
+        f"{cached}: expected a checkpoint, got a folder of the Hub's cache without main's snapshot, and with 2 others. "
+        "Name a folder of its snapshots/.",
+        cached,
     )
 
 
@@ -369,6 +425,40 @@ def test_quantized_dtype_is_refused(dtype: str, refuses: Refuses, source: Path) 
         "Perturb the original checkpoint and quantize the result.",
         "source",
     )
+
+
+_PACKED = {
+    "LLM.int8": {"fc.weight": np.ones((4, 4), np.int8), "fc.SCB": np.ones(4, np.float32)},
+    "W8A8": {"fc.weight": np.ones((4, 4), np.int8), "fc.weight_scale": np.ones((4, 1), np.float32)},
+    "block FP8": {"fc.weight_scale_inv": np.ones((4, 1), np.float32)},
+    "MXFP4": {"experts.gate_up_proj_blocks": np.ones((2, 4, 4), np.uint8)},
+    "GPTQ": {"fc.qweight": np.ones((4, 4), np.int32), "fc.scales": np.ones((1, 4), np.float16)},
+    "AWQ": {"fc.qzeros": np.ones((4, 4), np.int32)},
+    "HQQ": {"fc.W_q": np.ones((4, 4), np.uint8)},
+    "MLX": {"fc.weight": np.ones((4, 4), np.uint32), "fc.scales": np.ones((4, 1), np.float16)},
+}
+
+
+@pytest.mark.parametrize("packed", _PACKED.values(), ids=_PACKED)
+def test_quantized_weights_without_a_config_are_refused(packed: dict[str, np.ndarray], source: Path) -> None:
+    save_file(tensors() | packed, source / "model.safetensors")
+    with pytest.raises(
+        SourceError, match=r"expected unquantized weights, got .*\. Perturb the original checkpoint"
+    ) as error:
+        make_plan(source, source.parent / "out", NoisyTune())
+    assert any(repr(name) in str(error.value) for name in packed)
+    assert inspect_checkpoint(source).quantized
+
+
+def test_integers_that_are_no_weights_are_copied(source: Path, tmp_path: Path) -> None:
+    others = {
+        "position_ids": np.arange(8).reshape(1, 8),
+        "mask": np.ones((4, 4), np.uint8),
+        "steps.weight": np.arange(4, dtype=np.int32),
+    }
+    save_file(tensors() | others, source / "model.safetensors")
+    (shard,) = make_plan(source, tmp_path / "out", NoisyTune()).shards
+    assert set(shard.copied) == set(others)
 
 
 _OUT = "a file of the checkpoint, got a link out of it. Replace it by a copy."

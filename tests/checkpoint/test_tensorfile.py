@@ -45,7 +45,7 @@ def _apart(name: str, fault: str) -> str:
 
 
 _BAD = {
-    "empty": (b"", _cut(0, 0)),
+    "empty": (b"", f"expected a safetensors file, got an empty file. {_FETCH}"),
     "seven bytes": (b"\1" * 7, _cut(7, 0x01010101010101)),
     "truncated": (_WHOLE[:-9], f"expected {len(_WHOLE)} bytes, as its header says, got {len(_WHOLE) - 9}. {_DAMAGED}"),
     "longer": (_WHOLE + b"x", f"expected {len(_WHOLE)} bytes, as its header says, got {len(_WHOLE) + 1}. {_DAMAGED}"),

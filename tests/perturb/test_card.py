@@ -229,6 +229,21 @@ _METADATA = {
     "wrong types": ("---\nlicense: no\npipeline_tag: {a: b}\nlicense_name: [1]\nlicense_link: ''\n---\n", _NONE),
     "no metadata": ("# just text\n\n---\n\nlicense: mit\n", _NONE),
     "empty metadata": ("---\n\n---\n", _NONE),
+    "odd date elsewhere": ("---\nlicense: mit\ndate: 2023-99-99\n---\n", _NONE | {"license": "mit"}),
+    "odd number elsewhere": ("---\nx: " + "1:" * 200_000 + "1\nlicense: mit\n---\n", _NONE | {"license": "mit"}),
+    "aliases elsewhere": (
+        "---\nlicense: mit\na0: &a0 [x]\n"
+        + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 60))
+        + "---\n",
+        _NONE | {"license": "mit"},
+    ),
+    "alias": ("---\nlicense: &a mit\nlicense_name: *a\n---\n", _NONE | {"license": "mit"}),
+    "numbers as text": ("---\nlicense: '1.0'\nlicense_name: 1.0\n---\n", _NONE | {"license": "1.0"}),
+    "nested keys": (
+        "---\na: {license: gpl}\n? [b, c]\n: [[d], {e: f}]\nlicense: mit\n---\n",
+        _NONE | {"license": "mit"},
+    ),
+    "long body": ("---\nlicense: mit\n---\n" + "x" * 10_000_000, _NONE | {"license": "mit"}),
     "model-index": ("---\nlicense: mit\nmodel-index: nonsense\n---\n", _NONE | {"license": "mit"}),
 }
 
@@ -248,7 +263,13 @@ _DAMAGED = {
     "list": b"---\n- license\n---\n",
     "text": b"---\nlicense\n---\n",
     "tag": b"---\nlicense: !!python/object/apply:os.system [ls]\n---\n",
-    "date": b"---\nlicense: mit\ndate: 2023-99-99\n---\n",
+    "bool of another kind": b"---\nlicense: mit\nx: !!bool maybe\n---\n",
+    "merge keys": b"---\na0: &a0 {x: 1}\n"
+    + b"".join(b"a%d: &a%d {<<: [%s]}\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 40))
+    + b"license: mit\n---\n",
+    "merge of itself": b"---\n&a\n<<: *a\nlicense: mit\n---\n",
+    "long": b"---\nlicense: mit\n" + b"x: y\n" * 2_000_000 + b"---\n",
+    "endless": b"---\nlicense: mit\n" + b"- x\n" * 2_500_000,
     "bytes": b"---\nlicense: \xff\n---\n",
     "deep": b"---\nlicense: " + b"[" * 100_000 + b"]" * 100_000 + b"\n---\n",
     "cut": b"---\nlicense: " + b"[" * 100_000 + b"\n---\n",

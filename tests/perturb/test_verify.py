@@ -295,10 +295,7 @@ _FAULTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "no safetensors": (
         lambda out: (out / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
-        [
-            "model.safetensors: expected a safetensors header within its 43 bytes, got one of 2336927755350992246 "
-            "bytes. The file is truncated or not safetensors; fetch it again."
-        ],
+        ["model.safetensors: expected a safetensors file, got a git-LFS pointer. Fetch the file with `git lfs pull`."],
     ),
     "missing file": (
         lambda out: (out / "model.safetensors").unlink(),

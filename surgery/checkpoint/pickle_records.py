@@ -1,0 +1,87 @@
+"""The records of a PyTorch zip archive against what its pickle says of them, which mapping the file does not compare.
+
+torch.load(mmap=True) takes the bytes at a record's offset for the storage, whether the record is deflated, shorter or
+longer; without mmap it inflates or refuses. torch.load to the meta device tells each storage's size and offset, the
+latter as torch.save would have placed it.
+"""
+
+import struct
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of an entry in a zip archive: lengths of its name and extra field
+_DEPTH = 8  # of nests that tensors are looked for in: a pickle may hold itself
+
+
+_MOST_PICKLED = 1 << 28  # bytes of a compressed pickle: it holds names and shapes, and is inflated at once
+
+
+def is_mappable(path: Path) -> bool:
+    """Tell whether the bytes of a file are those of its tensors; where that is not sure, torch.load shall read it all.
+
+    Raises:
+        ValueError: its pickle is a bomb.
+    """
+    entries = _entries(path)
+    for entry in entries:
+        if entry.filename.endswith("/data.pkl") and entry.compress_type and entry.file_size > _MOST_PICKLED:
+            raise ValueError(f"expected a pickle of at most {_MOST_PICKLED} bytes, got {entry.file_size}")
+    if any(entry.compress_type for entry in entries) or _byte_order(path, entries) != sys.byteorder:
+        return False
+    return not entries or _has_own_sizes(path)
+
+
+def _has_own_sizes(path: Path) -> bool:
+    """Tell whether each storage is as large as its record."""
+    sizes = _sizes(path)
+    try:
+        loaded = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # such as of quantized tensors, which there are none of on the meta device
+        return False
+    for storage in _storages(loaded, _DEPTH):
+        offset = getattr(storage, "_checkpoint_offset", None)  # older torch does not tell
+        if offset is not None and sizes.get(offset) != storage.nbytes():
+            return False
+    return True
+
+
+def _entries(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
+        return []  # torch.load says what it is
+
+
+def _byte_order(path: Path, entries: Iterable[zipfile.ZipInfo]) -> str:
+    """Return the byte order that an archive names; the machine's own if it names none."""
+    entry = next((entry for entry in entries if entry.filename.endswith("/byteorder") and entry.file_size < 10), None)
+    if entry is None:
+        return sys.byteorder
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(entry).decode("ascii", "replace")
+
+
+def _sizes(path: Path) -> dict[int, int]:
+    """Return the size of each record by the offset of its bytes."""
+    sizes = {}
+    with path.open("rb") as file:
+        for entry in _entries(path):
+            file.seek(entry.header_offset)
+            name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size).ljust(_LOCAL_HEADER.size, b"\0"))
+            sizes[entry.header_offset + _LOCAL_HEADER.size + name + extra] = entry.file_size
+    return sizes
+
+
+def _storages(value: Any, depth: int) -> Iterator[torch.UntypedStorage]:
+    if isinstance(value, torch.Tensor):
+        if value.layout is torch.strided:
+            yield value.untyped_storage()
+    elif depth and isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _storages(item, depth - 1)

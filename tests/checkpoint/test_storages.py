@@ -1,0 +1,143 @@
+"""Storages: what torch.load reads is read, what it refuses is refused, and columns of one matrix are no overlap."""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from surgery.checkpoint import storages  # noqa: E402
+from surgery.checkpoint.pickle_records import is_mappable  # noqa: E402
+from surgery.checkpoint.pickles import PickleFile  # noqa: E402
+from surgery.checkpoint.storages import overlap  # noqa: E402
+from surgery.errors import SourceError  # noqa: E402
+
+_DAMAGED = "x: expected a PyTorch checkpoint, got a damaged or another file. Fetch it again."
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = PickleFile(path, label="x")
+    found = {}
+    for tensor in file.header.tensors:
+        buffer = bytearray(tensor.nbytes)
+        file.read_into(tensor, 0, memoryview(buffer))
+        found[tensor.name] = torch.frombuffer(buffer, dtype=torch.float32).reshape(tensor.shape)
+    file.close()
+    return found
+
+
+def _assert_read_as_torch_reads(path: Path) -> None:
+    expected, found = torch.load(path, weights_only=True), _read(path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+_BASE = torch.arange(48.0).reshape(6, 8)
+_APART = {
+    "column chunks": dict(zip("abcd", _BASE.chunk(4, dim=1), strict=True)),
+    "row chunks": dict(zip("abc", _BASE.chunk(3, dim=0), strict=True)),
+    "transposed": {"a": _BASE[:, :3].t(), "b": _BASE[:, 3:]},
+    "interleaved": {"a": _BASE[:, ::2], "b": _BASE[:, 1::2]},
+    "a column": {"a": _BASE[:, 0], "b": _BASE[:, 1:]},
+    "blocks": {"a": _BASE[:3, :4], "b": _BASE[:3, 4:], "c": _BASE[3:, :4], "d": _BASE[3:, 4:]},
+    "convolution": dict(zip("ab", torch.arange(64.0).reshape(2, 4, 2, 4).chunk(2, dim=1), strict=True)),
+    "expanded": {"a": _BASE[0, :1].expand(5), "b": _BASE[:, 1:]},
+}
+_TOUCHING = {
+    "columns": ({"a": _BASE[:, :5], "b": _BASE[:, 4:]}, "b", "a"),
+    "rows": ({"a": _BASE[:4], "b": _BASE[3:]}, "b", "a"),
+    "whole": ({"a": _BASE, "b": _BASE[:, 2:3]}, "b", "a"),
+    "another shape": ({"a": _BASE, "b": _BASE.reshape(-1)}, "b", "a"),
+    "transposed": ({"a": _BASE, "b": _BASE.t()}, "b", "a"),
+    "third": ({"a": _BASE[:, :2], "b": _BASE[:, 4:6], "c": _BASE[:, 5:7]}, "c", "b"),
+}
+
+
+@pytest.mark.parametrize("tensors", _APART.values(), ids=_APART)
+def test_views_that_share_no_element_are_read(tensors: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(tensors, tmp_path / "x.pt")
+    _assert_read_as_torch_reads(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(("tensors", "name", "other"), _TOUCHING.values(), ids=_TOUCHING)
+def test_views_that_share_elements_are_refused(tensors: dict[str, Any], name: str, other: str, tmp_path: Path) -> None:
+    torch.save(tensors, tmp_path / "x.pt")
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == (
+        f"x: {name!r}: expected tensors that are equal or apart, got one that overlaps {other!r}. "
+        "Save a copy of it with .clone()."
+    )
+
+
+def test_views_of_a_huge_storage_are_told_by_their_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storages, "_MOST", 8)
+    assert overlap(_APART["column chunks"]) == ("a", "b")
+    assert overlap(_APART["row chunks"]) is None
+
+
+# -- archives -----------------------------------------------------------------------------------------------------
+
+
+def _rewrite(path: Path, change: Any, compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, change(data) if name.endswith("/data/0") else data)
+
+
+def test_archive_of_torch_save_is_mapped(tmp_path: Path) -> None:
+    torch.save({"model": {"w": _BASE, "v": _BASE[:2]}, "optimizer": {"state": {0: torch.ones(3)}}}, tmp_path / "x.pt")
+    assert is_mappable(tmp_path / "x.pt")
+
+
+def test_deflated_archive_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+    torch.save({"w": _BASE, "v": _BASE + 1}, tmp_path / "x.pt")
+    _rewrite(tmp_path / "x.pt", lambda data: data, zipfile.ZIP_DEFLATED)
+    _assert_read_as_torch_reads(tmp_path / "x.pt")
+
+
+def test_archive_that_was_packed_again_is_read(tmp_path: Path) -> None:
+    torch.save({"w": _BASE, "v": _BASE + 1}, tmp_path / "x.pt")
+    _rewrite(tmp_path / "x.pt", lambda data: data)
+    _assert_read_as_torch_reads(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:5], lambda data: data * 2, lambda _: b""], ids=["short", "long", "empty"]
+)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_record_of_another_size_is_refused(change: Any, compression: int, tmp_path: Path) -> None:
+    """Mapped, the bytes of the next record would be taken for weights."""
+    torch.save({"w": _BASE, "v": _BASE + 1}, tmp_path / "x.pt")
+    _rewrite(tmp_path / "x.pt", change, compression)
+    with pytest.raises(RuntimeError):
+        torch.load(tmp_path / "x.pt", weights_only=True)
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == _DAMAGED
+
+
+def test_tensor_expanded_to_terabytes_is_refused_before_it_is_laid_out(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(4)[:1].expand(2**40)}, tmp_path / "x.pt")
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == (
+        "x: 'w': expected a tensor of elements of its own, got 4398046511104 bytes that repeat 16. "
+        "Save what it repeats."
+    )
+
+
+def test_file_cut_while_it_is_mapped_ends_in_an_error(tmp_path: Path) -> None:
+    """Not in SIGBUS."""
+    torch.save({"w": torch.ones(1 << 20)}, tmp_path / "x.pt")
+    file = PickleFile(tmp_path / "x.pt", label="x")
+    os.truncate(tmp_path / "x.pt", 1000)
+    tensor = file.header.tensors[0]
+    with pytest.raises(SourceError, match="expected a file at rest, got one that changed while it was read"):
+        file.read_into(tensor, 0, memoryview(bytearray(tensor.nbytes)))
+    file.close()
