@@ -7,25 +7,21 @@ import logging
 import sys
 import weakref
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from surgery.errors import SettingError, SourceError
+from surgery.errors import SourceError
 
 from .compiling import eagerly
 from .regularizer import Regularizer
 from .weights.pretrained import local
-from .weights.tracked import Tracked
 
 _log = logging.getLogger(__name__)
-_PATIENCE = 100
-"""Forwards between two steps, more than gradients are accumulated over."""
 
 
 class Listener(Protocol):
@@ -62,16 +58,16 @@ def forget(listener: Listener) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for listener in list(_listeners) if _depth(optimizer) <= 1 else ():
+    for listener in list(_listeners) if count_open_steps(optimizer) <= 1 else ():
         listener.before_step(optimizer, is_closure=_is_closure(args, kwargs))
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for listener in list(_listeners) if _depth(optimizer) <= 1 else ():
+    for listener in list(_listeners) if count_open_steps(optimizer) <= 1 else ():
         listener.after_step(optimizer, is_closure=_is_closure(args, kwargs))
 
 
-def _depth(optimizer: Optimizer) -> int:
+def count_open_steps(optimizer: Optimizer) -> int:
     """Count the steps of an optimizer that are under way: one whose step calls super().step() has two.
 
     torch wraps the step of each class that an optimizer is made of, and calls the hooks in every wrapper.
@@ -199,109 +195,3 @@ class StepWatch:
             self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0
         self._seen = seen
         return self._missed > 1
-
-
-class OpenStep:
-    """The step that a method is amid. An optimizer that wraps another has both of them step: the outer one counts."""
-
-    def __init__(self) -> None:
-        self._optimizer: weakref.ref[Optimizer] | None = None
-
-    @property
-    def is_open(self) -> bool:
-        return self._optimizer is not None
-
-    def enter(self, optimizer: Optimizer) -> bool:
-        """Open a step; False within one of another optimizer. One that has raised is over."""
-        outer = self._optimizer() if self._optimizer is not None else None
-        if outer is not None and outer is not optimizer and _depth(outer):
-            return False
-        self._optimizer = weakref.ref(optimizer)
-        return True
-
-    def leave(self, optimizer: Optimizer) -> bool:
-        """Close the step that this optimizer has opened; False if it has not."""
-        if self._optimizer is None or self._optimizer() is not optimizer:
-            return False
-        self._optimizer = None
-        return True
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_optimizer": None}
-
-
-class StepRegularizer(Regularizer):
-    """A method that acts in the steps of optimizers: it raises where weights change without one.
-
-    Args:
-        name: of the method.
-        tracked: the weights that it acts on, as long as they are trainable.
-    """
-
-    def __init__(self, name: str, tracked: Sequence[Tracked]) -> None:
-        self.steps = 0
-        """Optimizer steps that it acted in."""
-        self._name = name
-        self._tracked = tracked
-        self._open_step = OpenStep()
-        self._watch = StepWatch()
-        self._seen = self._idle = 0
-
-    def begin_forward(self, root: nn.Module) -> None:
-        """Raise where weights have changed with no optimizer step of torch that the method could have acted in."""
-        if not root.training or torch.compiler.is_compiling():
-            return
-        one = next((one for one in self._tracked if one.weight.requires_grad), None)
-        if one is None or self._open_step.is_open:  # a closure, such as LBFGS's, amid the step
-            return
-        self._idle = self._idle + 1 if self.steps == self._seen else 0
-        self._seen = self.steps
-        if self._idle == _PATIENCE:
-            _log.warning(
-                "%s: expected an optimizer that holds %s, or another weight that it acts on, got no step of one in %d "
-                "forwards in training mode.",
-                self._name,
-                one.name,
-                _PATIENCE,
-            )
-        if self._watch.is_missed(one.weight, self.steps):
-            raise SourceError(
-                f"{self._name}: expected a step of a torch.optim.Optimizer that holds {one.name}, got weights that "
-                "change without one. Use such an optimizer, built from the model's own parameters."
-            )
-
-    @property
-    def has_acted(self) -> bool:
-        return self.steps > 0
-
-
-def held_weights(
-    optimizer: Optimizer, tracked: Iterable[Tracked], *, is_closure: bool
-) -> Iterator[tuple[dict[str, Any], Tracked, torch.Tensor]]:
-    """Yield those of the weights that an optimizer has a gradient for, each with its parameter group.
-
-    Args:
-        is_closure: gradients come later, so that all trainable weights count.
-    """
-    known = {id(one.weight): one for one in tracked}
-    for group in optimizer.param_groups:
-        for w in group["params"]:
-            if (w.grad is not None or (is_closure and w.requires_grad)) and (one := known.get(id(w))) is not None:
-                yield group, one, w
-
-
-def lr_of(method: str, optimizer: Optimizer, group: dict[str, Any], use: str) -> float:
-    """Return the lr of a parameter group.
-
-    Args:
-        method, use: which method wants it, and what for.
-    Raises:
-        SettingError: it has none.
-    """
-    lr = group.get("lr")
-    if lr is None:
-        raise SettingError(
-            f"{method}: expected an optimizer with an lr, got {type(optimizer).__name__} with lr=None. "
-            f"Give it an lr: {use}."
-        )
-    return float(lr)

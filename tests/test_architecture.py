@@ -31,6 +31,7 @@ HOOKS = (
     ("patch",),
     ("checks", "lifecycle", "registry"),
     METHODS,
+    ("step_methods",),
     ("steps",),
     ("regularizer",),
     ("weights",),

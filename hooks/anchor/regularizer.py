@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from ..regularizer import Settings
-from ..steps import StepRegularizer, held_weights, lr_of
+from ..step_methods import StepRegularizer, held_weights, lr_of
 from ..weights.chosen import ChosenWeights
 from ..weights.pretrained import local
 from .settings import Anchor

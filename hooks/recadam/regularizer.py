@@ -14,7 +14,8 @@ from surgery.errors import SettingError, SourceError
 
 from ..marks import PATCH
 from ..regularizer import Handle, Settings
-from ..steps import StepRegularizer, held_weights, is_captured, lr_of
+from ..step_methods import StepRegularizer, held_weights, lr_of
+from ..steps import is_captured
 from ..weights.chosen import ChosenWeights
 from ..weights.pretrained import Pretrained, local
 from .settings import RecAdam
