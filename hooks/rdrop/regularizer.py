@@ -201,7 +201,7 @@ class RDropRegularizer(AuditedRegularizer):
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Note that a step begins."""
         super().before_step(optimizer, is_closure=is_closure)
-        self.schedule.begin_step()
+        self.schedule.begin_step(optimizer, is_closure=is_closure)
 
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Note that there was one."""

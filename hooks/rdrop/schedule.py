@@ -59,11 +59,17 @@ class Schedule:
         self.steps = steps
         self._has_stepped = False
 
-    def begin_step(self) -> None:
+    def begin_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         self._is_stepping = True
+        if not is_closure:
+            self._note_step(optimizer)
 
     def end_step(self, optimizer: Optimizer) -> None:
         self._is_stepping = False
+        self._note_step(optimizer)
+
+    def _note_step(self, optimizer: Optimizer) -> None:
+        """Note a step that has gradients: before it, for it may clear them, and after it, for a closure brings them."""
         self._has_stepped = self._has_stepped or next(self.held(optimizer), None) is not None
 
     def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:

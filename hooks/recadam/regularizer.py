@@ -27,12 +27,18 @@ T = "surgery_recadam_t"
 
 @dataclass(frozen=True)
 class _Before:
-    """A weight before a step: its w_pre, its values on this rank, and the lr of the step."""
+    """A weight before a step: its w_pre, its values on this rank, the lr of the step, and whether it has a gradient."""
 
     pretrained: Pretrained
     w: torch.Tensor
     values: torch.Tensor
     lr: float
+    has_grad: bool
+
+    @property
+    def was_stepped(self) -> bool:
+        """The step was for this weight: its gradient may be gone by now, or have come from a closure."""
+        return self.has_grad or self.w.grad is not None or not torch.equal(local(self.w), self.values)
 
 
 class RecAdamRegularizer(StepRegularizer):
@@ -81,7 +87,7 @@ class RecAdamRegularizer(StepRegularizer):
         for group, tracked, w in held:
             lr = lr_of("recadam", optimizer, group, "the pull is lr * gamma")
             self._check_pull(lr)
-            self._before.append(_Before(tracked.ready(w), w, local(w.detach()).clone(), lr))
+            self._before.append(_Before(tracked.ready(w), w, local(w.detach()).clone(), lr, w.grad is not None))
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
@@ -95,7 +101,7 @@ class RecAdamRegularizer(StepRegularizer):
         share = self.settings.anneal(self.t)
         while self._before:
             before = self._before.pop()
-            if before.w.grad is not None:
+            if before.was_stepped:
                 pull = before.lr * (1 - share) * self.settings.gamma
                 _recall(before, share, pull)
         self.steps += 1

@@ -5,7 +5,7 @@ from surgery.checkpoint.tensorfile import Tensor
 _NAMES = (
     (".qweight", ".qzeros"),  # GPTQ, AWQ
     (".SCB", ".absmax", ".quant_map"),  # bitsandbytes, 8 and 4 bits
-    (".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_scale_2"),  # compressed-tensors, W8A8, FP8, NVFP4
+    (".weight_packed", ".weight_scale_inv"),  # compressed-tensors, block FP8
     (".W_q", ".q_weight", ".weight._data"),  # HQQ, EXL2, Quanto
 )
 _PACKED = tuple(name for names in _NAMES for name in names)

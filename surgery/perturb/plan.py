@@ -180,7 +180,9 @@ def _plan_set(
     shards = []
     for name, (header, tied) in files.items():
         of_shard = {t.name: roles[t.name] for t in header.tensors} | {t.name: t.role for t in records.get(name, ())}
-        copied = _reasons_to_copy(checkpoint.path(name), header, settings, of_shard)
+        if not recorded:  # else it was perturbed before this was known
+            _refuse_packed(checkpoint.path(name), header)
+        copied = _reasons_to_copy(header, settings, of_shard)
         shards.append(ShardPlan(name, _output_name(weight_set, name), header, copied, tied, of_shard))
     return shards
 
@@ -192,17 +194,18 @@ def _read_header(checkpoint: Checkpoint, name: str) -> tuple[Header, dict[str, s
     return source.header, source.tied
 
 
-def _reasons_to_copy(path: Path, header: Header, settings: NoisyTune, roles: Mapping[str, Role]) -> dict[str, str]:
-    copied: dict[str, str] = {}
+def _refuse_packed(path: Path, header: Header) -> None:
     for tensor in header.tensors:
         if is_packed(tensor):
             raise SourceError(
                 f"{path}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
                 "Perturb the original checkpoint and quantize the result."
             )
-        if reason := settings.reason_to_copy(tensor.name, tensor.dtype, tensor.shape, roles[tensor.name]):
-            copied[tensor.name] = reason
-    return copied
+
+
+def _reasons_to_copy(header: Header, settings: NoisyTune, roles: Mapping[str, Role]) -> dict[str, str]:
+    reasons = {t.name: settings.reason_to_copy(t.name, t.dtype, t.shape, roles[t.name]) for t in header.tensors}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def is_packed(tensor: Tensor) -> bool:

@@ -322,6 +322,26 @@ def test_step_that_calls_its_class_counts_once(method: str) -> None:
     assert_same(*runs)
 
 
+class Zeroing(torch.optim.SGD):
+    """Clears the gradients as it ends, as optimizers do that step within backward."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.zero_grad()
+        return loss
+
+
+@pytest.mark.parametrize("is_closure", [False, True], ids=["plain", "closure"])
+def test_step_that_clears_its_gradients_is_recalled(is_closure: bool) -> None:
+    runs = []
+    for kind in (torch.optim.SGD, Zeroing):
+        model = patch_model(net(), recadam=RecAdam(2.0, 0.5, 3))
+        take_steps(model, kind(model.parameters(), 0.05), range(6), is_closure=is_closure)
+        runs.append(model)
+    assert stats(runs[0])["distance"] > 0
+    assert_same(*runs)
+
+
 def test_loaded_weights_and_a_new_optimizer_begin_anew(caplog: pytest.LogCaptureFixture) -> None:
     model = patch_model(net(), recadam=RecAdam(2.0, 0.5, 3))
     start = deepcopy(model.state_dict())
