@@ -633,3 +633,10 @@ def test_dry_run_of_a_terabyte_takes_seconds(run_cli: Callable[..., Ran], tmp_pa
     answer = json.loads(ran.out)
     assert (answer["shards"], answer["parameters"]) == (shards, shards * rows * 1000)
     assert answer["bytes"] > 1e12
+
+
+def test_learned_scale_of_float_weights_is_not_quantized(source: Path, run_cli: Callable[..., Ran]) -> None:
+    weights = {"fc.weight": np.eye(4, dtype=np.float32), "fc.weight_scale": np.arange(1, 5, dtype=np.float32)}
+    save_file(weights, source / "model.safetensors")
+    ran = run_cli("perturb", source, "-o", "out")
+    assert ran.code == 0, ran.err

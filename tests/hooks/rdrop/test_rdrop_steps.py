@@ -184,3 +184,21 @@ def test_a_step_without_a_forward_of_the_patched_model_is_refused() -> None:
     model.forward(**BATCH).loss.backward()
     with pytest.raises(SourceError, match=r"^rdrop: expected a forward of the patched model in training mode before"):
         optimizer.step()
+
+
+class Zeroing(torch.optim.SGD):
+    """Clears the gradients as it ends."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.zero_grad()
+        return loss
+
+
+def test_steps_that_clear_their_gradients_are_counted() -> None:
+    model = bert(every=2, passes="two")
+    optimizer = Zeroing(model.parameters(), 0.01)
+    for _ in range(4):
+        model(**BATCH).loss.backward()
+        optimizer.step()
+    assert stats(model)["rdrop_fired"] == 2
