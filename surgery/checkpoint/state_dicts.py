@@ -19,9 +19,11 @@ _log = logging.getLogger(__name__)
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
 """Names under which training frameworks keep the model beside training state."""
 _TRAINING = re.compile(
-    r".*(optim|sched|scaler|callback|loops|hparam|hyper_param|param_groups|args|config|rng|random|amp_scaling).*",
+    r"(?:.*[^a-z])?(?:optim(?:i[sz]ers?|[a-z])?|(?:lr_?)?sched(?:ulers?|s)?|(?:grad_?)?scalers?|callbacks?|loops?|hparams|"
+    r"hyper_param\w*|param_groups|rng|random_(?:rng_)?states?|amp_scaling)(?:[^a-z].*)?",
     re.IGNORECASE,
 )
+"""Names of training state, by whole words: an `optimal_transport` or a `random_projection` may be a model's."""
 _DEPTH = 8
 _LEVELS = 3  # of nests within a nest that are looked into to tell whether there are tensors
 _ALIKE = 0.5  # of its names that another state_dict shares: another copy of the same model

@@ -124,3 +124,23 @@ def test_command_names_what_it_left_out(run_cli: Any, tmp_path: Path) -> None:
     ran = run_cli("perturb", "x.pt", "-o", "out")
     assert ran.code == 0
     assert ran.err == f"{tmp_path}/x.pt: left out 1 that are no tensors: 'scale' (float)\n"
+
+
+@pytest.mark.parametrize("nest", ["optimal_transport", "random_projection", "config_net", "unscheduled"])
+def test_nest_whose_name_only_reads_like_training_state_is_not_dropped(
+    nest: str, tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    assert sorted(_names({nest: _SD}, tmp_path)) == sorted(_SD)
+    assert _names({"model": _SD, nest: _OTHER}, tmp_path)
+    assert [nest in message for message in warned.messages] == [True]
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["optimizer", "optimizer_states", "g_optim", "optimG", "lr_schedulers", "scaler", "cuda_rng_state", "loops"],
+)
+def test_training_state_is_left_out_without_a_word(
+    state: str, tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    assert sorted(_names({"model": _SD, state: {"a": torch.ones(3)}}, tmp_path)) == sorted(_SD)
+    assert warned.messages == []
