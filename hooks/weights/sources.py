@@ -8,11 +8,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from surgery.checkpoint.pickles import DTYPES, PickleFile
+from surgery.checkpoint.pickles import DTYPES
 from surgery.checkpoint.resolve import Checkpoint, quantized, resolve
-from surgery.checkpoint.tensorfile import Tensor, TensorFile
+from surgery.checkpoint.tensorfile import Tensor
+from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError, some
-from surgery.live.names import NEW, Names, find_names, pretrained_parts
+from surgery.live.names import NEW, Names, find_names, own_weights, pretrained_parts
 from surgery.progress import bar
 
 from .selection import Target
@@ -214,19 +215,21 @@ class _Files:
 def _stream(checkpoint: Checkpoint, wanted: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the wanted tensors of a checkpoint by name, one in memory at a time."""
     names = set(wanted)
-    for path in (checkpoint.path(name) for weights in checkpoint.layout.weights for name in weights.files):
-        kind = TensorFile if path.suffix == ".safetensors" else PickleFile
-        file = kind(path, label=str(path))
+    for file_name in (name for weights in own_weights(checkpoint) for name in weights.files):
+        file = open_weights(checkpoint, file_name)
         try:
             for tensor in file.header.tensors:
                 if tensor.name in names:
                     names.remove(tensor.name)
-                    yield tensor.name, _read(file, tensor, path)
+                    yield tensor.name, _read(file, tensor, checkpoint.path(file_name))
+            file.refuse_changed()
         finally:
             file.close()
+    if names:
+        raise SourceError(f"w_pre: {some(sorted(names))}: expected in {checkpoint.id}, got none. Fetch it again.")
 
 
-def _read(file: TensorFile | PickleFile, tensor: Tensor, path: Path) -> torch.Tensor:
+def _read(file: WeightFile, tensor: Tensor, path: Path) -> torch.Tensor:
     if tensor.dtype not in _TORCH:
         raise SourceError(f"w_pre: {tensor.name}: expected floating point, got {tensor.dtype} in {path}. Exclude it.")
     values = torch.empty(tensor.shape, dtype=_TORCH[tensor.dtype])

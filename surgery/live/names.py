@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from surgery.checkpoint.pickles import DTYPES, PickleFile
+from surgery.checkpoint.layout import WeightSet
+from surgery.checkpoint.pickles import DTYPES
 from surgery.checkpoint.resolve import Checkpoint, resolve
 from surgery.checkpoint.roles import find_roles, read_model_type
-from surgery.checkpoint.tensorfile import Tensor, read_header
+from surgery.checkpoint.tensorfile import Tensor
+from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SourceError
 from surgery.live.renames import CheckpointNames, Counterparts, match_names
 from surgery.roles import BUFFER, CLASS, Role
@@ -185,19 +187,30 @@ def _resolve(source: str | Path | Checkpoint) -> Checkpoint:
     return source if isinstance(source, Checkpoint) else resolve(source)
 
 
-def _read_names(checkpoint: Checkpoint) -> CheckpointNames:
-    """Read the headers of a checkpoint's own weights, not those of the components in its folders."""
+def own_weights(checkpoint: Checkpoint) -> list[WeightSet]:
+    """Return a checkpoint's own weights, not those of the components in its folders.
+
+    Raises:
+        SourceError: it has none of its own, and several components.
+    """
     sets = checkpoint.layout.weights
     chosen = [weights for weights in sets if weights.folder == ""] or list(sets)
     if len({weights.folder for weights in chosen}) > 1:
         folders = ", ".join(sorted({weights.folder for weights in chosen})[:3])
         raise SourceError(f"{checkpoint.id}: expected one model, got several ({folders}). Point at the folder of one.")
+    return chosen
+
+
+def _read_names(checkpoint: Checkpoint) -> CheckpointNames:
+    """Read the headers of a checkpoint's own weights."""
+    chosen = own_weights(checkpoint)
     tensors: list[Tensor] = []
     written: dict[str, str] = {}
     for name in (name for weights in chosen for name in weights.files):
-        header, tied = _read_file(checkpoint.path(name))
-        tensors += header.tensors
-        written |= {tensor.name: tensor.name for tensor in header.tensors} | tied
+        file = open_weights(checkpoint, name)
+        file.close()
+        tensors += file.header.tensors
+        written |= {tensor.name: tensor.name for tensor in file.header.tensors} | file.tied
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     return CheckpointNames(
         checkpoint.id,
@@ -207,14 +220,6 @@ def _read_names(checkpoint: Checkpoint) -> CheckpointNames:
         dtypes={tensor.name: tensor.dtype for tensor in tensors},
         roles=find_roles(shapes, read_model_type(checkpoint, chosen[0].folder)),
     )
-
-
-def _read_file(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return read_header(path, label=str(path)), {}
-    file = PickleFile(path, label=str(path))
-    file.close()
-    return file.header, file.tied
 
 
 def _local_names(part: Any) -> CheckpointNames | None:

