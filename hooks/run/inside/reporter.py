@@ -96,8 +96,8 @@ class Reporter:
 
     def end(self, models: Iterable[Model]) -> None:
         """Write for the last time; without a `surgery run` to read it, print the outcome."""
-        self.write(models, is_last=True)
         for model in models:
+            model.entry(is_last=False)
             self.record.notes += (f"{model.name}: {text}" for text in model.remarks)
         self.write(models, is_last=True)
         if self.record.has_trained and run_dir() is None:
