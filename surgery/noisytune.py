@@ -23,6 +23,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 NO_SPREAD = "all elements equal, no spread"
 """Why a tensor is copied whose std turned out to be 0."""
 
+NOT_INCLUDED, EXCLUDED = "not in --include", "in --exclude"
+"""Why a tensor is copied that the settings leave out."""
+
 NOISES = ("uniform", "normal")
 SCALES = ("matrix", "global")
 ROUNDINGS = ("nearest", "stochastic")
@@ -76,9 +79,9 @@ class NoisyTune:
         if math.prod(shape) == 1:
             return "one element, no spread"
         if self.include and not any(matches(glob, name) for glob in self.include):
-            return "not in --include"
+            return NOT_INCLUDED
         if any(matches(glob, name) for glob in self.exclude):
-            return "in --exclude"
+            return EXCLUDED
         return "lam is 0" if self.lam == 0 else None
 
     def overrule(self, name: str, role: Role) -> Role:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 BUFFER = "a buffer, not a parameter"
 """Why a buffer is left as it is, in a file or on a live model; what kind of buffer may follow after a colon."""
 
-CLASS, RULE, NAME = "class", "rule", "name"
+CLASS, RULE, NAME, VALUE = "class", "rule", "name", "value"
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Role:
 
     Args:
         is_buffer: whether it is a buffer.
-        known: from the model's CLASS, by a RULE on the names beside its own, or by its last NAME alone; None where a
-            recipe does not say.
+        known: from the model's CLASS, by a RULE on the names beside its own, by its last NAME alone, or by its VALUEs;
+            None where a recipe does not say.
         what: kind of buffer, in a few words, where a rule knows it.
     """
 

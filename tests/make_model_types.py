@@ -16,8 +16,8 @@ from typing import Any
 import transformers
 import zoo
 
-from surgery.checkpoint.buffer_rules import role_by_rules
-from surgery.checkpoint.model_types import ModelType, as_pattern
+from surgery.checkpoint.described_class import describe, model_type_of
+from surgery.checkpoint.model_types import ModelType
 
 TABLE = Path(__file__).resolve().parent.parent / "surgery" / "checkpoint" / "model_types.json"
 LAYERS = 8
@@ -41,52 +41,32 @@ def sweep(model_type: str, layers: int = LAYERS) -> Swept:
         if isinstance(model, Exception):
             errors[class_name] = f"{type(model).__name__}: {' '.join(str(model).split())[:100]}"
         else:
-            found.append(zoo.describe(class_name, model))
+            found.append(describe(class_name, model))
     nested = zoo.nested_types(model_type) - {model_type} if found else ()
     return Swept(model_type, tuple(found), errors, frozenset(nested))
-
-
-def entry_of(found: Iterable[Any], *, nested: ModelType | None = None) -> tuple[set[str], set[str]]:
-    """Return the names of buffers of a model type, and of the parameters that else would be taken for buffers."""
-    found = list(found)
-    buffers = {_shorten(as_pattern(_strip(name, one.prefix))) for one in found for name in one.buffers}
-    for one in found:  # what the class no longer saves, an older file may hold
-        hidden = (n for n, shape in one.transient.items() if not role_by_rules(n, shape, one.names).is_buffer)
-        buffers |= {as_pattern(_strip(name, one.prefix)) for name in hidden}
-    known = ModelType("", frozenset(buffers) | (nested.buffers if nested else frozenset()), frozenset())
-    parameters = set()
-    for one in found:
-        for name, shape in one.parameters.items():
-            if known.is_buffer(name) or role_by_rules(name, shape, one.names).is_buffer:
-                parameters.add(as_pattern(_strip(name, one.prefix)))
-    return buffers, parameters
-
-
-def _shorten(pattern: str) -> str:
-    """Keep of a batch norm's statistics, which are most of all buffers, the last name alone: no parameter bears it."""
-    last = pattern.rpartition(".")[2]
-    return last if last in ("running_mean", "running_var") else pattern
-
-
-def _strip(name: str, prefix: str) -> str:
-    return name.removeprefix(f"{prefix}.") if prefix else name
 
 
 def make_table(all_swept: Iterable[Swept]) -> dict[str, Any]:
     """Return what model_types.json holds."""
     all_swept = [swept for swept in all_swept if swept.classes]
-    buffers = {swept.model_type: entry_of(swept.classes)[0] for swept in all_swept}
-    parameters = {}
+    alone = {swept.model_type: model_type_of(swept.model_type, swept.classes) for swept in all_swept}
+    known = {}
     for swept in all_swept:
-        inner = frozenset(name for other in swept.nested for name in buffers.get(other, ()))
-        parameters[swept.model_type] = entry_of(swept.classes, nested=ModelType("", inner, frozenset()))[1]
-        if both := parameters[swept.model_type] & buffers[swept.model_type]:
-            raise SystemExit(f"{swept.model_type}: a parameter of one class is a buffer of another: {sorted(both)}")
+        inner = frozenset(name for other in swept.nested if other in alone for name in alone[other].buffers)
+        nested = ModelType("", inner, frozenset())
+        kind = known[swept.model_type] = model_type_of(swept.model_type, swept.classes, nested=nested)
+        if both := kind.parameters & kind.buffers:
+            raise SystemExit(f"{kind.name}: a parameter of one class is a buffer of another: {sorted(both)}")
+    ordered = [known[name] for name in sorted(known)]
+    tied = [kind for kind in ordered if kind.ties]
     return {
         "transformers": transformers.__version__,
-        "types": " ".join(sorted(buffers)),
-        "buffers": {kind: sorted(names) for kind, names in sorted(buffers.items()) if names},
-        "parameters": {kind: sorted(names) for kind, names in sorted(parameters.items()) if names},
+        "types": " ".join(kind.name for kind in ordered),
+        "classes": {kind.name: " ".join(zoo.classes_of(kind.name)) for kind in ordered},
+        "buffers": {kind.name: sorted(kind.buffers) for kind in ordered if kind.buffers},
+        "parameters": {kind.name: sorted(kind.parameters) for kind in ordered if kind.parameters},
+        "ties": {kind.name: {name: " ".join(sources) for name, sources in sorted(kind.ties.items())} for kind in tied},
+        "untied": " ".join(kind.name for kind in tied if not zoo.is_tied_by_default(kind.name)),
     }
 
 

@@ -4,7 +4,7 @@ import pickle
 import re
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from surgery.checkpoint.pickle_records import is_mappable
 from surgery.checkpoint.state_dicts import find_state_dict
 from surgery.checkpoint.storages import overlap
 from surgery.checkpoint.tensorfile import Header, Tensor, build_header
-from surgery.checkpoint.tied_names import rank
+from surgery.checkpoint.tied_names import order
 from surgery.errors import SourceError
 
 _MOST_EXPANDED = 1 << 30  # bytes of a tensor that repeats its elements: it is laid out in memory to be read
@@ -44,13 +44,16 @@ class PickleFile:
 
     Tensors that share their storage element for element are one tensor, under the name that comes first, as
     transformers writes them.
+
+    Args:
+        repeating: names that shall stand for others, where they share a storage.
     """
 
-    def __init__(self, path: Path, *, label: str) -> None:
+    def __init__(self, path: Path, *, label: str, repeating: Collection[str] = ()) -> None:
         self.path = path
         self._stamp = Stamp.of(path)
         state_dict = find_state_dict(_load(path, label), label)
-        self.tied = ties(state_dict, label)
+        self.tied = ties(state_dict, label, repeating)
         self._tensors = {name: tensor for name, tensor in state_dict.items() if name not in self.tied}
         entries = [(name, _dtype(name, t, label), tuple(t.shape)) for name, t in self._tensors.items()]
         self.header: Header = build_header(entries, {"format": "pt"})
@@ -151,7 +154,7 @@ def _dtype(name: str, tensor: torch.Tensor, label: str) -> str:
     return DTYPES[tensor.dtype]
 
 
-def ties(state_dict: Mapping[str, torch.Tensor], label: str) -> dict[str, str]:
+def ties(state_dict: Mapping[str, torch.Tensor], label: str, repeating: Collection[str] = ()) -> dict[str, str]:
     """Map each name that repeats another tensor's storage to the name to keep for it; refuse partial overlaps.
 
     That is the first name, but the input embedding's rather than the output's: loaders look for it.
@@ -159,7 +162,7 @@ def ties(state_dict: Mapping[str, torch.Tensor], label: str) -> dict[str, str]:
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     stored: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in sorted(state_dict.items(), key=lambda item: rank(item[0])):
+    for name, tensor in sorted(state_dict.items(), key=lambda item: order(item[0], repeating)):
         if tensor.numel() == 0 or tensor.layout is not torch.strided:
             continue
         identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())

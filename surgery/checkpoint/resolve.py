@@ -26,6 +26,7 @@ class Checkpoint:
         root: the folder that file names are relative to.
         layout: its files; every weight set names all of its shards.
         stamps: of the weights and companions when they were found, by name.
+        repeating: names of tensors that stand for others, by PyTorch file, where a recipe has said which they are.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Checkpoint:
     root: Path
     layout: Layout
     stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
+    repeating: Mapping[str, Collection[str]] = field(default_factory=dict)
 
     @property
     def short_name(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import PurePosixPath
 
 from surgery.checkpoint.buffer_rules import role_by_rules
@@ -29,10 +30,23 @@ def _role(name: str, shape: Sequence[int], names: Collection[str], model_type: M
 
 
 def read_model_type(checkpoint: Checkpoint, folder: str) -> ModelType | None:
-    """Return what is known of the class that a folder's config.json names; None if nothing, or there is none."""
+    """Return what is known of the class that a folder's config.json names; None if nothing, or there is none.
+
+    It is looked up in the table of model types; one that the table lacks is built, where transformers knows it.
+    """
     path = checkpoint.path((PurePosixPath(folder) / "config.json").as_posix())
     try:
-        config = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        config = json.loads(text)
     except (OSError, ValueError, RecursionError):
         return None
-    return find_model_type(config) if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return None
+    return find_model_type(config) or (_build(text) if isinstance(config.get("model_type"), str) else None)
+
+
+@cache
+def _build(config: bytes) -> ModelType | None:
+    from surgery.checkpoint.described_class import build_model_type  # takes transformers
+
+    return build_model_type(json.loads(config))

@@ -1,5 +1,6 @@
 """An open weight file as a Protocol, for safetensors and pickles alike; a new format is opened here."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +36,7 @@ def open_weights(checkpoint: Checkpoint, name: str) -> WeightFile:
     path = checkpoint.path(name)
     try:
         checkpoint.refuse_changed(name)
-        file = _open(path)
+        file = _open(path, checkpoint.repeating.get(name, ()))
     except OSError as error:
         raise SourceError(f"{path}: expected a file to read, got {error.strerror}. Check its permissions.") from error
     try:
@@ -46,9 +47,9 @@ def open_weights(checkpoint: Checkpoint, name: str) -> WeightFile:
     return file
 
 
-def _open(path: Path) -> WeightFile:
+def _open(path: Path, repeating: Collection[str]) -> WeightFile:
     if path.suffix == ".safetensors":
         return TensorFile(path, label=str(path))
     from surgery.checkpoint.pickles import PickleFile  # takes torch
 
-    return PickleFile(path, label=str(path))
+    return PickleFile(path, label=str(path), repeating=repeating)

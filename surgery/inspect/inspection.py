@@ -12,6 +12,7 @@ from surgery.checkpoint.layout import RECIPE
 from surgery.checkpoint.resolve import Checkpoint, locate, quantized, resolve
 from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
+from surgery.checkpoint.value_rules import find_suspects
 from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError
 from surgery.noisytune import NO_SPREAD, NoisyTune
@@ -102,7 +103,8 @@ def inspect_checkpoint(
             return _describe(checkpoint, _shards(checkpoint, {name: (header, {}) for name, header in headers.items()}))
     checkpoint = resolve(source, revision=revision, variant=variant, token=token)
     with open_all(checkpoint) as sources:
-        shards = _shards(checkpoint, {name: (source.header, source.tied) for name, source in sources.items()})
+        files = {name: (source.header, source.tied) for name, source in sources.items()}
+        shards = _shards(checkpoint, files, has_values=True)
         described = _describe(checkpoint, shards)
         return _measure(described, sources, shards, workers) if stats else described
 
@@ -131,17 +133,30 @@ def components(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _shards(checkpoint: Checkpoint, files: Mapping[str, tuple[Header, dict[str, str]]]) -> list[ShardPlan]:
-    """Say what perturb would do with each tensor of the weight files, given by name with what they repeat."""
+def _shards(
+    checkpoint: Checkpoint, files: Mapping[str, tuple[Header, dict[str, str]]], *, has_values: bool = False
+) -> list[ShardPlan]:
+    """Say what perturb would do with each tensor of the weight files, given by name with what they repeat.
+
+    Args:
+        has_values: whether the files are here, to tell buffers by their values too.
+    """
     shards = []
     for weight_set in checkpoint.layout.weights:
         shapes = {tensor.name: tensor.shape for name in weight_set.files for tensor in files[name][0].tensors}
-        roles = find_roles(shapes, read_model_type(checkpoint, weight_set.folder))
-        shards += [_shard(name, *files[name], roles) for name in weight_set.files]
+        model_type = read_model_type(checkpoint, weight_set.folder)
+        roles = find_roles(shapes, model_type)
+        if has_values:
+            tensors = {name: files[name][0].tensors for name in weight_set.files}
+            roles |= find_suspects(tensors, roles, partial(open_weights, checkpoint))
+        ties = model_type.find_ties(shapes) if model_type and model_type.is_tied else {}
+        shards += [_shard(name, *files[name], roles, ties) for name in weight_set.files]
     return shards
 
 
-def _shard(name: str, header: Header, tied: dict[str, str], roles: dict[str, Role]) -> ShardPlan:
+def _shard(
+    name: str, header: Header, tied: dict[str, str], roles: dict[str, Role], class_ties: dict[str, str]
+) -> ShardPlan:
     settings = NoisyTune()
     copied = {}
     for tensor in header.tensors:
@@ -149,7 +164,7 @@ def _shard(name: str, header: Header, tied: dict[str, str], roles: dict[str, Rol
         why = PACKED if is_packed(tensor) else settings.reason_to_copy(tensor.name, tensor.dtype, tensor.shape, role)
         if why:
             copied[tensor.name] = why
-    return ShardPlan(name, name, header, copied, tied, roles)
+    return ShardPlan(name, name, header, copied, tied, roles, class_ties)
 
 
 def _describe(checkpoint: Checkpoint, shards: list[ShardPlan]) -> Inspection:

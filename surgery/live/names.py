@@ -41,6 +41,7 @@ class Names:
         roles: what each tensor is, by live name: its module's word, and the checkpoint's for what that holds.
         notes: what could not be mapped, in sentences.
         converted: live names of what has no counterpart of its shape; the checkpoint's shape where only that differs.
+        repeating: canonical names that a class ties to others.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Names:
     roles: dict[str, Role]
     notes: tuple[str, ...] = ()
     converted: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    repeating: frozenset[str] = frozenset()
 
 
 def find_names(model: torch.nn.Module, source: str | Path | Checkpoint | None) -> Names:
@@ -88,7 +90,8 @@ def find_names(model: torch.nn.Module, source: str | Path | Checkpoint | None) -
     names.copied.update({name: NEW for name in tensors if name not in mapped and name not in buffers})
     ids = ", ".join(dict.fromkeys(checkpoint.id for checkpoint in read))
     commit = read[0].commit if len(read) == 1 else None
-    return replace(names, source=ids, commit=commit, notes=tuple(notes))
+    repeating = frozenset(name for checkpoint in read for name in checkpoint.repeating)
+    return replace(names, source=ids, commit=commit, notes=tuple(notes), repeating=repeating)
 
 
 # -- the live side ------------------------------------------------------------------------------------------------
@@ -212,13 +215,15 @@ def _read_names(checkpoint: Checkpoint) -> CheckpointNames:
         tensors += file.header.tensors
         written |= {tensor.name: tensor.name for tensor in file.header.tensors} | file.tied
     shapes = {tensor.name: tensor.shape for tensor in tensors}
+    model_type = read_model_type(checkpoint, chosen[0].folder)
     return CheckpointNames(
         checkpoint.id,
         checkpoint.commit,
         written,
         shapes,
         dtypes={tensor.name: tensor.dtype for tensor in tensors},
-        roles=find_roles(shapes, read_model_type(checkpoint, chosen[0].folder)),
+        roles=find_roles(shapes, model_type),
+        repeating=frozenset(model_type.find_ties(shapes) if model_type and model_type.is_tied else ()),
     )
 
 

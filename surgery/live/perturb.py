@@ -1,59 +1,33 @@
 """perturb_model and perturb_state_dict: NoisyTune on torch tensors in place, measured whole before the first write."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from surgery.checkpoint.pickles import DTYPES, ties
 from surgery.checkpoint.roles import find_roles
 from surgery.errors import SettingError, SourceError
 from surgery.kernels import tensors as kernels
-from surgery.live.foreign import is_flat, is_fsdp1, is_zero3_shard, packed_class
+from surgery.live.foreign import is_flat, is_fsdp1
 from surgery.live.names import NEW, find_names
+from surgery.live.targets import LiveTensor, find_targets, tie_equal
 from surgery.noise import key
 from surgery.noisytune import (
-    FLOATS,
     NO_SPREAD,
     Effect,
-    Moments,
     NoisyTune,
     as_globs,
     merge_blocks,
     merge_effect,
     pool,
 )
-from surgery.recipe import FileRecord, Recipe, TensorRecord, warn_of_vanished
-from surgery.roles import Role
+from surgery.recipe import FileRecord, Recipe, warn_of_vanished
 
 _log = logging.getLogger(__name__)
 _LARGEST_U = 2.5  # the normal distribution's: its quantile at 2^-53 is 8.3, times 1/sqrt(12)
-
-
-@dataclass
-class _LiveTensor:
-    """One tensor, under its canonical name, and why it is left as it is, or None if it is perturbed."""
-
-    name: str
-    tensor: torch.Tensor
-    dtype: str
-    copied: str | None
-    known: str | None = None
-    moments: Moments | None = None
-    effect: Effect | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def record(self) -> TensorRecord:
-        std = self.moments.std if self.moments else None
-        return TensorRecord(self.name, self.dtype, self.shape, std, self.copied, self.effect, self.known)
 
 
 def perturb_state_dict(
@@ -86,7 +60,7 @@ def perturb_state_dict(
     found = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     roles = {name: settings.overrule(name, role) for name, role in find_roles(shapes).items()}
-    targets, tied = _targets(found, {name: name for name in found}, {}, roles, settings)
+    targets, tied = find_targets(found, {name: name for name in found}, {}, roles, settings)
     return _perturb(targets, tied, settings, source="state_dict")
 
 
@@ -127,8 +101,16 @@ def perturb_model(
         _log.warning(note)
     roles = {name: settings.overrule(names.canonical[name], role) for name, role in names.roles.items()}
     new = {name: reason for name, reason in names.copied.items() if reason == NEW}
-    targets, tied = _targets(names.tensors, names.canonical, new, roles, settings)
-    return _perturb(targets, tied, settings, source=names.source, commit=names.commit, notes=names.notes)
+    targets, tied = find_targets(names.tensors, names.canonical, new, roles, settings, names.repeating)
+    return _perturb(
+        targets,
+        tied,
+        settings,
+        source=names.source,
+        commit=names.commit,
+        notes=names.notes,
+        repeating=names.repeating,
+    )
 
 
 def _refuse_quantized(model: torch.nn.Module) -> None:
@@ -151,75 +133,21 @@ def refuse_flattened(model: torch.nn.Module) -> None:
             )
 
 
-def _targets(
-    found: Mapping[str, torch.Tensor],
-    canonical: Mapping[str, str],
-    new: Mapping[str, str],
-    roles: Mapping[str, Role],
-    settings: NoisyTune,
-) -> tuple[list[_LiveTensor], dict[str, str]]:
-    """Settle what happens to every tensor, as far as that is known without reading it.
-
-    Args:
-        found: by live name, in the model's order.
-        canonical: the name to draw noise for, by live name.
-        new: why a tensor that is not in the checkpoint is left as it is, by live name.
-        roles: what each tensor is, by live name.
-    Returns:
-        One target for each group of tied tensors, and the canonical names of the others with that of their target.
-    """
-    parameters = {name: tensor for name, tensor in found.items() if not roles[name].is_buffer}
-    dtypes = {name: _dtype(name, tensor) for name, tensor in parameters.items()}
-    dtypes |= {name: DTYPES.get(found[name].dtype, str(found[name].dtype)) for name in found.keys() - parameters.keys()}
-    groups: dict[str, list[str]] = {name: [name] for name in found}
-    for name, first in ties({name: t for name, t in parameters.items() if dtypes[name] in FLOATS}, "model").items():
-        groups[first] += groups.pop(name)
-    targets: list[_LiveTensor] = []
-    tied: dict[str, str] = {}
-    for members in groups.values():
-        name = next((member for member in members if member not in new), members[0])
-        tensor, dtype, role = found[name], dtypes[name], roles[name]
-        reason = new.get(name) or settings.reason_to_copy(canonical[name], dtype, tensor.shape, role)
-        targets.append(_LiveTensor(canonical[name], tensor, dtype, reason, role.known))
-        tied |= {canonical[other]: canonical[name] for other in members if canonical[other] != canonical[name]}
-    return targets, tied
-
-
-def _dtype(name: str, tensor: torch.Tensor) -> str:
-    """Return the dtype in safetensors' names; refuse what is not simply elements in memory."""
-    packed = packed_class(tensor) or (type(tensor) if tensor.is_quantized else None)
-    fault = None
-    if tensor.is_meta:
-        fault, remedy = "one on the meta device", "Load the model without offloading."
-    elif packed or (tensor.is_floating_point() and tensor.dtype not in DTYPES):
-        fault, remedy = (
-            f"{(packed or type(tensor)).__name__} of {tensor.dtype}",
-            "Perturb the checkpoint before quantizing or sharding.",
-        )
-    elif is_zero3_shard(tensor):
-        fault, remedy = "a shard of one", "Perturb the model before DeepSpeed shards it."
-    elif tensor.layout is not torch.strided:
-        fault, remedy = f"{tensor.layout}", "Make it dense."
-    elif any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        fault, remedy = "an expanded view", "Replace it by a .clone()."
-    if fault:
-        raise SourceError(f"{name}: expected a dense tensor in memory, got {fault}. {remedy}")
-    return DTYPES.get(tensor.dtype, str(tensor.dtype))
-
-
 def _perturb(
-    targets: list[_LiveTensor],
+    targets: list[LiveTensor],
     tied: dict[str, str],
     settings: NoisyTune,
     *,
     source: str,
     commit: str | None = None,
     notes: Iterable[str] = (),
+    repeating: Collection[str] = (),
 ) -> Recipe:
     """Measure everything, check everything, then write."""
     settings.check_globs([*(target.name for target in targets), *tied] or [""])
     with kernels.workers() as workers, torch.no_grad():
         pooled = _measure(targets, settings, workers)
+        tied = tied | tie_equal(targets, repeating)
         _refuse_nothing(targets, settings, source)
         todo = [target for target in targets if target.copied is None]
         for target in todo:
@@ -240,7 +168,7 @@ def _perturb(
     return recipe
 
 
-def _measure(targets: list[_LiveTensor], settings: NoisyTune, workers: ThreadPoolExecutor) -> float | None:
+def _measure(targets: list[LiveTensor], settings: NoisyTune, workers: ThreadPoolExecutor) -> float | None:
     """Take the moments of what is to be perturbed, and set the flat tensors apart; return the std of scale="global"."""
     for target in targets:
         if target.copied is None:
@@ -251,7 +179,7 @@ def _measure(targets: list[_LiveTensor], settings: NoisyTune, workers: ThreadPoo
     return pool(spreads).std if settings.scale == "global" and spreads else None
 
 
-def _refuse_nothing(targets: list[_LiveTensor], settings: NoisyTune, source: str) -> None:
+def _refuse_nothing(targets: list[LiveTensor], settings: NoisyTune, source: str) -> None:
     if settings.lam and all(target.copied for target in targets):
         reasons = "; ".join(sorted({str(target.copied) for target in targets})) or "no tensors"
         raise SettingError(
@@ -260,12 +188,12 @@ def _refuse_nothing(targets: list[_LiveTensor], settings: NoisyTune, source: str
         )
 
 
-def _scale(target: _LiveTensor, settings: NoisyTune, pooled: float | None) -> float:
+def _scale(target: LiveTensor, settings: NoisyTune, pooled: float | None) -> float:
     assert target.moments is not None
     return settings.noise_scale(pooled or target.moments.std, target.dtype)
 
 
-def _may_overflow(target: _LiveTensor, settings: NoisyTune, pooled: float | None) -> bool:
+def _may_overflow(target: LiveTensor, settings: NoisyTune, pooled: float | None) -> bool:
     """Bound the largest |w'| from the moments, for nearly no weight comes near; the rest is tried on a copy."""
     assert target.moments is not None
     bound = abs(target.moments.mean) + target.moments.m2**0.5 + _LARGEST_U * _scale(target, settings, pooled)
@@ -273,14 +201,14 @@ def _may_overflow(target: _LiveTensor, settings: NoisyTune, pooled: float | None
 
 
 def _add_noise(
-    target: _LiveTensor, tensor: torch.Tensor, settings: NoisyTune, pooled: float | None, workers: ThreadPoolExecutor
+    target: LiveTensor, tensor: torch.Tensor, settings: NoisyTune, pooled: float | None, workers: ThreadPoolExecutor
 ) -> Effect:
     assert target.moments is not None
     sums = kernels.add_noise(
         tensor,
         target.dtype,
         workers,
-        key=key(settings.seed, target.name),
+        key=key(settings.seed, target.drawn_for or target.name),
         scale=_scale(target, settings, pooled),
         is_normal=settings.noise == "normal",
         is_stochastic=settings.rounding == "stochastic",

@@ -25,6 +25,7 @@ class CheckpointNames:
     Args:
         written: every name, and the one that `surgery perturb` writes it under: another for what a pickle holds twice.
         shapes, dtypes, roles: by written name.
+        repeating: written names that the class ties to others.
     """
 
     id: str
@@ -33,6 +34,7 @@ class CheckpointNames:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     roles: dict[str, Role] = field(default_factory=dict)
+    repeating: frozenset[str] = frozenset()
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """Plan: which tensor of which shard is perturbed or copied, and every file to write, settled from headers alone."""
 
 import json
+import logging
 import os
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from surgery.checkpoint.layout import CARD, WeightSet
@@ -14,12 +16,15 @@ from surgery.checkpoint.resolve import Checkpoint, is_untied, read_weight_map, r
 from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
 from surgery.checkpoint.tied_names import may_be_dropped
+from surgery.checkpoint.value_rules import find_suspects
 from surgery.checkpoint.weight_file import open_weights
-from surgery.errors import SettingError, SourceError
+from surgery.errors import SettingError, SourceError, some
 from surgery.noisytune import FLOATS, NoisyTune
 from surgery.perturb.output import refuse_output
 from surgery.recipe import Recipe
-from surgery.roles import Role
+from surgery.roles import VALUE, Role
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class ShardPlan:
         copied: reason by tensor name, for the tensors that will be copied.
         tied: names that repeat another tensor, and that tensor's name.
         roles: what each tensor is, by name.
+        class_ties: names of its model that the class ties to another, and that one's name.
     """
 
     source: str
@@ -41,6 +47,7 @@ class ShardPlan:
     copied: dict[str, str]
     tied: dict[str, str]
     roles: dict[str, Role]
+    class_ties: dict[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -154,6 +161,8 @@ def plan_checkpoint(
         members = _plan_set(checkpoint, weight_set, settings, recorded)
         indexes |= _plan_index(checkpoint, weight_set, members)
         shards += members
+    if not recorded:
+        _warn_of_suspects(shards)
     names = [tensor.name for shard in shards for tensor in shard.header.tensors]
     if not names:
         raise SourceError(f"{checkpoint.id}: expected tensors, got weight files without any. Fetch it again.")
@@ -174,17 +183,30 @@ def _plan_set(
     """Plan the shards of one model, whose tensors together tell what each of them is."""
     files = {name: _read_header(checkpoint, name) for name in weight_set.files}
     shapes = {tensor.name: tensor.shape for header, _ in files.values() for tensor in header.tensors}
-    found = find_roles(shapes, read_model_type(checkpoint, weight_set.folder))
+    model_type = read_model_type(checkpoint, weight_set.folder)
+    found = find_roles(shapes, model_type)
+    if not recorded:
+        tensors = {name: header.tensors for name, (header, _) in files.items()}
+        found |= find_suspects(tensors, found, partial(open_weights, checkpoint))
     roles = {name: settings.overrule(name, role) for name, role in found.items()}
     records = {file.source: file.tensors for file in recorded.files} if recorded else {}
+    class_ties = model_type.find_ties(shapes) if model_type and model_type.is_tied else {}
     shards = []
     for name, (header, tied) in files.items():
         of_shard = {t.name: roles[t.name] for t in header.tensors} | {t.name: t.role for t in records.get(name, ())}
         if not recorded:  # else it was perturbed before this was known
             _refuse_packed(checkpoint.path(name), header)
         copied = _reasons_to_copy(header, settings, of_shard)
-        shards.append(ShardPlan(name, _output_name(weight_set, name), header, copied, tied, of_shard))
+        shards.append(ShardPlan(name, _output_name(weight_set, name), header, copied, tied, of_shard, class_ties))
     return shards
+
+
+def _warn_of_suspects(shards: list[ShardPlan]) -> None:
+    """Name what is left alone for its values: that is a guess."""
+    found = {name: role for shard in shards for name, role in shard.roles.items() if role.known == VALUE}
+    left = [f"{name} ({role.what})" for name, role in found.items() if role.is_buffer]
+    if left:
+        _log.warning("taken for buffers by their values, and left alone: %s; --include NAME overrules", some(left))
 
 
 def _read_header(checkpoint: Checkpoint, name: str) -> tuple[Header, dict[str, str]]:
@@ -242,7 +264,7 @@ def _plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[Sha
     tied = {name for shard in members for name in shard.tied}
     for name, file in weight_map.items():
         found = where.get(name)
-        if found is None and may_be_dropped(name, where) and not is_untied(checkpoint, weight_set.folder):
+        if found is None and _may_be_dropped(checkpoint, weight_set.folder, name, where):
             continue  # older versions of transformers listed what they then did not save
         if name not in tied and (found is None or found.source.rpartition("/")[2] != file.rpartition("/")[2]):
             raise SourceError(
@@ -254,3 +276,11 @@ def _plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[Sha
     document["weight_map"] = {name: shard.name.rpartition("/")[2] for name, shard in sorted(where.items())}
     name = re.sub(r"pytorch_model(.*)\.bin\.index", r"model\1.safetensors.index", weight_set.index)
     return {name: (json.dumps(document, indent=2) + "\n").encode()}
+
+
+def _may_be_dropped(checkpoint: Checkpoint, folder: str, name: str, stored: Collection[str]) -> bool:
+    """Tell whether a tensor need not be stored, for it is tied to one that is: its class says so, or else its name."""
+    model_type = read_model_type(checkpoint, folder)
+    if model_type and model_type.is_tied and model_type.find_ties(stored, [name]):
+        return True
+    return may_be_dropped(name, stored) and not is_untied(checkpoint, folder)

@@ -94,7 +94,8 @@ def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
         companions=tuple(name for name in layout.companions if name in recipe.companions or name == CARD),
         left_out=tuple(recipe.left_out.items()),
     )
-    checkpoint = replace(checkpoint, layout=known)
+    repeating = {file.source: file.tied for file in recipe.files}
+    checkpoint = replace(checkpoint, layout=known, repeating=repeating)
     plan = plan_checkpoint(checkpoint, out, recipe.settings, variant=recipe.variant, recorded=recipe)
     _refuse_other_files(plan, {file.name: file.source for file in recipe.files})
     _refuse_other_companions(plan, recipe.companions)

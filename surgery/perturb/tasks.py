@@ -1,6 +1,6 @@
 """From a Plan to the ShardTasks that stream it, and from their results to the records of the recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,10 +17,21 @@ from surgery.recipe import FileRecord, TensorRecord
 
 
 def with_ties(plan: Plan) -> Plan:
-    """Add the tensors that repeat another one, which only their bytes tell."""
+    """Add the tensors that repeat another one, which only their bytes tell; of a run that is repeated, its recipe."""
+    if plan.recorded:
+        return replace(plan, shards=tuple(_recorded_ties(plan, {file.name: file.tied for file in plan.recorded.files})))
     ties = find_ties(plan.shards, partial(open_weights, plan.checkpoint))
     shards = [replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in plan.shards]
     return replace(plan, shards=tuple(shards))
+
+
+def _recorded_ties(plan: Plan, recorded: Mapping[str, Mapping[str, str]]) -> Iterator[ShardPlan]:
+    """Yield the shards with what was tied then, as far as the source has such tensors."""
+    names = {tensor.name for shard in plan.shards for tensor in shard.header.tensors}
+    for shard in plan.shards:
+        own = {tensor.name for tensor in shard.header.tensors}
+        ties = {name: kept for name, kept in recorded[shard.name].items() if name in own and kept in names}
+        yield replace(shard, tied=shard.tied | ties)
 
 
 @dataclass(frozen=True)

@@ -1,74 +1,171 @@
-"""Find tied embeddings that a checkpoint stores twice, by equal bytes, so that both copies get equal noise.
+"""Find tied weights that a checkpoint stores twice, by equal bytes, so that both copies get equal noise.
 
 transformers writes tied weights once, but other tools write them under each name. With a noise of their own each, they
-would no longer be equal, and the model would load untied or with half of its noise lost.
+would no longer be equal, and the model would load untied or with half of its noise lost. Of all tensors a few bytes are
+read, and of those that agree in them all.
 """
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from surgery.checkpoint.tensorfile import Tensor
-from surgery.checkpoint.tied_names import rank
+from surgery.checkpoint.tied_names import LEAST, is_embedding, order
 from surgery.checkpoint.weight_file import WeightFile
 from surgery.errors import SettingError
+from surgery.noisytune import EXCLUDED, NOT_INCLUDED
 
 if TYPE_CHECKING:
     from surgery.perturb.plan import ShardPlan
 
 _CHUNK = 1 << 20
+_SAMPLE = 64  # bytes at the start, in the middle and at the end of a tensor
+_log = logging.getLogger(__name__)
+
+
+class _Member(NamedTuple):
+    """A tensor that may be tied, and the shard that it is in."""
+
+    shard: "ShardPlan"
+    tensor: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def kind(self) -> tuple[str, str, tuple[int, ...]]:
+        """What tensors have in common that may be one: tensors are only tied within one folder."""
+        return self.shard.name.rpartition("/")[0], self.tensor.dtype, self.tensor.shape
+
+    @property
+    def is_chosen(self) -> bool:
+        return self.name not in self.shard.copied
 
 
 def find_ties(shards: Sequence["ShardPlan"], open_source: Callable[[str], WeightFile]) -> dict[str, dict[str, str]]:
-    """Find tensors that repeat another one, bit for bit, under a name that models tie to it.
+    """Find tensors that repeat another one, bit for bit: embeddings, what the class ties, and all that are not small.
+
+    Those that the class ties and that differ are named in a warning: loaders leave them apart.
 
     Args:
-        shards: of the whole checkpoint; tensors are only tied within one folder.
+        shards: of the whole checkpoint.
         open_source: opens a shard by its name in the source.
     Returns:
         By shard name: for each name that repeats another, the name whose noise both get.
     Raises:
         SettingError: one of the two is to be perturbed and the other is not.
     """
-    groups: dict[tuple[str, str, tuple[int, ...]], list[tuple[ShardPlan, Tensor]]] = defaultdict(list)
-    for shard in shards:
-        for tensor in shard.header.tensors:
-            if rank(tensor.name) and tensor.size > 1:
-                groups[shard.name.rpartition("/")[0], tensor.dtype, tensor.shape].append((shard, tensor))
+    by_class = {name: kept for shard in shards for name, kept in shard.class_ties.items()}
+    known = by_class.keys() | set(by_class.values())
+    members = [_Member(s, t) for s in shards for t in s.header.tensors if _may_be_tied(s, t, known)]
     ties: dict[str, dict[str, str]] = defaultdict(dict)
-    for members in groups.values():
-        members.sort(key=lambda member: (rank(member[1].name), member[1].name))
-        while len(members) > 1:
-            (shard, tensor), *others = members
-            equal = [other for other in others if _are_equal((shard, tensor), other, open_source)]
-            for other_shard, other in equal:
-                _refuse_half(shard, tensor, other_shard, other)
-                ties[other_shard.name][other.name] = tensor.name
-            members = [other for other in others if other not in equal]
+    for alike in _sampled(_grouped(members), open_source):
+        rest = sorted(alike, key=lambda member: (*order(member.name, by_class), member.name))
+        while len(rest) > 1:
+            first, *others = rest
+            equal = [other for other in others if _are_one(first, other, open_source)]
+            for other in equal:
+                _refuse_half(first, other)
+                ties[other.shard.name][other.name] = first.name
+            rest = [other for other in others if other not in equal]
+    found = {name: kept for names in ties.values() for name, kept in names.items()}
+    left = {name: kept for name, kept in by_class.items() if found.get(name) != found.get(kept, kept)}
+    _warn_of_untied(left, members, open_source)
     return ties
 
 
-def _are_equal(
-    one: tuple["ShardPlan", Tensor], other: tuple["ShardPlan", Tensor], open_source: Callable[[str], WeightFile]
-) -> bool:
-    """Compare two tensors' bytes, up to the first piece that differs."""
-    sources = [open_source(shard.source) for shard, _ in (one, other)]
+def _may_be_tied(shard: "ShardPlan", tensor: Tensor, known: Iterable[str]) -> bool:
+    """Leave out what no noise is meant for, and what may be equal by chance."""
+    if shard.copied.get(tensor.name) not in (None, EXCLUDED, NOT_INCLUDED):
+        return False
+    is_known = tensor.name in known or is_embedding(tensor.name)
+    return tensor.size >= LEAST or (is_known and tensor.size > 1)
+
+
+def _grouped(members: Iterable[_Member]) -> list[list[_Member]]:
+    groups: dict[tuple[str, str, tuple[int, ...]], list[_Member]] = defaultdict(list)
+    for member in members:
+        groups[member.kind].append(member)
+    return [group for group in groups.values() if len(group) > 1 and any(member.is_chosen for member in group)]
+
+
+def _sampled(groups: list[list[_Member]], open_source: Callable[[str], WeightFile]) -> Iterator[list[_Member]]:
+    """Cut groups into those that agree in a few bytes of each tensor; each shard is opened once."""
+    by_shard: dict[str, list[_Member]] = defaultdict(list)
+    for member in (member for group in groups for member in group):
+        by_shard[member.shard.source].append(member)
+    alike: dict[tuple[object, ...], list[_Member]] = defaultdict(list)
+    for name, members in by_shard.items():
+        source = open_source(name)
+        try:
+            for member in members:
+                alike[*member.kind, _sample(source, member.tensor)].append(member)
+        finally:
+            source.close()
+    yield from (group for group in alike.values() if len(group) > 1)
+
+
+def _sample(source: WeightFile, tensor: Tensor) -> bytes:
+    length = min(_SAMPLE, tensor.nbytes)
+    sample = bytearray(3 * length)
+    for number, start in enumerate((0, (tensor.nbytes - length) // 2, tensor.nbytes - length)):
+        source.read_into(tensor, start, memoryview(sample)[number * length :][:length])
+    return bytes(sample)
+
+
+def _are_one(one: _Member, other: _Member, open_source: Callable[[str], WeightFile]) -> bool:
+    """Tell whether two tensors are equal in every bit, and not one element repeated."""
+    width = one.tensor.nbytes // one.tensor.size
+    first, is_flat = b"", True
+    for piece, its in _pairs(one, other, open_source):
+        if piece != its:
+            return False
+        first = first or bytes(piece[:width])
+        is_flat = is_flat and piece == first * (len(piece) // width)
+    return not is_flat
+
+
+def _pairs(
+    one: _Member, other: _Member, open_source: Callable[[str], WeightFile]
+) -> Iterator[tuple[bytearray, bytearray]]:
+    """Yield the bytes of two tensors, a piece of each at a time."""
+    sources = [open_source(member.shard.source) for member in (one, other)]
     try:
-        for start in range(0, one[1].nbytes, _CHUNK):
-            pieces = [bytearray(min(_CHUNK, one[1].nbytes - start)) for _ in sources]
-            for source, (_, tensor), piece in zip(sources, (one, other), pieces, strict=True):
-                source.read_into(tensor, start, memoryview(piece))
-            if pieces[0] != pieces[1]:
-                return False
-        return True
+        for start in range(0, one.tensor.nbytes, _CHUNK):
+            pieces = [bytearray(min(_CHUNK, one.tensor.nbytes - start)) for _ in sources]
+            for source, member, piece in zip(sources, (one, other), pieces, strict=True):
+                source.read_into(member.tensor, start, memoryview(piece))
+            yield pieces[0], pieces[1]
     finally:
         for source in sources:
             source.close()
 
 
-def _refuse_half(shard: "ShardPlan", tensor: Tensor, other_shard: "ShardPlan", other: Tensor) -> None:
-    if (tensor.name in shard.copied) != (other.name in other_shard.copied):
+def _refuse_half(first: _Member, other: _Member) -> None:
+    if first.is_chosen != other.is_chosen:
         raise SettingError(
-            f"{other.name}: expected the same for it and for {tensor.name}, to which it is tied, got only one of them "
+            f"{other.name}: expected the same for it and for {first.name}, to which it is tied, got only one of them "
             "to perturb. Include or exclude both."
         )
+
+
+def _warn_of_untied(
+    by_class: Mapping[str, str], members: Iterable[_Member], open_source: Callable[[str], WeightFile]
+) -> None:
+    named = {member.name: member for member in members}
+    apart = [
+        f"{name} and {kept}"
+        for name, kept in by_class.items()
+        if name in named and kept in named and _differ(named[name], named[kept], open_source)
+    ]
+    if apart:
+        _log.warning(
+            "%s: expected equal weights, since the config ties them, got others: each gets its own noise",
+            ", ".join(apart),
+        )
+
+
+def _differ(one: _Member, other: _Member, open_source: Callable[[str], WeightFile]) -> bool:
+    return one.kind != other.kind or any(piece != its for piece, its in _pairs(one, other, open_source))

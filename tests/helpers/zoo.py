@@ -2,22 +2,16 @@
 
 import contextlib
 import gc
-import io
-import logging
 import re
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import transformers
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from surgery.checkpoint.model_types import as_pattern
+from surgery.checkpoint.described_class import build as build_on_meta
+from surgery.checkpoint.described_class import quiet
 
 _DEPTH = re.compile(
     r"num_hidden_layers|num_layers|n_layers?|n_layer|(?:\w+_)?(?:encoder|decoder|text|vision|audio|hidden)_layers|"
@@ -74,8 +68,10 @@ def make_config(model_type: str, *, layers: int | None = 2, backbone: str | None
         options["backbone_config"] = CONFIG_MAPPING[backbone](out_features=["stage1", "stage2", "stage3", "stage4"])
     with quiet():
         config = CONFIG_MAPPING[model_type](**options)
-    for part in _parts(config) if layers else ():
-        _make_shallow(part, layers)
+    for part in _parts(config):
+        part.tie_word_embeddings = True  # for the class to name what it can tie
+        if layers:
+            _make_shallow(part, layers)
     return config
 
 
@@ -100,25 +96,11 @@ def _make_shallow(config: Any, layers: int) -> None:
             setattr(config, name, value[:layers])
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hear nothing of what transformers says of its own models."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def build(class_name: str, config: Any) -> Any:
     """Build a model without memory for its weights."""
     kind = getattr(transformers, class_name)
     own = [part for part in _parts(config) if isinstance(part, kind.config_class or object)]
-    config = own[0] if own else config  # a text model takes its own part of a config of several
-    with quiet(), no_init_weights(), torch.device("meta"):
-        return kind(config)
+    return build_on_meta(kind, own[0] if own else config)  # a text model takes its own part of a config of several
 
 
 def build_all(model_type: str, *, layers: int | None = 2) -> Iterator[tuple[str, Any]]:
@@ -143,64 +125,13 @@ def build_one(model_type: str, class_name: str, *, layers: int | None = 2) -> An
     return None
 
 
-def saved_names(model: Any) -> dict[str, list[str]]:
-    """Return the names that save_pretrained would give to each tensor, by live name; of equal layers, the first's."""
-    named: dict[str, list[str]] = {}
-    seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if (pattern := as_pattern(name)) in seen:
-            continue
-        seen.add(pattern)
-        try:
-            with quiet():
-                named[name] = list(revert_weight_conversion(model, {name: tensor}))
-        except Exception:  # what is made of several tensors
-            named[name] = [name]
-    return named
-
-
-@dataclass(frozen=True)
-class Described:
-    """The floating-point tensors of one class, shapes by name, under live names and those that it is saved under.
-
-    Args:
-        prefix: its base_model_prefix.
-        names: of all tensors, of any dtype.
-        transient: buffers that are not saved, by live name; older versions of the class may have saved them.
-    """
-
-    class_name: str
-    prefix: str
-    names: frozenset[str]
-    parameters: dict[str, tuple[int, ...]]
-    buffers: dict[str, tuple[int, ...]]
-    transient: dict[str, tuple[int, ...]]
-
-
-def describe(class_name: str, model: Any) -> Described:
-    """Return what one class holds."""
-    saved = saved_names(model)
-    hidden = transient(model)
-    found: dict[str, dict[str, tuple[int, ...]]] = {"parameters": {}, "buffers": {}, "transient": {}}
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *buffers.items()]:
-        if tensor.is_floating_point():
-            kind = "parameters" if name not in buffers else "transient" if name in hidden else "buffers"
-            found[kind] |= dict.fromkeys([name, *saved.get(name, ())], tuple(tensor.shape))
-    names = frozenset(name for own, others in saved.items() for name in (own, *others)) | model.state_dict().keys()
-    return Described(class_name, getattr(model, "base_model_prefix", ""), names, **found)
-
-
-def transient(model: Any) -> set[str]:
-    """Return the names of buffers that a checkpoint of the model does not hold."""
-    return {
-        f"{path}.{name}".lstrip(".")
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name in module._non_persistent_buffers_set
-    }
-
-
 def nested_types(model_type: str) -> set[str]:
     """Name the model types of a type's default config and of the configs in it."""
     with quiet():
         return {part.model_type for part in _parts(CONFIG_MAPPING[model_type]()) if part.model_type}
+
+
+def is_tied_by_default(model_type: str) -> bool:
+    """Tell whether a config that says nothing of it has tied weights."""
+    with quiet():
+        return bool(getattr(CONFIG_MAPPING[model_type](), "tie_word_embeddings", False))

@@ -337,60 +337,6 @@ def test_companions_and_subfolders_come_along(minilm):
         assert file.metadata() == {"format": "pt"}
 
 
-# -- tied tensors -------------------------------------------------------------------------------------------------
-
-
-def tied_llama(folder, *, tie):
-    """Save a small Llama whose file holds input and output embeddings, equal, as some tools write them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=100, tie_word_embeddings=tie,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tensors = model.state_dict()
-    save_file({name: t.clone() for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    return tensors
-
-
-def test_tied_tensors_stored_twice_stay_tied(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from surgery import perturb_model
-
-    tied_llama(tmp_path / "source", tie=True)
-    recipe = perturb_checkpoint(tmp_path / "source", tmp_path / "out")
-    assert recipe.files[0].tied == {"lm_head.weight": "model.embed_tokens.weight"}
-    after = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
-    assert not torch.equal(
-        after["lm_head.weight"], load_file(tmp_path / "source" / "model.safetensors")["lm_head.weight"]
-    )
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    live = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
-    perturb_model(live)
-    same_bits(after, {name: t.detach() for name, t in live.state_dict().items()})
-
-
-def test_untied_tensors_of_one_shape_get_their_own_noise(tmp_path):
-    tied_llama(tmp_path / "source", tie=False)
-    recipe = perturb_checkpoint(tmp_path / "source", tmp_path / "out")
-    assert recipe.files[0].tied == {}
-
-
-def test_half_of_a_tie_cannot_be_excluded(tmp_path):
-    tied_llama(tmp_path / "source", tie=True)
-    with pytest.raises(
-        SettingError, match=r"^lm_head.weight: expected the same for it and for model.embed_tokens.weight"
-    ):
-        perturb_checkpoint(tmp_path / "source", tmp_path / "out", exclude=["lm_head.**"])
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("lam", [0, 0.15])
 def test_global_scale_with_nothing_to_measure(tmp_path, lam):
     source = folder_of(tmp_path / "source", {"w": torch.ones(100) if lam else torch.randn(100)})
