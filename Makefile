@@ -3,7 +3,7 @@
 # make test-all  the same, with the sweeps over every model type of transformers
 # make check  install, and run formatter, linter and type checker
 # make bench  install, and run the benchmarks
-# make model-types  sweep the installed transformers, and write surgery/checkpoint/model_types.json again
+# make model-types  sweep the installed transformers and diffusers, and write surgery/checkpoint/model_types.json again
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,6 +34,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/bench_rdrop.py
 
 model-types: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers
 	PYTHONPATH=.:tests/helpers $(BIN)/python tests/make_model_types.py
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt

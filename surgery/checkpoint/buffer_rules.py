@@ -111,19 +111,21 @@ _RULES = (
         "rope_freqs",
     ),
     _Rule(_ROTARY, last="freqs cos sin scale", holds=_inside("rope", "rotary")),
-    # positions: torch's tutorial and its descendants, Segment Anything, Whisper's own files, NeRF, Florence-2
+    # positions: torch's tutorial and its descendants, Segment Anything, Whisper's and Stable Diffusion 3's own files, NeRF, Florence-2
     _Rule(_SINE, last="pe", holds=lambda _path, _last, _names, shape: len(shape) > 1),
     _Rule(_SINE, last="pos_table sinusoid_table positional_encoding_gaussian_matrix pos_idx_to_embed freq_bands"),
     _Rule(_SINE, last="positional_embedding", holds=_is_whispers_encoder),
+    _Rule(_SINE, last="pos_embed", holds=_beside("x_embedder.proj.weight", "context_embedder.weight")),
     _Rule("slopes of ALiBi", last="alibi alibi_slopes slopes"),
     _Rule("a table of decays", last="slope_rate query_decay key_decay diagonal_decay"),
     _Rule("a table of decays", last="deltas", holds=_inside("modulation")),
-    # statistics: detectron2 and Segment Anything, RADIO, LeRobot (buffers, and processors' files), vocoders
+    # statistics: detectron2 and Segment Anything, RADIO, timm, LeRobot (buffers, and processors' files), vocoders
     _Rule(_STATISTIC, last="pixel_mean pixel_std running_std running_max running_min"),
     _Rule(_STATISTIC, ending="_mean _std _var", holds=_is_mean_or_std),
     _Rule(_STATISTIC, last="mean std min max", holds=_under(".normalize_", ".unnormalize_")),
     _Rule(_STATISTIC, last="mean std var scale min max count q01 q10 q50 q90 q99", holds=_is_statistic),
     _Rule(_STATISTIC, last="min max", holds=_is_range),
+    _Rule(_STATISTIC, last="std_bias std_scale", holds=_beside("std_bias", "std_scale")),
     # codebooks: EnCodec, lucidrains, Moshi, VQ-VAE
     _Rule(_CODEBOOK, last="embed embedding embeddings codebook", holds=_beside("cluster_size")),
     _Rule(_CODEBOOK, last="embed embedding embeddings codebook", holds=_beside("embed_avg")),
@@ -144,6 +146,7 @@ _RULES = (
     _Rule("fixed Fourier features", last="freqs phases", holds=_beside("freqs", "phases")),
     _Rule("a range of quantization", last="x_min x_max act_scaling_factor fc_scaling_factor norm_scaling_factor"),
     _Rule("a range of quantization", last="weight_integer bias_integer"),
+    _Rule("a cosine transform", last="weights", holds=_under("dct.transform.")),
     # masks
     _Rule("a mask", last="mask tril triu", holds=_is_square),
     _Rule("a causal mask", last="bias", holds=_is_causal_mask),

@@ -1,6 +1,6 @@
-"""model_types.json: which tensors of each model type of transformers are buffers or tied, from its classes.
+"""model_types.json: which tensors of transformers' and diffusers' models are buffers or tied, from their classes.
 
-tests/make_model_types.py makes the file from the installed transformers. A name in it has `*` for every number, and
+tests/make_model_types.py makes the file from what is installed. A name in it has `*` for every number, and
 stands for all names that end in it, since checkpoints are written with and without a base model's prefix.
 """
 
@@ -93,10 +93,11 @@ def as_pattern(name: str) -> str:
 def find_model_type(config: Mapping[str, Any]) -> ModelType | None:
     """Return what is known of the class that a config names, and of those of the configs in it; None if nothing.
 
-    A config without a model type may name its class in `architectures`.
+    A config without a model type may name its class in `architectures`, or in `_class_name` as those of diffusers do.
     """
     table = _read_table()
     own = config.get("model_type") or table["classes"].get(_first(config.get("architectures")))
+    own = own or config.get("_class_name")
     if not isinstance(own, str) or own not in table["types"]:
         return None
     types = list(dict.fromkeys([own, *_types(config, _DEPTH)]))

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 import pytest
 import transformers
 import zoo
-from make_model_types import TABLE, make_table, sweep
+from make_model_types import TABLE, make_table, sweep, sweep_diffusers
 
 from surgery.checkpoint.described_class import build_model_type, model_type_of
 from surgery.checkpoint.model_types import ModelType, as_pattern, find_model_type
@@ -36,10 +36,31 @@ def test_table_is_what_the_classes_say(model_type, table):
 def test_table_is_what_all_classes_say(table):
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         made = make_table(pool.map(sweep, zoo.model_types(), chunksize=8))
-    known = set(table["types"].split())
+    known = set(table["types"].split()) & set(zoo.model_types())
     assert known <= set(made["types"].split())  # more where packages are installed that some classes take
     for kind in ("classes", "buffers", "parameters", "ties"):
-        assert {name: entry for name, entry in made[kind].items() if name in known} == table[kind]
+        mine, theirs = ({name: of[kind][name] for name in known & of[kind].keys()} for of in (made, table))
+        assert mine == theirs
+
+
+@pytest.mark.sweep
+def test_table_is_what_the_classes_of_diffusers_say():
+    diffusers = pytest.importorskip("diffusers")
+    table = json.loads(TABLE.read_bytes())
+    if table["diffusers"] != diffusers.__version__:
+        pytest.skip(f"the table is of diffusers {table['diffusers']}")
+    made = make_table(sweep_diffusers())
+    known = set(made["types"].split())
+    assert known <= set(table["types"].split())
+    for kind in ("buffers", "parameters"):
+        assert made[kind] == {name: table[kind][name] for name in known & table[kind].keys()}
+
+
+def test_class_of_diffusers_is_known():
+    table = "pos_embed.pos_embed"  # sines, which Stable Diffusion 3 saves, and weights, which AuraFlow trains
+    assert find_model_type({"_class_name": "SD3Transformer2DModel"}).is_buffer(table)
+    assert not find_model_type({"_class_name": "AuraFlowTransformer2DModel"}).is_buffer(table)
+    assert find_model_type({"_class_name": "PriorTransformer"}).is_buffer("clip_mean") is False
 
 
 def test_pattern_has_a_star_for_every_number():

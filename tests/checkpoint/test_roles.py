@@ -125,6 +125,13 @@ BUFFERS = {
     "florence-2": ("visual_temporal_embed.pos_idx_to_embed", "image_projection"),
     "rt-detr-v2": ("decoder.layers.0.cross_attn.n_points_scale anchors", "decoder.layers.0.fc1.weight"),
     "hifigan": ("mean scale", "conv_pre.weight upsampler.0.bias"),
+    "timm-gemma": ("std_bias std_scale", "blocks.0.attn.qkv.weight"),
+    "timm-csatv2": ("stem_dct.transform.transform.weights", "stem_dct.conv.weight"),
+    "stable-diffusion-3": (
+        "model.diffusion_model.pos_embed",
+        "model.diffusion_model.x_embedder.proj.weight model.diffusion_model.context_embedder.weight",
+    ),
+    "vit": ("", "pos_embed patch_embed.proj.weight"),
     "parameters": ("", "mean.weight w.mean log_std pos_mean embed weight_v weight_u_proj gate_mask head.scale"),
 }  # fmt: skip
 
