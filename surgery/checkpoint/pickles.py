@@ -46,10 +46,10 @@ class PickleFile:
     transformers writes them.
     """
 
-    def __init__(self, path: Path, *, label: str) -> None:
+    def __init__(self, path: Path, *, label: str, key: str | None = None) -> None:
         self.path = path
         self._stamp = Stamp.of(path)
-        state_dict = find_state_dict(_load(path, label), label)
+        state_dict = find_state_dict(_load(path, label), label, key=key)
         self.tied = ties(state_dict, label)
         self._tensors = {name: tensor for name, tensor in state_dict.items() if name not in self.tied}
         entries = [(name, _dtype(name, t, label), tuple(t.shape)) for name, t in self._tensors.items()]

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
@@ -26,6 +26,9 @@ class Checkpoint:
         root: the folder that file names are relative to.
         layout: its files; every weight set names all of its shards.
         stamps: of the weights and companions when they were found, by name.
+        key: which state_dict to take of PyTorch files that hold several.
+    Raises:
+        SettingError: a key, and no PyTorch file.
     """
 
     id: str
@@ -33,6 +36,13 @@ class Checkpoint:
     root: Path
     layout: Layout
     stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.key is not None and not any(weight_set.is_pickle for weight_set in self.layout.weights):
+            raise SettingError(
+                f"`key`: expected PyTorch files with it, got the safetensors of {self.id}. Leave it out."
+            )
 
     @property
     def short_name(self) -> str:
@@ -53,7 +63,12 @@ class Checkpoint:
 
 
 def resolve(
-    source: str | Path, *, revision: str | None = None, variant: str | None = None, token: str | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    key: str | None = None,
+    token: str | None = None,
 ) -> Checkpoint:
     """Find a checkpoint, fetching it from the Hub if it is an id, and check that it is complete and safe to read.
 
@@ -61,11 +76,16 @@ def resolve(
         source: a folder, a .safetensors or PyTorch file, or a Hub id, which may end in `@revision`.
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained.
+        key: which state_dict to take of PyTorch files that hold several.
         token: Hub token; default: the one `hf auth login` stored, or HF_TOKEN.
     Raises:
-        SettingError: a revision for a local checkpoint, or two of them.
+        SettingError: a revision for a local checkpoint, or two of them; a key for safetensors.
         SourceError: not found, unsafe or incomplete.
     """
+    return replace(_find(source, revision, variant, token), key=key)
+
+
+def _find(source: str | Path, revision: str | None, variant: str | None, token: str | None) -> Checkpoint:
     found = locate(source, revision)
     if isinstance(found, Path):
         if found.is_file():

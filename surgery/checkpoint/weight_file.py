@@ -35,7 +35,7 @@ def open_weights(checkpoint: Checkpoint, name: str) -> WeightFile:
     path = checkpoint.path(name)
     try:
         checkpoint.refuse_changed(name)
-        file = _open(path)
+        file = _open(path, checkpoint.key)
     except OSError as error:
         raise SourceError(f"{path}: expected a file to read, got {error.strerror}. Check its permissions.") from error
     try:
@@ -46,9 +46,9 @@ def open_weights(checkpoint: Checkpoint, name: str) -> WeightFile:
     return file
 
 
-def _open(path: Path) -> WeightFile:
+def _open(path: Path, key: str | None) -> WeightFile:
     if path.suffix == ".safetensors":
         return TensorFile(path, label=str(path))
     from surgery.checkpoint.pickles import PickleFile  # takes torch
 
-    return PickleFile(path, label=str(path))
+    return PickleFile(path, label=str(path), key=key)

@@ -31,7 +31,7 @@ def check_agreement(a: "Checkpoint", b: "Checkpoint", tensors: "Iterable[TensorC
     lam / sqrt(12), up to chance and rounding; each copied tensor must be equal.
     """
     recipe = read_recipe(b)
-    if recipe is None or not _is_source(a, recipe):
+    if recipe is None or not is_source(a, recipe):
         return None
     found = {(tensor.component, tensor.b.name): tensor for tensor in tensors if tensor.b}
     disagreeing = {}
@@ -44,7 +44,8 @@ def check_agreement(a: "Checkpoint", b: "Checkpoint", tensors: "Iterable[TensorC
     return Agreement(recipe, disagreeing)
 
 
-def _is_source(a: "Checkpoint", recipe: Recipe) -> bool:
+def is_source(a: "Checkpoint", recipe: Recipe) -> bool:
+    """Tell whether a checkpoint is the one that a recipe was made from."""
     if recipe.commit and (recipe.source, recipe.commit) == (a.id, a.commit):
         return True
     paths = {a.path(file.source): file.source_sha256 for file in recipe.files}

@@ -87,7 +87,13 @@ class Plan:
 
 
 def perturb_command(
-    source: str, settings: NoisyTune, *, commit: str | None, variant: str | None, out: Path | None = None
+    source: str,
+    settings: NoisyTune,
+    *,
+    commit: str | None,
+    variant: str | None,
+    key: str | None = None,
+    out: Path | None = None,
 ) -> str:
     """Return the shell command that perturbs a source."""
     s = settings
@@ -95,6 +101,7 @@ def perturb_command(
     words = ["surgery", "perturb", source, "--lam", lam, "--seed", str(s.seed)]
     words += ["--revision", commit] if commit else []
     words += ["--variant", variant] if variant else []
+    words += [] if key is None else ["--key", key]
     for option, value, default in (
         ("--noise", s.noise, "uniform"),
         ("--scale", s.scale, "matrix"),
@@ -113,6 +120,7 @@ def make_plan(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    key: str | None = None,
     token: str | None = None,
 ) -> Plan:
     """Read the source's headers and settle what happens to every tensor. Writes nothing.
@@ -120,7 +128,7 @@ def make_plan(
     Raises:
         SettingError, SourceError, OutputError: as perturb_checkpoint.
     """
-    checkpoint = resolve(source, revision=revision, variant=variant, token=token)
+    checkpoint = resolve(source, revision=revision, variant=variant, key=key, token=token)
     out = choose_out(out, checkpoint, settings, name=checkpoint.short_name)
     return plan_checkpoint(checkpoint, out, settings, variant=variant)
 
@@ -164,7 +172,9 @@ def plan_checkpoint(
             f"{checkpoint.id}: expected a tensor to perturb, got {len(names)} to copy ({'; '.join(reasons)}). "
             "Correct `include` and `exclude`."
         )
-    command = perturb_command(checkpoint.id, settings, commit=checkpoint.commit, variant=variant, out=out)
+    command = perturb_command(
+        checkpoint.id, settings, commit=checkpoint.commit, variant=variant, key=checkpoint.key, out=out
+    )
     return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command, recorded)
 
 
