@@ -184,6 +184,14 @@ def kind_of_shards(names: Iterable[str]) -> Kind | None:
     return _first(names, _SHARDS)
 
 
+def kind_of_part(path: Path) -> Kind | None:
+    """Tell from the files beside it one of several that only together are a checkpoint."""
+    ranks = path.parent.glob("consolidated.[0-9][0-9].pth")
+    if re.fullmatch(r"consolidated\.\d\d\.pth", path.name) and len(list(ranks)) > 1:
+        return Kind("one of Llama's model-parallel shards", "Name its folder.")
+    return None
+
+
 def _first(names: Iterable[str], kinds: Iterable[tuple[str, Kind]]) -> Kind | None:
     names = sorted(names)
     for pattern, kind in kinds:

@@ -3,12 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
-from surgery.checkpoint.foreign_files import kind_of_file, kind_of_shards
+from surgery.checkpoint.foreign_files import kind_of_file, kind_of_part, kind_of_shards
 from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
 from surgery.errors import SettingError, SourceError
 
@@ -52,14 +52,19 @@ class Checkpoint:
     def path(self, name: str) -> Path:
         return self.root / name
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Return the files that a weight file is read from: itself, if it is not made up of several."""
+        return next((s.parts for s in self.layout.weights if s.parts and name in s.files), (name,))
+
     def refuse_changed(self, name: str) -> None:
         """Refuse a file that is not the one that was found.
 
         Raises:
             SourceError: it was removed, replaced or written to since.
         """
-        if then := self.stamps.get(name):
-            refuse_changed(self.path(name), then)
+        for part in self.parts(name):
+            if then := self.stamps.get(part):
+                refuse_changed(self.path(part), then)
 
 
 def resolve(
@@ -134,6 +139,8 @@ def _from_file(path: Path) -> Checkpoint:
         raise SourceError(f"{path}: expected {', '.join(_SUFFIXES)}, got {what}. {advice}")
     if "zero_pp_rank_" in path.name and (kind := kind_of_shards([path.name])):
         raise SourceError(f"{path}: expected a whole checkpoint, got {kind.what}. {kind.advice}")
+    if kind := kind_of_part(path):
+        raise SourceError(f"{path}: expected a whole checkpoint, got {kind.what}. {kind.advice}")
     stem = path.name.removesuffix(path.suffix)
     weights = WeightSet("", stem, None, path.suffix, (path.name,))
     return Checkpoint(str(path), None, path.parent, Layout((weights,), (), ()), {path.name: Stamp.of(path)})
@@ -147,7 +154,7 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
         found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
         names = [path.relative_to(root).as_posix() for path in found]
     layout = _complete(root, arrange(names, variant=variant, what=id), names=None)
-    files = [*(name for weight_set in layout.weights for name in weight_set.files), *layout.companions]
+    files = [*(name for weight_set in layout.weights for name in weight_set.on_disk), *layout.companions]
     for name in files:
         _refuse_unsafe(root, name)
     return Checkpoint(id, commit, root, layout, {name: Stamp.of(root / name) for name in files})
@@ -205,19 +212,15 @@ def _refuse_unsafe(root: Path, name: str) -> None:
 
 def _with_shards(root: Path, weight_set: WeightSet, names: Collection[str] | None) -> WeightSet:
     """Complete a set with the shards its index names, and check that all of them are there."""
-    files: Sequence[str]
     if weight_set.index:
-        files = _shards_of(root, weight_set, names)
-    else:
-        files = weight_set.files
-        counts = {match[1] for name in files if (match := re.search(r"-of-(\d{5})\.", name))}
-        if counts and counts != {f"{len(files):05}"}:
-            raise SourceError(
-                f"{root / files[0]}: expected {int(max(counts))} shards, got {len(files)}. Fetch the missing ones."
-            )
-    return WeightSet(
-        weight_set.folder, weight_set.stem, weight_set.variant, weight_set.suffix, tuple(files), weight_set.index
-    )
+        return replace(weight_set, files=tuple(_shards_of(root, weight_set, names)))
+    files = weight_set.files
+    counts = {match[1] for name in files if (match := re.search(r"-of-(\d{5})\.", name))}
+    if counts and counts != {f"{len(files):05}"}:
+        raise SourceError(
+            f"{root / files[0]}: expected {int(max(counts))} shards, got {len(files)}. Fetch the missing ones."
+        )
+    return weight_set
 
 
 def read_weight_map(path: Path) -> dict[str, str]:

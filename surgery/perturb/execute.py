@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.digests import sha256_of
 from surgery.checkpoint.layout import CARD, RECIPE
+from surgery.checkpoint.weight_file import sha256_of_sources
 from surgery.errors import OutputError, SourceError
 from surgery.noise import CONTRACT
 from surgery.noisytune import FLOATS, Moments, NoisyTune, as_globs
@@ -109,9 +109,9 @@ def _job(plan: Plan) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     files: dict[str, list[int]] = {}
     if checkpoint.commit is None:
-        for shard in plan.shards:
-            stat = checkpoint.path(shard.source).stat()
-            files[shard.source] = [stat.st_size, stat.st_mtime_ns]
+        for name in (part for shard in plan.shards for part in checkpoint.parts(shard.source)):
+            stat = checkpoint.path(name).stat()
+            files[name] = [stat.st_size, stat.st_mtime_ns]
     source = {"id": checkpoint.id, "commit": checkpoint.commit, "variant": plan.variant, "files": files}
     return {
         "contract": CONTRACT,
@@ -206,6 +206,7 @@ def _already_done(plan: Plan) -> Recipe | None:
         path = plan.out / file.name
         if not path.is_file() or path.stat().st_size != shard.nbytes:
             return None
-        if plan.checkpoint.commit is None and sha256_of(plan.checkpoint.path(file.source)) != file.source_sha256:
-            return None
+    known = {file.source: file.source_sha256 for file in recipe.files}
+    if plan.checkpoint.commit is None and sha256_of_sources(plan.checkpoint, known) != known:
+        return None
     return None if plan.recorded and recipe_faults(plan.recorded, recipe) else recipe

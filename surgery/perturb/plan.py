@@ -230,7 +230,7 @@ def _output_name(weight_set: WeightSet, name: str) -> str:
     folder, slash, base = name.rpartition("/")
     stem = base.removesuffix(weight_set.suffix)
     if weight_set.suffix != ".bin":
-        stem = "model"
+        stem = weight_set.stem if weight_set.parts else "model"
     return f"{folder}{slash}{re.sub(r'^pytorch_model', 'model', stem)}.safetensors"
 
 
