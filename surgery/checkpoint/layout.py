@@ -13,8 +13,11 @@ from pathlib import PurePosixPath
 from surgery.checkpoint.foreign_files import kind_of_folder, kind_of_shards
 from surgery.errors import NoWeightsError, SourceError
 
+METADATA = ".metadata"  # of a torch.distributed checkpoint
 RECIPE, JOURNAL, CARD = "surgery.json", "surgery.unfinished.json", "README.md"
 
+_DISTRIBUTED = ".distcp"
+_ANOTHER = "weights in another format"
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHT = re.compile(
@@ -30,7 +33,7 @@ _OTHER_FORMATS = re.compile(
 )
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state.*|training_args|random_states.*)\.(pt|pth|bin|pkl)")
 _RANK = re.compile(r"consolidated\.(\d\d)\.pth")
-_COPY_FOLDERS = re.compile(r"onnx|openvino|coreml|original|gguf|flax|tf|checkpoint-\d+|global_step\d+")
+_COPY_FOLDERS = re.compile(r"onnx|openvino|coreml|original|gguf|flax|tf|checkpoint-\d+|global_step\d+|optimizer_\d+")
 _IGNORED = re.compile(r"\.git|\.cache|\.locks|\.ipynb_checkpoints|\.DS_Store|__pycache__")
 
 
@@ -58,6 +61,10 @@ class WeightSet:
     @property
     def is_pickle(self) -> bool:
         return self.suffix != ".safetensors"
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.suffix == _DISTRIBUTED
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,9 @@ def arrange(names: Iterable[str], *, variant: str | None, what: str) -> Layout:
         refused = [(name, why) for name in plain if (why := _reason_to_leave_out(name))]
         left_out += refused
         companions += [name for name in plain if name not in dict(refused)]
+    if not all(s.is_distributed for s in weights):
+        left_out += [(name, _ANOTHER) for s in weights if s.is_distributed for name in _members(s)]
+        weights = [s for s in weights if not s.is_distributed]
     if not weights:
         raise _no_weights(what, [*companions, *(name for name, _ in left_out)])
     if variant and not any(chosen.variant == variant for chosen in weights):
@@ -122,7 +132,7 @@ def _reason_to_leave_out(name: str) -> str | None:
     """Say why a file that holds no weights of the checkpoint is no companion either."""
     base = name.rpartition("/")[2]
     if _OTHER_FORMATS.fullmatch(base):
-        return "weights in another format"
+        return _ANOTHER
     return "training state" if _TRAINING.fullmatch(base) else None
 
 
@@ -161,7 +171,19 @@ def _collect(folder: str, names: list[str]) -> tuple[list[WeightSet], list[str]]
             sets.append(WeightSet(folder, stem, variant, suffix, (), index))
         else:
             plain.append(index)
-    return _join_ranks(sets), plain
+    distributed, plain = _join_distributed(folder, plain)
+    return _join_ranks(sets) + distributed, plain
+
+
+def _join_distributed(folder: str, names: list[str]) -> tuple[list[WeightSet], list[str]]:
+    """Make one set of a .metadata and the .distcp files beside it; return it, and the other files."""
+    chunks = [name for name in names if name.endswith(_DISTRIBUTED)]
+    metadata = [name for name in names if name.rpartition("/")[2] == METADATA]
+    if not chunks or not metadata:
+        return [], names
+    parts = (*metadata, *chunks)
+    joined = WeightSet(folder, "model", None, _DISTRIBUTED, parts[:1], parts=parts)
+    return [joined], [name for name in names if name not in parts]
 
 
 def _join_ranks(sets: list[WeightSet]) -> list[WeightSet]:
@@ -181,7 +203,7 @@ def _rank(name: str) -> int:
 
 def _refuse_missing_ranks(chosen: Iterable[WeightSet], what: str) -> None:
     for weight_set in chosen:
-        ranks = [_rank(name) for name in weight_set.parts]
+        ranks = [] if weight_set.is_distributed else [_rank(name) for name in weight_set.parts]
         if ranks != list(range(len(ranks))):
             missing = next(rank for rank in range(len(ranks)) if ranks[rank] != rank)
             raise SourceError(

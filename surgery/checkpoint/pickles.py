@@ -49,7 +49,8 @@ class PickleFile:
     def __init__(self, path: Path, *, label: str, key: str | None = None) -> None:
         self.path = path
         self._stamp = Stamp.of(path)
-        state_dict = find_state_dict(_load(path, label), label, key=key)
+        found = find_state_dict(_load(path, label), label, key=key)
+        state_dict = {name: tensor.detach() for name, tensor in found.items()}
         self.tied = ties(state_dict, label)
         self.tensors = {name: tensor for name, tensor in state_dict.items() if name not in self.tied}
         entries = [(name, _dtype(name, t, label), tuple(t.shape)) for name, t in self.tensors.items()]

@@ -134,12 +134,11 @@ def _snapshot_of(cached: Path) -> Path:
 
 
 def _from_file(path: Path) -> Checkpoint:
-    if path.suffix not in _SUFFIXES:
+    kind = kind_of_part(path)
+    if not kind and path.suffix not in _SUFFIXES:
         what, advice = kind_of_file(path) or (f"{path.suffix or 'no'} suffix", "Convert it to safetensors first.")
         raise SourceError(f"{path}: expected {', '.join(_SUFFIXES)}, got {what}. {advice}")
-    if "zero_pp_rank_" in path.name and (kind := kind_of_shards([path.name])):
-        raise SourceError(f"{path}: expected a whole checkpoint, got {kind.what}. {kind.advice}")
-    if kind := kind_of_part(path):
+    if kind or ("zero_pp_rank_" in path.name and (kind := kind_of_shards([path.name]))):
         raise SourceError(f"{path}: expected a whole checkpoint, got {kind.what}. {kind.advice}")
     stem = path.name.removesuffix(path.suffix)
     weights = WeightSet("", stem, None, path.suffix, (path.name,))

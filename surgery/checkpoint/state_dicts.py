@@ -47,7 +47,7 @@ def find_state_dict(loaded: Any, label: str, *, key: str | None = None) -> dict[
         loaded = loaded[_choose(loaded, nests, label)]
     if not _has_tensors(loaded):
         raise SourceError(f"{label}: expected a state_dict, got {_describe(loaded)}. Save one with torch.save.")
-    return {name: tensor.detach() for name, tensor in _tensors(loaded, label)}
+    return dict(_tensors(loaded, label))
 
 
 def _has_tensors(value: Any) -> bool:

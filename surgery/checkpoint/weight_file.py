@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Protocol
 
 from surgery.checkpoint.digests import sha256_of_all, sha256_of_list
+from surgery.checkpoint.layout import METADATA
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
 from surgery.errors import SourceError
 
 
 class WeightFile(Protocol):
-    """What TensorFile, PickleFile and ConsolidatedFile have in common.
+    """What the readers of all formats have in common.
 
     Args:
         header: of the file, or of the safetensors file to write in its place.
@@ -52,6 +53,10 @@ def _open(paths: Sequence[Path], key: str | None) -> WeightFile:
     path = paths[0]
     if path.suffix == ".safetensors":
         return TensorFile(path, label=str(path))
+    if path.name == METADATA:
+        from surgery.checkpoint.distributed import DistributedFile  # takes torch
+
+        return DistributedFile(paths, key=key)
     if len(paths) > 1:
         from surgery.checkpoint.consolidated import ConsolidatedFile  # takes torch
 
