@@ -365,16 +365,16 @@ def test_damaged_metadata_is_refused(tmp_path: Path) -> None:
         assert _refused(folder) == _DAMAGED.format(folder)
 
 
-@pytest.mark.parametrize("kept", ["shape", "bytes"])
-def test_chunk_that_is_another_is_refused(kept: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["shape", "dtype", "bytes"])
+def test_chunk_that_is_another_is_refused(other: str, tmp_path: Path) -> None:
     folder = _grid(tmp_path / "ck")
     data = bytearray((folder / "__0_0.distcp").read_bytes())
-    if kept == "shape":
-        stream = io.BytesIO()
-        torch.save(torch.ones(1, 4), stream)
-        data[: len(stream.getvalue())] = stream.getvalue()
-    else:
+    if other == "bytes":
         data[: len(data) // 2] = bytes(len(data) // 2)
+    else:
+        stream = io.BytesIO()
+        torch.save(torch.ones(2, 2) if other == "shape" else torch.ones(4, 1, dtype=torch.int32), stream)
+        data[: len(stream.getvalue())] = stream.getvalue()
     (folder / "__0_0.distcp").write_bytes(data)
     with pytest.raises(SourceError) as error:
         inspect_checkpoint(folder, stats=True)
