@@ -95,6 +95,7 @@ class Recipe:
     Args:
         source: Hub id, or absolute path of a local checkpoint, or the class of a live model.
         commit: Hub commit sha; None for a local checkpoint, which its files' source_sha256 identify.
+        key: which state_dict was taken of PyTorch files that hold several; None in an old recipe.
         settings: what was asked for.
         pooled_std: the one std of scale="global", else None.
         files: the weight files; for a live model, one record without file names.
@@ -110,6 +111,7 @@ class Recipe:
     files: tuple[FileRecord, ...]
     pooled_std: float | None = None
     variant: str | None = None
+    key: str | None = None
     companions: dict[str, str] = field(default_factory=dict)
     card: str | None = None
     left_out: dict[str, str] = field(default_factory=dict)
@@ -127,10 +129,11 @@ class Recipe:
 
     def to_json(self) -> str:
         """Return the text of surgery.json. Each std is a hexadecimal float."""
+        source = {"id": self.source, "commit": self.commit, "variant": self.variant}
         document = {
             "format": FORMAT,
             "contract": self.contract,
-            "source": {"id": self.source, "commit": self.commit, "variant": self.variant},
+            "source": source if self.key is None else source | {"key": self.key},
             "settings": asdict(self.settings),
             "pooled_std": _hex(self.pooled_std),
             "files": [file.to_json() for file in self.files],
@@ -158,6 +161,7 @@ class Recipe:
                 source=_typed(source["id"], str),
                 commit=_optional(source["commit"], str),
                 variant=_optional(source["variant"], str),
+                key=_optional(source.get("key"), str),
                 settings=_settings(document["settings"]),
                 pooled_std=_from_hex(document["pooled_std"]),
                 files=tuple(FileRecord.from_json(file) for file in _typed(document["files"], list)),

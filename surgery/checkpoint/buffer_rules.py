@@ -111,7 +111,7 @@ _RULES = (
         "rope_freqs",
     ),
     _Rule(_ROTARY, last="freqs cos sin scale", holds=_inside("rope", "rotary")),
-    # positions: torch's tutorial and its descendants, Segment Anything, Whisper's and Stable Diffusion 3's own files, NeRF, Florence-2
+    # positions: torch's tutorial, Segment Anything, Whisper's and Stable Diffusion 3's own files, NeRF, Florence-2
     _Rule(_SINE, last="pe", holds=lambda _path, _last, _names, shape: len(shape) > 1),
     _Rule(_SINE, last="pos_table sinusoid_table positional_encoding_gaussian_matrix pos_idx_to_embed freq_bands"),
     _Rule(_SINE, last="positional_embedding", holds=_is_whispers_encoder),

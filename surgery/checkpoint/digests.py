@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +50,13 @@ def sha256_of_all(paths: Iterable[Path], what: str, *, at_rest: bool = False) ->
             return dict(zip(paths, digests, strict=True))
         finally:
             stop.set()
+
+
+def sha256_of_list(digests: Mapping[Path, str]) -> str:
+    """Return the sha256 of one file, or of several that are read as one: of their list, as sha256sum prints it."""
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256("".join(f"{digests[path]}  {path.name}\n" for path in digests).encode()).hexdigest()
 
 
 def _hash(path: Path, on_bytes: Callable[[int], object]) -> str:

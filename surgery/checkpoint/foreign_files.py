@@ -35,7 +35,7 @@ _NUMPY = "Write its arrays with safetensors.numpy.save_file."
 _GATHER = "Have the training script gather it on one rank, and save that."
 
 _STATE_DICT = "Load it with {}, and save its state_dict with torch.save."
-_DCP = "Run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt`, and name model.pt."
+_DCP = "Fetch its .metadata too, and name its folder."
 _ZERO = "Run DeepSpeed's zero_to_fp32.py on the folder above it, and name what that writes."
 _MEGATRON = "Convert it with Megatron's tools/checkpoint/convert.py first."
 _ORBAX = "Restore it in JAX, and write it with safetensors.flax.save_file."
@@ -82,7 +82,7 @@ _IN_ZIP = (
 """What a zip archive is, by the first of these that one of its names matches."""
 
 _SHARDS = (
-    (r"[^/]+\.distcp", Kind("a torch.distributed checkpoint", _DCP)),
+    (r"[^/]+\.distcp", Kind("a torch.distributed checkpoint without its .metadata", _DCP)),
     (r"(?:\w*zero_pp_rank_\d+_|mp_rank_\d+_model_)\w+\.pt", Kind("shards of DeepSpeed ZeRO", _ZERO)),
     (r"model_optim_rng\.pt", Kind("a Megatron-LM checkpoint", _MEGATRON)),
     (r"(?:\w*(?:fsdp_|world_size_\d+_))?rank_?\d+\.(?:bin|pt|pth)", Kind("one shard for each FSDP rank", _GATHER)),
@@ -182,6 +182,16 @@ def kind_of_folder(names: Iterable[str]) -> Kind | None:
 def kind_of_shards(names: Iterable[str]) -> Kind | None:
     """Tell from their names the files of ranks, none of which is a checkpoint by itself."""
     return _first(names, _SHARDS)
+
+
+def kind_of_part(path: Path) -> Kind | None:
+    """Tell from the files beside it one of several that only together are a checkpoint."""
+    if path.suffix == ".distcp" or path.name == ".metadata":
+        return Kind("one file of a torch.distributed checkpoint", "Name its folder.")
+    ranks = path.parent.glob("consolidated.[0-9][0-9].pth")
+    if re.fullmatch(r"consolidated\.\d\d\.pth", path.name) and len(list(ranks)) > 1:
+        return Kind("one of Llama's model-parallel shards", "Name its folder.")
+    return None
 
 
 def _first(names: Iterable[str], kinds: Iterable[tuple[str, Kind]]) -> Kind | None:

@@ -135,7 +135,7 @@ def _wanted(layout: Layout, names: Collection[str]) -> list[str]:
         *recipes,
         *layout.companions,
         *indexes,
-        *(name for weight_set in layout.weights for name in weight_set.files),
+        *(name for weight_set in layout.weights for name in weight_set.on_disk),
     ]
 
 

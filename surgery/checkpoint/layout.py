@@ -13,8 +13,11 @@ from pathlib import PurePosixPath
 from surgery.checkpoint.foreign_files import kind_of_folder, kind_of_shards
 from surgery.errors import NoWeightsError, SourceError
 
+METADATA = ".metadata"  # of a torch.distributed checkpoint
 RECIPE, JOURNAL, CARD = "surgery.json", "surgery.unfinished.json", "README.md"
 
+_DISTRIBUTED = ".distcp"
+_ANOTHER = "weights in another format"
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHT = re.compile(
@@ -29,13 +32,18 @@ _OTHER_FORMATS = re.compile(
     r".*\.(h5|msgpack|ot|onnx|onnx_data|gguf|ggml|tflite|mlmodel|npz|nemo|engine|pdparams|llamafile|distcp)|.*\.ckpt\.(index|data.*)"
 )
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state.*|training_args|random_states.*)\.(pt|pth|bin|pkl)")
-_COPY_FOLDERS = re.compile(r"onnx|openvino|coreml|original|gguf|flax|tf|checkpoint-\d+|global_step\d+")
+_RANK = re.compile(r"consolidated\.(\d\d)\.pth")
+_COPY_FOLDERS = re.compile(r"onnx|openvino|coreml|original|gguf|flax|tf|checkpoint-\d+|global_step\d+|optimizer_\d+")
 _IGNORED = re.compile(r"\.git|\.cache|\.locks|\.ipynb_checkpoints|\.DS_Store|__pycache__")
 
 
 @dataclass(frozen=True)
 class WeightSet:
-    """The weights of one component: one file, or shards with their index. Names are relative to the checkpoint."""
+    """The weights of one component: one file, or shards with their index. Names are relative to the checkpoint.
+
+    Args:
+        parts: the files that are read as one weight file, which has the name of the first of them; else none.
+    """
 
     folder: str
     stem: str
@@ -43,10 +51,20 @@ class WeightSet:
     suffix: str
     files: tuple[str, ...]
     index: str | None = None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def on_disk(self) -> tuple[str, ...]:
+        """Every file that holds weights."""
+        return self.parts or self.files
 
     @property
     def is_pickle(self) -> bool:
         return self.suffix != ".safetensors"
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.suffix == _DISTRIBUTED
 
 
 @dataclass(frozen=True)
@@ -83,10 +101,14 @@ def arrange(names: Iterable[str], *, variant: str | None, what: str) -> Layout:
         sets, plain = _collect(folder, by_folder[folder])
         chosen, reasons = _choose(sets, variant, is_pipeline=is_pipeline, what=what)
         weights += chosen
+        _refuse_missing_ranks(chosen, what)
         left_out += reasons
         refused = [(name, why) for name in plain if (why := _reason_to_leave_out(name))]
         left_out += refused
         companions += [name for name in plain if name not in dict(refused)]
+    if not all(s.is_distributed for s in weights):
+        left_out += [(name, _ANOTHER) for s in weights if s.is_distributed for name in _members(s)]
+        weights = [s for s in weights if not s.is_distributed]
     if not weights:
         raise _no_weights(what, [*companions, *(name for name, _ in left_out)])
     if variant and not any(chosen.variant == variant for chosen in weights):
@@ -110,7 +132,7 @@ def _reason_to_leave_out(name: str) -> str | None:
     """Say why a file that holds no weights of the checkpoint is no companion either."""
     base = name.rpartition("/")[2]
     if _OTHER_FORMATS.fullmatch(base):
-        return "weights in another format"
+        return _ANOTHER
     return "training state" if _TRAINING.fullmatch(base) else None
 
 
@@ -149,7 +171,45 @@ def _collect(folder: str, names: list[str]) -> tuple[list[WeightSet], list[str]]
             sets.append(WeightSet(folder, stem, variant, suffix, (), index))
         else:
             plain.append(index)
-    return sets, plain
+    distributed, plain = _join_distributed(folder, plain)
+    return _join_ranks(sets) + distributed, plain
+
+
+def _join_distributed(folder: str, names: list[str]) -> tuple[list[WeightSet], list[str]]:
+    """Make one set of a .metadata and the .distcp files beside it; return it, and the other files."""
+    chunks = [name for name in names if name.endswith(_DISTRIBUTED)]
+    metadata = [name for name in names if name.rpartition("/")[2] == METADATA]
+    if not chunks or not metadata:
+        return [], names
+    parts = (*metadata, *chunks)
+    joined = WeightSet(folder, "model", None, _DISTRIBUTED, parts[:1], parts=parts)
+    return [joined], [name for name in names if name not in parts]
+
+
+def _join_ranks(sets: list[WeightSet]) -> list[WeightSet]:
+    """Make one set of consolidated.00.pth, consolidated.01.pth, ..., each of which has a part of every tensor."""
+    ranks = [s for s in sets if s.suffix == ".pth" and _RANK.fullmatch(s.files[0].rpartition("/")[2])]
+    if [_rank(s.files[0]) for s in ranks] in ([], [0]):
+        return sets
+    files = tuple(sorted(name for s in ranks for name in s.files))
+    joined = WeightSet(ranks[0].folder, "consolidated", None, ".pth", files[:1], parts=files)
+    return [*(s for s in sets if s not in ranks), joined]
+
+
+def _rank(name: str) -> int:
+    match = _RANK.fullmatch(name.rpartition("/")[2])
+    return int(match[1]) if match else 0
+
+
+def _refuse_missing_ranks(chosen: Iterable[WeightSet], what: str) -> None:
+    for weight_set in chosen:
+        ranks = [] if weight_set.is_distributed else [_rank(name) for name in weight_set.parts]
+        if ranks != list(range(len(ranks))):
+            missing = next(rank for rank in range(len(ranks)) if ranks[rank] != rank)
+            raise SourceError(
+                f"{what}: expected consolidated.00.pth and its siblings up to {max(ranks):02}, got no "
+                f"consolidated.{missing:02}.pth. Fetch the missing shard."
+            )
 
 
 def _choose(
@@ -196,6 +256,6 @@ def _same(a: WeightSet, b: WeightSet) -> bool:
 
 
 def _members(weight_set: WeightSet) -> Iterator[str]:
-    yield from weight_set.files
+    yield from weight_set.on_disk
     if weight_set.index:
         yield weight_set.index

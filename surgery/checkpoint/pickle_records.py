@@ -43,7 +43,7 @@ def _has_own_sizes(path: Path) -> bool:
         loaded = torch.load(path, map_location="meta", weights_only=True)
     except Exception:  # such as of quantized tensors, which there are none of on the meta device
         return False
-    for storage in _storages(loaded, _DEPTH):
+    for storage in _storages(loaded, _DEPTH, set()):
         offset = getattr(storage, "_checkpoint_offset", None)  # older torch does not tell
         if offset is not None and sizes.get(offset) != storage.nbytes():
             return False
@@ -78,10 +78,11 @@ def _sizes(path: Path) -> dict[int, int]:
     return sizes
 
 
-def _storages(value: Any, depth: int) -> Iterator[torch.UntypedStorage]:
+def _storages(value: Any, depth: int, seen: set[int]) -> Iterator[torch.UntypedStorage]:
     if isinstance(value, torch.Tensor):
         if value.layout is torch.strided:
             yield value.untyped_storage()
-    elif depth and isinstance(value, Mapping | list | tuple):
+    elif depth and isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+        seen.add(id(value))  # what holds itself many times would be gone through for ever
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _storages(item, depth - 1)
+            yield from _storages(item, depth - 1, seen)

@@ -49,19 +49,20 @@ class PickleFile:
         repeating: names that shall stand for others, where they share a storage.
     """
 
-    def __init__(self, path: Path, *, label: str, repeating: Collection[str] = ()) -> None:
+    def __init__(self, path: Path, *, label: str, key: str | None = None, repeating: Collection[str] = ()) -> None:
         self.path = path
         self._stamp = Stamp.of(path)
-        state_dict = find_state_dict(_load(path, label), label)
+        found = find_state_dict(_load(path, label), label, key=key)
+        state_dict = {name: tensor.detach() for name, tensor in found.items()}
         self.tied = ties(state_dict, label, repeating)
-        self._tensors = {name: tensor for name, tensor in state_dict.items() if name not in self.tied}
-        entries = [(name, _dtype(name, t, label), tuple(t.shape)) for name, t in self._tensors.items()]
+        self.tensors = {name: tensor for name, tensor in state_dict.items() if name not in self.tied}
+        entries = [(name, _dtype(name, t, label), tuple(t.shape)) for name, t in self.tensors.items()]
         self.header: Header = build_header(entries, {"format": "pt"})
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on."""
         self._refuse_cut()
-        stored = self._tensors[tensor.name] = self._tensors[tensor.name].contiguous()
+        stored = self.tensors[tensor.name] = self.tensors[tensor.name].contiguous()
         flat = stored.reshape(-1).view(torch.uint8)
         np.copyto(np.frombuffer(buffer, np.uint8), flat[start : start + len(buffer)].numpy())
 
@@ -95,7 +96,7 @@ class PickleFile:
         refuse_changed(self.path, self._stamp)
 
     def close(self) -> None:
-        self._tensors = {}
+        self.tensors = {}
 
 
 def _load(path: Path, label: str) -> Any:

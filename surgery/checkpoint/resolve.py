@@ -3,12 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
-from surgery.checkpoint.foreign_files import kind_of_file, kind_of_shards
+from surgery.checkpoint.foreign_files import kind_of_file, kind_of_part, kind_of_shards
 from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
 from surgery.errors import SettingError, SourceError
 
@@ -27,6 +27,9 @@ class Checkpoint:
         layout: its files; every weight set names all of its shards.
         stamps: of the weights and companions when they were found, by name.
         repeating: names of tensors that stand for others, by PyTorch file, where a recipe has said which they are.
+        key: which state_dict to take of PyTorch files that hold several.
+    Raises:
+        SettingError: a key, and no PyTorch file.
     """
 
     id: str
@@ -35,6 +38,13 @@ class Checkpoint:
     layout: Layout
     stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
     repeating: Mapping[str, Collection[str]] = field(default_factory=dict)
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.key is not None and not any(weight_set.is_pickle for weight_set in self.layout.weights):
+            raise SettingError(
+                f"`key`: expected PyTorch files with it, got the safetensors of {self.id}. Leave it out."
+            )
 
     @property
     def short_name(self) -> str:
@@ -44,18 +54,28 @@ class Checkpoint:
     def path(self, name: str) -> Path:
         return self.root / name
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Return the files that a weight file is read from: itself, if it is not made up of several."""
+        return next((s.parts for s in self.layout.weights if s.parts and name in s.files), (name,))
+
     def refuse_changed(self, name: str) -> None:
         """Refuse a file that is not the one that was found.
 
         Raises:
             SourceError: it was removed, replaced or written to since.
         """
-        if then := self.stamps.get(name):
-            refuse_changed(self.path(name), then)
+        for part in self.parts(name):
+            if then := self.stamps.get(part):
+                refuse_changed(self.path(part), then)
 
 
 def resolve(
-    source: str | Path, *, revision: str | None = None, variant: str | None = None, token: str | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    key: str | None = None,
+    token: str | None = None,
 ) -> Checkpoint:
     """Find a checkpoint, fetching it from the Hub if it is an id, and check that it is complete and safe to read.
 
@@ -63,11 +83,16 @@ def resolve(
         source: a folder, a .safetensors or PyTorch file, or a Hub id, which may end in `@revision`.
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained.
+        key: which state_dict to take of PyTorch files that hold several.
         token: Hub token; default: the one `hf auth login` stored, or HF_TOKEN.
     Raises:
-        SettingError: a revision for a local checkpoint, or two of them.
+        SettingError: a revision for a local checkpoint, or two of them; a key for safetensors.
         SourceError: not found, unsafe or incomplete.
     """
+    return replace(_find(source, revision, variant, token), key=key)
+
+
+def _find(source: str | Path, revision: str | None, variant: str | None, token: str | None) -> Checkpoint:
     found = locate(source, revision)
     if isinstance(found, Path):
         if found.is_file():
@@ -111,10 +136,11 @@ def _snapshot_of(cached: Path) -> Path:
 
 
 def _from_file(path: Path) -> Checkpoint:
-    if path.suffix not in _SUFFIXES:
+    kind = kind_of_part(path)
+    if not kind and path.suffix not in _SUFFIXES:
         what, advice = kind_of_file(path) or (f"{path.suffix or 'no'} suffix", "Convert it to safetensors first.")
         raise SourceError(f"{path}: expected {', '.join(_SUFFIXES)}, got {what}. {advice}")
-    if "zero_pp_rank_" in path.name and (kind := kind_of_shards([path.name])):
+    if kind or ("zero_pp_rank_" in path.name and (kind := kind_of_shards([path.name]))):
         raise SourceError(f"{path}: expected a whole checkpoint, got {kind.what}. {kind.advice}")
     stem = path.name.removesuffix(path.suffix)
     weights = WeightSet("", stem, None, path.suffix, (path.name,))
@@ -129,7 +155,7 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
         found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
         names = [path.relative_to(root).as_posix() for path in found]
     layout = _complete(root, arrange(names, variant=variant, what=id), names=None)
-    files = [*(name for weight_set in layout.weights for name in weight_set.files), *layout.companions]
+    files = [*(name for weight_set in layout.weights for name in weight_set.on_disk), *layout.companions]
     for name in files:
         _refuse_unsafe(root, name)
     return Checkpoint(id, commit, root, layout, {name: Stamp.of(root / name) for name in files})
@@ -187,19 +213,15 @@ def _refuse_unsafe(root: Path, name: str) -> None:
 
 def _with_shards(root: Path, weight_set: WeightSet, names: Collection[str] | None) -> WeightSet:
     """Complete a set with the shards its index names, and check that all of them are there."""
-    files: Sequence[str]
     if weight_set.index:
-        files = _shards_of(root, weight_set, names)
-    else:
-        files = weight_set.files
-        counts = {match[1] for name in files if (match := re.search(r"-of-(\d{5})\.", name))}
-        if counts and counts != {f"{len(files):05}"}:
-            raise SourceError(
-                f"{root / files[0]}: expected {int(max(counts))} shards, got {len(files)}. Fetch the missing ones."
-            )
-    return WeightSet(
-        weight_set.folder, weight_set.stem, weight_set.variant, weight_set.suffix, tuple(files), weight_set.index
-    )
+        return replace(weight_set, files=tuple(_shards_of(root, weight_set, names)))
+    files = weight_set.files
+    counts = {match[1] for name in files if (match := re.search(r"-of-(\d{5})\.", name))}
+    if counts and counts != {f"{len(files):05}"}:
+        raise SourceError(
+            f"{root / files[0]}: expected {int(max(counts))} shards, got {len(files)}. Fetch the missing ones."
+        )
+    return weight_set
 
 
 def read_weight_map(path: Path) -> dict[str, str]:

@@ -27,14 +27,19 @@ _TRAINING = re.compile(
 _DEPTH = 8
 _LEVELS = 3  # of nests within a nest that are looked into to tell whether there are tensors
 _ALIKE = 0.5  # of its names that another state_dict shares: another copy of the same model
+_CHOOSE = "Choose one with `key`, or save it by itself with torch.save."
 
 
-def find_state_dict(loaded: Any, label: str) -> dict[str, torch.Tensor]:
-    """Return the one state_dict there is.
+def find_state_dict(loaded: Any, label: str, *, key: str | None = None) -> dict[str, torch.Tensor]:
+    """Return the one state_dict there is, or that of a name.
 
+    Args:
+        key: its name in the nest that holds it, at any depth; what reads like training state may be meant too.
     Raises:
-        SourceError: none or several, or weights in it that are no tensors.
+        SourceError: none, several or none of that name, or weights in it that are no tensors.
     """
+    if key is not None:
+        loaded = _take(loaded, key, label)
     for _ in range(_DEPTH):  # a pickle may hold itself
         nests = _nests(loaded)
         if not nests:
@@ -42,7 +47,7 @@ def find_state_dict(loaded: Any, label: str) -> dict[str, torch.Tensor]:
         loaded = loaded[_choose(loaded, nests, label)]
     if not _has_tensors(loaded):
         raise SourceError(f"{label}: expected a state_dict, got {_describe(loaded)}. Save one with torch.save.")
-    return {name: tensor.detach() for name, tensor in _tensors(loaded, label)}
+    return dict(_tensors(loaded, label))
 
 
 def _has_tensors(value: Any) -> bool:
@@ -51,12 +56,17 @@ def _has_tensors(value: Any) -> bool:
 
 def _nests(loaded: Any) -> dict[str, set[str]]:
     """Return the names of what holds state_dicts, with the names of the tensors in each."""
+    return {name: names for name, names in _holders(loaded).items() if not _TRAINING.fullmatch(name)}
+
+
+def _holders(loaded: Any) -> dict[str, set[str]]:
+    """Return these, and training state that holds tensors too."""
     if not isinstance(loaded, Mapping):
         return {}
     nests = {
         name: _names_in(value, _LEVELS)
         for name, value in loaded.items()
-        if isinstance(name, str) and isinstance(value, Mapping) and not _TRAINING.fullmatch(name)
+        if isinstance(name, str) and isinstance(value, Mapping)
     }
     return {name: names for name, names in nests.items() if names}
 
@@ -70,25 +80,60 @@ def _names_in(value: Mapping[Any, Any], depth: int) -> set[str]:
     return set[str]().union(*within)
 
 
+def _take(loaded: Any, key: str, label: str) -> Any:
+    """Return what is kept under a name, at the least depth where there is one."""
+    level: dict[str, Any] = {"": loaded}
+    seen: dict[str, None] = {}
+    entered: set[int] = set()  # a pickle may hold itself
+    while level:
+        if found := {where: nest for where, nest in level.items() if key in _holders(nest)}:
+            return _take_one(found, key, label)
+        seen |= {name: None for nest in level.values() for name in _holders(nest)}
+        entered |= {id(nest) for nest in level.values()}
+        below = {f"{where}{name}.": nest[name] for where, nest in level.items() for name in _nests(nest)}
+        once = {id(nest): where for where, nest in below.items() if id(nest) not in entered}
+        level = {where: below[where] for where in once.values()}
+    if not seen:
+        raise SourceError(f"{label}: expected a state_dict {key!r}, got no names of any. Leave `key` out.")
+    raise SourceError(f"{label}: expected a state_dict {key!r}, got {_list(seen)}. Choose one of them with `key`.")
+
+
+def _take_one(found: Mapping[str, Mapping[str, Any]], key: str, label: str) -> Any:
+    if len(found) > 1:
+        places = _list([where.removesuffix(".") for where in found])
+        raise SourceError(
+            f"{label}: expected one state_dict {key!r}, got one in each of {places}. "
+            "Save the one to take by itself with torch.save."
+        )
+    nest = next(iter(found.values()))
+    _warn_of_others(key, [name for name in _nests(nest) if name != key], _beside(nest), label)
+    return nest[key]
+
+
 def _choose(loaded: Mapping[str, Any], nests: Mapping[str, set[str]], label: str) -> str:
     """Choose the nest that holds the model, if that is certain."""
     known = [name for name in _NESTS if name in nests]
     chosen = known[0] if known else next(iter(nests))
     others = [name for name in nests if name != chosen]
     if others and (len(known) != 1 or any(_are_alike(nests[chosen], nests[name]) for name in others)):
-        raise SourceError(
-            f"{label}: expected one state_dict, got {len(nests)}: {_list(nests)}. "
-            "Save the one to take by itself with torch.save."
-        )
-    beside = [name for name, value in loaded.items() if isinstance(value, torch.Tensor) and value.numel() > 1]
+        raise SourceError(f"{label}: expected one state_dict, got {len(nests)}: {_list(nests)}. {_CHOOSE}")
+    beside = _beside(loaded)
     if beside and not known:
         raise SourceError(
-            f"{label}: expected one state_dict, got {chosen!r} with tensors beside it: {_list(beside)}. "
-            "Save the one to take by itself with torch.save."
+            f"{label}: expected one state_dict, got {chosen!r} with tensors beside it: {_list(beside)}. {_CHOOSE}"
         )
+    _warn_of_others(chosen, others, beside, label)
+    return chosen
+
+
+def _beside(loaded: Mapping[str, Any]) -> list[str]:
+    """Name the tensors beside state_dicts; a number is a counter."""
+    return [name for name, value in loaded.items() if isinstance(value, torch.Tensor) and value.numel() > 1]
+
+
+def _warn_of_others(chosen: str, others: list[str], beside: list[str], label: str) -> None:
     if left_out := [*others, *beside]:
         _warn_once(f"{label}: took the state_dict {chosen!r}, and left out what is beside it: {_list(left_out)}")
-    return chosen
 
 
 def _are_alike(one: set[str], other: set[str]) -> bool:

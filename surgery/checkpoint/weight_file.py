@@ -1,16 +1,18 @@
-"""An open weight file as a Protocol, for safetensors and pickles alike; a new format is opened here."""
+"""An open weight file as a Protocol, whatever its format and its number of files; a new format is opened here."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from surgery.checkpoint.digests import sha256_of_all, sha256_of_list
+from surgery.checkpoint.layout import METADATA
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
 from surgery.errors import SourceError
 
 
 class WeightFile(Protocol):
-    """What TensorFile and PickleFile have in common.
+    """What the readers of all formats have in common.
 
     Args:
         header: of the file, or of the safetensors file to write in its place.
@@ -36,7 +38,8 @@ def open_weights(checkpoint: Checkpoint, name: str) -> WeightFile:
     path = checkpoint.path(name)
     try:
         checkpoint.refuse_changed(name)
-        file = _open(path, checkpoint.repeating.get(name, ()))
+        paths = [checkpoint.path(part) for part in checkpoint.parts(name)]
+        file = _open(paths, checkpoint.key, checkpoint.repeating.get(name, ()))
     except OSError as error:
         raise SourceError(f"{path}: expected a file to read, got {error.strerror}. Check its permissions.") from error
     try:
@@ -47,9 +50,25 @@ def open_weights(checkpoint: Checkpoint, name: str) -> WeightFile:
     return file
 
 
-def _open(path: Path, repeating: Collection[str]) -> WeightFile:
+def _open(paths: Sequence[Path], key: str | None, repeating: Collection[str]) -> WeightFile:
+    path = paths[0]
     if path.suffix == ".safetensors":
         return TensorFile(path, label=str(path))
+    if path.name == METADATA:
+        from surgery.checkpoint.distributed import DistributedFile  # takes torch
+
+        return DistributedFile(paths, key=key)
+    if len(paths) > 1:
+        from surgery.checkpoint.consolidated import ConsolidatedFile  # takes torch
+
+        return ConsolidatedFile(paths, key=key)
     from surgery.checkpoint.pickles import PickleFile  # takes torch
 
-    return PickleFile(path, label=str(path), repeating=repeating)
+    return PickleFile(path, label=str(path), key=key, repeating=repeating)
+
+
+def sha256_of_sources(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
+    """Return the digest that identifies each weight file, by name: its own, or one of all files it is made up of."""
+    paths = {name: [checkpoint.path(part) for part in checkpoint.parts(name)] for name in names}
+    digests = sha256_of_all([path for parts in paths.values() for path in parts], "checking the source")
+    return {name: sha256_of_list({path: digests[path] for path in parts}) for name, parts in paths.items()}

@@ -16,6 +16,7 @@ from surgery.errors import SettingError
 @options.show_all("A line for each tensor, instead of one for each layer pattern.")
 @options.revision
 @options.variant()
+@options.key
 @options.token
 @options.workers("one per core")
 @options.plot("Draw it.")

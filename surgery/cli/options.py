@@ -29,6 +29,9 @@ def variant(of: str = "") -> _Decorator:
     return click.option("--variant", help=f"Weights' variant, such as fp16{of}.")
 
 
+key = click.option("--key", metavar="NAME", help="State_dict to take of a PyTorch file that holds several.")
+
+
 def workers(default: str) -> _Decorator:
     """Add --workers. `default` says how many threads that is to a core."""
     return click.option("--workers", type=click.IntRange(min=1), help=f"Threads.  [default: {default}, at most 16]")

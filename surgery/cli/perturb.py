@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @options.exclude("Copy tensors whose name matches.")
 @options.revision
 @options.variant()
+@options.key
 @options.token
 @options.workers("two per core")
 @options.overwrite
@@ -48,6 +49,7 @@ def perturb(
     *,
     revision: str | None,
     variant: str | None,
+    key: str | None,
     token: str | None,
     workers: int | None,
     overwrite: bool,
@@ -82,7 +84,7 @@ def perturb(
         from surgery.push.push import check
 
         check(push)
-    plan = make_plan(model, out, noisytune, revision=revision, variant=variant, token=token)
+    plan = make_plan(model, out, noisytune, revision=revision, variant=variant, key=key, token=token)
     push = replace(push, folder=plan.out) if push else None
     if dry_run:
         _print_plan(plan, push, as_json=as_json)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from surgery.checkpoint.digests import sha256_of
+from surgery.checkpoint.weight_file import sha256_of_sources
 from surgery.inspect.comparison import Agreement, TensorComparison
 from surgery.inspect.inspection import read_recipe
 from surgery.noise import BLOCK, LANES, SAMPLED_BLOCKS, UNIT_STD
@@ -31,7 +31,7 @@ def check_agreement(a: "Checkpoint", b: "Checkpoint", tensors: "Iterable[TensorC
     lam / sqrt(12), up to chance and rounding; each copied tensor must be equal.
     """
     recipe = read_recipe(b)
-    if recipe is None or not _is_source(a, recipe):
+    if recipe is None or not is_source(a, recipe):
         return None
     found = {(tensor.component, tensor.b.name): tensor for tensor in tensors if tensor.b}
     disagreeing = {}
@@ -44,11 +44,13 @@ def check_agreement(a: "Checkpoint", b: "Checkpoint", tensors: "Iterable[TensorC
     return Agreement(recipe, disagreeing)
 
 
-def _is_source(a: "Checkpoint", recipe: Recipe) -> bool:
+def is_source(a: "Checkpoint", recipe: Recipe) -> bool:
+    """Tell whether a checkpoint is the one that a recipe was made from."""
     if recipe.commit and (recipe.source, recipe.commit) == (a.id, a.commit):
         return True
-    paths = {a.path(file.source): file.source_sha256 for file in recipe.files}
-    return all(path.is_file() for path in paths) and all(sha256_of(path) == known for path, known in paths.items())
+    known = {file.source: file.source_sha256 for file in recipe.files}
+    is_there = all(a.path(part).is_file() for name in known for part in a.parts(name))
+    return is_there and sha256_of_sources(a, known) == known
 
 
 def _fault(recipe: Recipe, record: TensorRecord, pair: "TensorDiff | None") -> str | None:

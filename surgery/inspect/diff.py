@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile
 from surgery.errors import SourceError
 from surgery.inspect.comparison import EQUAL, Comparison, TensorComparison
-from surgery.inspect.inspection import components, open_all
+from surgery.inspect.inspection import components, open_all, read_recipe
 from surgery.progress import bar
 
 if TYPE_CHECKING:
@@ -40,13 +41,24 @@ def diff_checkpoints(
     from surgery.inspect.agreement import check_agreement
     from surgery.threads import computing_workers
 
-    sides = [resolve(source, variant=variant, token=token) for source in (a, b)]
+    found = [resolve(source, variant=variant, token=token) for source in (a, b)]
+    sides = [_with_key(found[0], found[1]), _with_key(found[1], found[0])]
     with ExitStack() as stack:
         indexes = [TensorIndex(side, stack.enter_context(open_all(side))) for side in sides]
         tensors = _compare(list(_match(*indexes)), workers or computing_workers())
     tensors.sort(key=lambda tensor: tensor.name)  # for those that are equally bad
     tensors.sort(key=_badness, reverse=True)
     return Comparison(sides[0], sides[1], tuple(tensors), check_agreement(sides[0], sides[1], tensors))
+
+
+def _with_key(source: Checkpoint, made: Checkpoint) -> Checkpoint:
+    """Take of a file with several state_dicts the one that the other checkpoint was made from, as its recipe says."""
+    from surgery.inspect.agreement import is_source
+
+    recipe = read_recipe(made)
+    if recipe is None or recipe.key is None or not is_source(source, recipe):
+        return source
+    return replace(source, key=recipe.key)
 
 
 _Located = tuple[WeightFile, Tensor]

@@ -79,6 +79,7 @@ def inspect_checkpoint(
     stats: bool = False,
     revision: str | None = None,
     variant: str | None = None,
+    key: str | None = None,
     token: str | None = None,
     workers: int | None = None,
 ) -> Inspection:
@@ -89,6 +90,7 @@ def inspect_checkpoint(
         stats: read all weights too, which fetches those on the Hub: mean, std, extremes, NaN and Inf of each tensor.
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained, such as "fp16".
+        key: which state_dict to take of a PyTorch file that holds several.
         token: Hub token; default: the one stored on this machine.
         workers: threads; default: one per core, at most 16.
     Raises:
@@ -99,9 +101,9 @@ def inspect_checkpoint(
         from surgery.checkpoint.hub_headers import read_remote_headers
 
         if remote := read_remote_headers(found[0], revision=found[1], variant=variant, token=token):
-            checkpoint, headers = remote
+            checkpoint, headers = replace(remote[0], key=key), remote[1]
             return _describe(checkpoint, _shards(checkpoint, {name: (header, {}) for name, header in headers.items()}))
-    checkpoint = resolve(source, revision=revision, variant=variant, token=token)
+    checkpoint = resolve(source, revision=revision, variant=variant, key=key, token=token)
     with open_all(checkpoint) as sources:
         files = {name: (source.header, source.tied) for name, source in sources.items()}
         shards = _shards(checkpoint, files, has_values=True)

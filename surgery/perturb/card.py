@@ -92,6 +92,7 @@ def _done(recipe: Recipe) -> str:
     facts = {
         "source": f"`{_name(recipe)}{'@' * bool(recipe.commit)}{recipe.commit or ''}`",
         "variant": recipe.variant and f"`{recipe.variant}`",
+        "key": recipe.key and f"`{recipe.key}`",
         "formula": f"`w' = w + {noise} * {spread}`",
         "lam": f"{s.lam:g}",
         "seed": str(s.seed),
@@ -112,7 +113,9 @@ def _done(recipe: Recipe) -> str:
 def _repeat(recipe: Recipe) -> str:
     where = "" if recipe.commit else f" --source {shlex.quote(_name(recipe))}"
     note = "" if recipe.commit else f"# --source: where {shlex.quote(_name(recipe))} is on your machine\n"
-    again = perturb_command(_name(recipe), recipe.settings, commit=recipe.commit, variant=recipe.variant)
+    again = perturb_command(
+        _name(recipe), recipe.settings, commit=recipe.commit, variant=recipe.variant, key=recipe.key
+    )
     return (
         "## Verify and repeat\n\n"
         "With the command of model-surgery:\n\n"

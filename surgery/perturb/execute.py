@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.digests import sha256_of
 from surgery.checkpoint.layout import CARD, RECIPE
+from surgery.checkpoint.weight_file import sha256_of_sources
 from surgery.errors import OutputError, SourceError
 from surgery.noise import CONTRACT
 from surgery.noisytune import FLOATS, Moments, NoisyTune, as_globs
@@ -37,6 +37,7 @@ def perturb_checkpoint(
     exclude: str | Sequence[str] = (),
     revision: str | None = None,
     variant: str | None = None,
+    key: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -53,6 +54,7 @@ def perturb_checkpoint(
         lam, seed, noise, scale, rounding, include, exclude: see NoisyTune.
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained, such as "fp16".
+        key: which state_dict to take of a PyTorch file that holds several.
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
         workers: threads; default: two per core, at most 16. The bytes written do not depend on it.
@@ -65,7 +67,7 @@ def perturb_checkpoint(
     """
     refuse_windows("perturb")
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
-    plan = make_plan(source, out, settings, revision=revision, variant=variant, token=token)
+    plan = make_plan(source, out, settings, revision=revision, variant=variant, key=key, token=token)
     recipe = execute(plan, overwrite=overwrite, workers=workers)
     warn_of_vanished(recipe)
     return recipe
@@ -107,12 +109,13 @@ def _job(plan: Plan) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     files: dict[str, list[int]] = {}
     if checkpoint.commit is None:
-        for shard in plan.shards:
-            stat = checkpoint.path(shard.source).stat()
-            files[shard.source] = [stat.st_size, stat.st_mtime_ns]
+        for name in (part for shard in plan.shards for part in checkpoint.parts(shard.source)):
+            stat = checkpoint.path(name).stat()
+            files[name] = [stat.st_size, stat.st_mtime_ns]
+    source = {"id": checkpoint.id, "commit": checkpoint.commit, "variant": plan.variant, "files": files}
     return {
         "contract": CONTRACT,
-        "source": {"id": checkpoint.id, "commit": checkpoint.commit, "variant": plan.variant, "files": files},
+        "source": source | ({} if checkpoint.key is None else {"key": checkpoint.key}),
         "settings": asdict(plan.settings),
     }
 
@@ -170,6 +173,7 @@ def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled
         source=plan.checkpoint.id,
         commit=plan.checkpoint.commit,
         variant=plan.variant,
+        key=plan.checkpoint.key,
         settings=plan.settings,
         pooled_std=pooled.std if pooled else None,
         files=files,
@@ -188,8 +192,8 @@ def _already_done(plan: Plan) -> Recipe | None:
     if not is_finished(plan.out):
         return None
     recipe = Recipe.read(plan.out / RECIPE)
-    mine = (plan.checkpoint.id, plan.checkpoint.commit, plan.variant, plan.settings)
-    if (recipe.source, recipe.commit, recipe.variant, recipe.settings) != mine:
+    mine = (plan.checkpoint.id, plan.checkpoint.commit, plan.variant, plan.checkpoint.key, plan.settings)
+    if (recipe.source, recipe.commit, recipe.variant, recipe.key, recipe.settings) != mine:
         return None
     if [file.name for file in recipe.files] != [shard.name for shard in plan.shards]:
         return None
@@ -202,6 +206,7 @@ def _already_done(plan: Plan) -> Recipe | None:
         path = plan.out / file.name
         if not path.is_file() or path.stat().st_size != shard.nbytes:
             return None
-        if plan.checkpoint.commit is None and sha256_of(plan.checkpoint.path(file.source)) != file.source_sha256:
-            return None
+    known = {file.source: file.source_sha256 for file in recipe.files}
+    if plan.checkpoint.commit is None and sha256_of_sources(plan.checkpoint, known) != known:
+        return None
     return None if plan.recorded and recipe_faults(plan.recorded, recipe) else recipe

@@ -94,7 +94,13 @@ class Plan:
 
 
 def perturb_command(
-    source: str, settings: NoisyTune, *, commit: str | None, variant: str | None, out: Path | None = None
+    source: str,
+    settings: NoisyTune,
+    *,
+    commit: str | None,
+    variant: str | None,
+    key: str | None = None,
+    out: Path | None = None,
 ) -> str:
     """Return the shell command that perturbs a source."""
     s = settings
@@ -102,6 +108,7 @@ def perturb_command(
     words = ["surgery", "perturb", source, "--lam", lam, "--seed", str(s.seed)]
     words += ["--revision", commit] if commit else []
     words += ["--variant", variant] if variant else []
+    words += [] if key is None else ["--key", key]
     for option, value, default in (
         ("--noise", s.noise, "uniform"),
         ("--scale", s.scale, "matrix"),
@@ -120,6 +127,7 @@ def make_plan(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    key: str | None = None,
     token: str | None = None,
 ) -> Plan:
     """Read the source's headers and settle what happens to every tensor. Writes nothing.
@@ -127,7 +135,7 @@ def make_plan(
     Raises:
         SettingError, SourceError, OutputError: as perturb_checkpoint.
     """
-    checkpoint = resolve(source, revision=revision, variant=variant, token=token)
+    checkpoint = resolve(source, revision=revision, variant=variant, key=key, token=token)
     out = choose_out(out, checkpoint, settings, name=checkpoint.short_name)
     return plan_checkpoint(checkpoint, out, settings, variant=variant)
 
@@ -173,7 +181,9 @@ def plan_checkpoint(
             f"{checkpoint.id}: expected a tensor to perturb, got {len(names)} to copy ({'; '.join(reasons)}). "
             "Correct `include` and `exclude`."
         )
-    command = perturb_command(checkpoint.id, settings, commit=checkpoint.commit, variant=variant, out=out)
+    command = perturb_command(
+        checkpoint.id, settings, commit=checkpoint.commit, variant=variant, key=checkpoint.key, out=out
+    )
     return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command, recorded)
 
 
@@ -242,7 +252,7 @@ def _output_name(weight_set: WeightSet, name: str) -> str:
     folder, slash, base = name.rpartition("/")
     stem = base.removesuffix(weight_set.suffix)
     if weight_set.suffix != ".bin":
-        stem = "model"
+        stem = weight_set.stem if weight_set.parts else "model"
     return f"{folder}{slash}{re.sub(r'^pytorch_model', 'model', stem)}.safetensors"
 
 

@@ -77,7 +77,7 @@ def find_source(recipe: Recipe, what: str, *, source: str | Path | None, token: 
                 f"{what}: expected its source, {recipe.source}, on this machine, got no such path. "
                 "Say with `source` where it is."
             )
-    return resolve(source, variant=recipe.variant, token=token)
+    return resolve(source, variant=recipe.variant, key=recipe.key, token=token)
 
 
 def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:

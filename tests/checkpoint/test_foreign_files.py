@@ -155,7 +155,7 @@ def test_raw_weights_are_named_by_the_file_beside(tmp_path: Path) -> None:
 
 # -- folders ------------------------------------------------------------------------------------------------------
 
-_DCP = "Run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt`, and name model.pt."
+_DCP = "Fetch its .metadata too, and name its folder."
 _ZERO = "Run DeepSpeed's zero_to_fp32.py on the folder above it, and name what that writes."
 _GATHER = "Have the training script gather it on one rank, and save that."
 _ORBAX = "Restore it in JAX, and write it with safetensors.flax.save_file."
@@ -198,18 +198,20 @@ def _refused(folder: Path) -> str:
     return str(error.value)
 
 
-def test_distributed_checkpoint_is_named(tmp_path: Path) -> None:
+def test_distributed_checkpoint_without_its_metadata_is_named(tmp_path: Path) -> None:
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     folder = tmp_path / "checkpoint-500"
     write_json(folder / "config.json", {})
     with warnings.catch_warnings(action="ignore"):  # it says that it saves in one process
         dcp.save({"model": {"w": torch.ones(3)}}, checkpoint_id=folder / "pytorch_model_fsdp_0")
+    (folder / "pytorch_model_fsdp_0/.metadata").unlink()
     for named, found in (
         (folder, "pytorch_model_fsdp_0/__0_0.distcp"),
         (folder / "pytorch_model_fsdp_0", "__0_0.distcp"),
     ):
         assert _refused(named) == (
-            f"{named}: expected safetensors or PyTorch weights, got a torch.distributed checkpoint ({found}). {_DCP}"
+            f"{named}: expected safetensors or PyTorch weights, got a torch.distributed checkpoint without its "
+            f".metadata ({found}). {_DCP}"
         )
     write_weights(folder / "model.safetensors")
     assert ("pytorch_model_fsdp_0/__0_0.distcp", "weights in another format") in resolve(folder).layout.left_out

@@ -31,8 +31,8 @@ def test_help_names_every_option():
     done = surgery("perturb", "--help")
     assert done.exit_code == 0
     options = (
-        "out lam seed noise scale rounding include exclude revision variant token workers overwrite dry-run json debug "
-        "push private create-pr commit-message"
+        "out lam seed noise scale rounding include exclude revision variant key token workers overwrite dry-run json "
+        "debug push private create-pr commit-message"
     )
     for option in options.split():
         assert f"--{option}" in done.output
