@@ -22,6 +22,7 @@ from typing import Any
 from hub_store import Files, Repo, User, etag, folder_entries, is_large, sibling, tree_entry
 from hub_wire import DROPPED as DROPPED
 from hub_wire import FLIPPED as FLIPPED
+from hub_wire import FLOODED as FLOODED
 from hub_wire import LOST as LOST
 from hub_wire import TRUNCATED as TRUNCATED
 from hub_wire import Fault, Request
@@ -37,6 +38,8 @@ class Hub:
         stored: content of large files by sha256, whether or not a commit has it.
         chunk: if set, large files are asked for in parts of that many bytes.
         status: if set, what every request gets instead of an answer.
+        ignores_range: files are sent whole.
+        flooded: how many bytes of zeros it got rid of.
         breaks_after: if set, the next file longer than that many bytes ends there, and so does the connection.
     """
 
@@ -48,6 +51,8 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     chunk: int | None = None
     status: int | None = None
+    ignores_range: bool = False
+    flooded: int = 0
     breaks_after: int | None = None
 
     def __enter__(self) -> "Hub":
@@ -201,7 +206,8 @@ class _Handler(Writes):
         if is_large(name, len(data)):
             headers |= {"X-Linked-Etag": tag, "X-Linked-Size": str(len(data))}
         start, stop = 0, len(data)
-        if ranged := self.headers["Range"]:
+        ranged = None if self.state.ignores_range else self.headers["Range"]
+        if ranged:
             first, _, last = ranged.removeprefix("bytes=").partition("-")
             start, stop = int(first), min(int(last) + 1, len(data)) if last else len(data)
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
