@@ -105,13 +105,15 @@ def _refuse_damaged(repo_id: str, folder: Path, digests: Mapping[str, str | None
     """Compare files with the Hub's sha256: the client checks their size at most, and keeps what it got.
 
     Args:
-        digests: sha256 by name. Where the Hub has not told, the cache may: it names the blob of a large file by it.
+        digests: sha256 by name. Where the Hub has not told, the cache may: a large file links to a name that is it,
+            which for Xet's is a link again, to a name that is another hash.
     """
     expected = {}
     for name, sha256 in digests.items():
-        blob = (folder / name).resolve()
-        if sha256 or _SHA256.fullmatch(blob.name):
-            expected[blob] = (name, sha256 or blob.name)
+        path = folder / name
+        etag = path.readlink().name if path.is_symlink() else ""
+        if sha256 or _SHA256.fullmatch(etag):
+            expected[path.resolve()] = (name, sha256 or etag)
     for blob, found in sha256_of_all(expected, "checking", at_rest=True).items():
         name, sha256 = expected[blob]
         if found != sha256:

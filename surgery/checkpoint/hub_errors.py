@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from typing import Any
 
 from huggingface_hub import constants
@@ -38,6 +39,7 @@ class Wording:
         malformed: its name cannot be one.
         offline: there is no connection.
         broken: the transfer failed; `{error}` says how.
+        xet: the transfer failed in Xet storage, where most large files are; `{error}` says how.
         later: what to do about an HTTP status that has no hint of its own.
         hints: what to do, by HTTP status.
     """
@@ -47,6 +49,7 @@ class Wording:
     malformed: str
     offline: str
     broken: str
+    xet: str
     later: str
     hints: Mapping[int, str] = field(default_factory=dict)
 
@@ -64,6 +67,8 @@ FETCH = Wording(
     offline="expected a path, or a model in the Hub's cache or on the Hub, got none of them while offline. "
     "Check the name, or connect once to fetch it.",
     broken="expected a complete download, got {error} Try again.",
+    xet="expected a complete download from Xet storage, got {error}. "
+    "Try again, or with HF_HUB_DISABLE_XET=1, which downloads over plain HTTP.",
     later="Try again later, or set HF_HUB_OFFLINE=1 to use a cached copy.",
     hints=_HINTS,
 )
@@ -73,6 +78,8 @@ PUSH = Wording(
     malformed="expected a Hub id such as me/my-model, got another name. Correct it.",
     offline="expected a connection to {hub}, got none. Connect, and unset HF_HUB_OFFLINE.",
     broken="expected a complete upload, got {error} Try again.",
+    xet="expected a complete upload to Xet storage, got {error}. "
+    "Try again, or with HF_HUB_DISABLE_XET=1, which uploads over plain HTTP.",
     later="Try again later.",
     hints=_HINTS
     | {
@@ -91,7 +98,7 @@ def one_line(what: str, repo_id: str, wording: Wording) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, HttpLibraryError) as error:
         root = _root_of(error)
-        if isinstance(root, RuntimeError):  # not the Hub's
+        if isinstance(root, RuntimeError) and not _is_xet(root):  # not the Hub's
             raise
         raise wording.kind(f"{what}: {_explain(root, repo_id, wording)}") from error
 
@@ -101,8 +108,17 @@ def _root_of(error: BaseException) -> BaseException:
     return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
 
 
+def _is_xet(error: BaseException) -> bool:
+    """Tell the errors of hf_xet, RuntimeErrors and OSErrors without a frame of their own, by who called it."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    package, name = frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_name
+    return package == "huggingface_hub" and "xet" in name
+
+
 def wait_before_retry(error: BaseException, attempt: int) -> float | None:
     """Return how many seconds to wait before trying again, or None where that does not help.
+
+    It does not after an error of Xet storage: its client has tried again by itself, for minutes.
 
     Args:
         attempt: how many times it has failed before.
@@ -146,6 +162,9 @@ def _explain(error: BaseException, repo_id: str, wording: Wording) -> str:
         seconds = _retry_after(error)
         hint = wording.hints.get(status, wording.later).format(url=url, wait=f" {seconds:.0f} s" if seconds else "")
         return f"expected {wanted}, got HTTP {status}{f' ({said})' if said and status != 401 else ''}. {hint}"
+    if _is_xet(error):
+        said = re.sub(r"\?[^\s)]*", "", " ".join(str(error).split()))  # queries of URLs hold signatures
+        return wording.xet.format(error=said.rstrip("."))
     if isinstance(error, NO_ANSWER):
         return wording.offline.format(hub=hub)
     return wording.broken.format(error=str(error).strip())

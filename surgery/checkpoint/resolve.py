@@ -173,7 +173,8 @@ def _refuse_unsafe(root: Path, name: str) -> None:
     real = Path(os.path.realpath(path))  # Path.resolve fails for a link to itself
     allowed = [root]
     if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
+        model = root.parent.parent
+        allowed += [model / "blobs", model.parent / "blobs"]  # the latter are shared between models
     if not any(real.is_relative_to(folder.resolve()) for folder in allowed):
         raise SourceError(f"{path}: expected a file of the checkpoint, got a link out of it. Replace it by a copy.")
     if not real.is_file():

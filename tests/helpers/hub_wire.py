@@ -176,8 +176,8 @@ class Wire(BaseHTTPRequestHandler):
         self.close_connection = True
         return body[:breaks_after]
 
-    def send_json(self, document: Any, *, status: int = 200) -> None:
-        self.send(status, json.dumps(document).encode(), {"Content-Type": "application/json"})
+    def send_json(self, document: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send(status, json.dumps(document).encode(), {"Content-Type": "application/json"} | (headers or {}))
 
     def refuse(self, status: int, code: str = "", message: str = "") -> None:
         retry_after = "" if self.retry_after is None or status < 429 else str(self.retry_after)
