@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-from surgery.checkpoint.hub import refuse_escaping
+from surgery.checkpoint.hub import another_commit, commit_of, refuse_escaping
 from surgery.checkpoint.hub_errors import FETCH, HttpLibraryError, one_line
 from surgery.checkpoint.layout import RECIPE, arrange
 from surgery.checkpoint.resolve import Checkpoint, from_listing
@@ -42,10 +42,11 @@ def read_remote_headers(
             return None
         names = [file.rfilename for file in info.siblings or ()]
         refuse_escaping(repo_id, names)
-        commit = str(info.sha)
+        commit = commit_of(repo_id, info)
         cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
         for name in _small(names, variant, repo_id):
-            hf_hub_download(repo_id, name, revision=commit, token=token)
+            if commit not in Path(hf_hub_download(repo_id, name, revision=commit, token=token)).parts:
+                raise another_commit(repo_id)
         checkpoint = from_listing(cache / "snapshots" / commit, repo_id, commit, variant, names)
         files = [name for weight_set in checkpoint.layout.weights for name in weight_set.files]
         with ThreadPoolExecutor(_REQUESTS) as pool:

@@ -39,6 +39,7 @@ class Hub:
         stored: content of large files by sha256, whether or not a commit has it.
         chunk: if set, large files are asked for in parts of that many bytes.
         status: if set, what every request gets instead of an answer.
+        headers: of files, in place of those they would have; None for none at all.
         ignores_range: files are sent whole.
         has_xet: large files are in Xet storage.
         flooded: how many bytes of zeros it got rid of.
@@ -53,6 +54,7 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     chunk: int | None = None
     status: int | None = None
+    headers: dict[str, str | None] = field(default_factory=dict)
     ignores_range: bool = False
     has_xet: bool = False
     flooded: int = 0
@@ -98,7 +100,7 @@ class Hub:
         self,
         method: str,
         part: str,
-        kind: int | str | Callable[[], object],
+        kind: int | str | bytes | Callable[[], object],
         *,
         times: int = 1,
         retry_after: int | None = 0,

@@ -34,13 +34,14 @@ class Fault:
     Args:
         kind: an HTTP status; or the connection is "dropped" before anything is done, or the answer is "lost" after
             it is done; or the body is "truncated", or one of its bits "flipped", or whatever range was asked for, it
-            is "flooded" with zeros; or the answer is a redirect to the URL given; or something else is done before it.
+            is "flooded" with zeros; or the answer is a redirect to the URL given, or the bytes given; or something
+            else is done before it.
         retry_after: seconds, the header of that name.
     """
 
     method: str
     part: str
-    kind: int | str | Callable[[], object]
+    kind: int | str | bytes | Callable[[], object]
     times: int
     retry_after: int | None
 
@@ -79,6 +80,8 @@ class Wire(BaseHTTPRequestHandler):
             self.close_connection = True
         elif self.state.status or isinstance(self.fault, int):
             self.refuse(self.state.status or int(self.fault))
+        elif isinstance(self.fault, bytes):
+            self.send(200, self.fault, {})
         elif self.fault.startswith(("http:", "/")):
             self.send(302, b"", {"Location": self.fault})
         else:
@@ -95,7 +98,7 @@ class Wire(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def _next_fault(self, path: str) -> int | str:
+    def _next_fault(self, path: str) -> int | str | bytes:
         self.retry_after = None
         for fault in self.state.faults:
             if fault.times and fault.method == self.command and fault.part in path:
@@ -147,11 +150,14 @@ class Wire(BaseHTTPRequestHandler):
         if self.fault == FLOODED:
             status, headers = 200, {"Content-Length": str(len(body) + FLOOD)}
         self.send_response(status)
+        if is_file := "ETag" in headers:
+            headers |= self.state.headers
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(self._spoil(body, is_file="ETag" in headers))
+            self.wfile.write(self._spoil(body, is_file=is_file))
         if self.fault == FLOODED:
             self._flood()
 
