@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
@@ -28,6 +29,7 @@ NOT_INCLUDED = "not in include"
 _RENORMALIZED = "embedding with max_norm, which renormalizes its weight in place as it is used"
 _COMPLEX = "of complex numbers"
 _QUANTIZED = "quantized to {}"
+_PARAMETRIZED = "part of a weight that parametrize or weight_norm computes anew at each call"
 _IN_ATTENTION = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
 
 
@@ -163,6 +165,8 @@ def is_match(glob: str, name: str) -> bool:
 
 def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tuple[Shape, int] | str:
     """Return the mask's shape, or why a parameter is never mixed. A linear layer's view of a tied weight goes first."""
+    if all(_is_part_of_weight(module, name.rpartition(".")[2]) for name, module in members):
+        return _PARAMETRIZED
     weights = [module for name, module in members if name.rpartition(".")[2] == "weight"]
     shapes = [(module, shape) for module in weights if (shape := mask_shape(module))]
     linear = [(module, shape) for module, shape in shapes if not isinstance(module, nn.Embedding)]
@@ -182,6 +186,17 @@ def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tu
     if not linear and not is_requested:
         return _EMBEDDING
     return _IN_ATTENTION if is_read_by_attention(module) else shape
+
+
+def _is_part_of_weight(module: nn.Module, attribute: str) -> bool:
+    if attribute in ("weight_g", "weight_v"):
+        return _has_old_weight_norm(module)
+    return isinstance(module, ParametrizationList)
+
+
+def _has_old_weight_norm(module: nn.Module) -> bool:
+    """Tell whether nn.utils.weight_norm, without parametrize, has split the weight."""
+    return {"weight_g", "weight_v"} <= module._parameters.keys()
 
 
 def _unfit(members: Sequence[tuple[str, nn.Module]]) -> str | None:
@@ -216,16 +231,16 @@ def _check_globs(names: Sequence[str], **globs: Sequence[str]) -> None:
 
 
 def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Refuse a layer whose weight is not simply its parameter: the hooks of two tools would undo each other."""
+    """Refuse a layer whose weight another tool swaps: the hooks of two tools would undo each other."""
     for path, module in model.named_modules():
         name = f"{path}.weight".lstrip(".")
         is_linear = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_conv1d(module)
         if not is_linear or _excluded([name], include, exclude):
             continue
-        if hasattr(module, "parametrizations"):
-            fault = "one made by torch's parametrize"
-        elif module._parameters.get("weight") is None:
-            fault = "one that another tool swaps in (weight_norm, spectral_norm, FSDP 1, pruning)"
+        if hasattr(module, "parametrizations") or _has_old_weight_norm(module):
+            continue  # it has parameters of its own, which are named as not mixed
+        if module._parameters.get("weight") is None:
+            fault = "one that another tool swaps in (spectral_norm, FSDP 1, pruning)"
         elif "weight" in module.__dict__:
             fault = "one that another tool put before it"
         else:

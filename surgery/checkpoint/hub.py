@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelInfo, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils.tqdm import tqdm
 
@@ -15,6 +15,7 @@ from surgery.checkpoint.hub_errors import FETCH, HttpLibraryError, one_line
 from surgery.checkpoint.layout import RECIPE, Layout, arrange
 from surgery.errors import SourceError
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -47,27 +48,45 @@ def _download(
         raise
     except (OfflineModeIsEnabled, HttpLibraryError):
         return _cached(repo_id, revision=revision, variant=variant)
-    digests = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or ()}
+    digests = {file.rfilename: str(file.lfs.sha256) if file.lfs else None for file in info.siblings or ()}
     refuse_escaping(repo_id, digests)
+    commit = commit_of(repo_id, info)
     wanted = _wanted(arrange(digests, variant=variant, what=repo_id), digests)
     # by its name rather than its sha, for the cache to know the branch or tag when there is no network
     folder = Path(
         snapshot_download(repo_id, revision=revision, token=token, allow_patterns=_literal(wanted), tqdm_class=_Bar)
     )
-    if folder.name != info.sha:
-        raise SourceError(f"{repo_id}: expected one commit, got another while it was fetched. Run the command again.")
+    if folder.name != commit or not all((folder / name).exists() for name in wanted):
+        raise another_commit(repo_id)
     _refuse_damaged(repo_id, folder, {name: digests[name] for name in wanted})
     return folder, folder.name, list(digests)
 
 
+def commit_of(repo_id: str, info: ModelInfo) -> str:
+    """Return the sha of the commit that a model's info describes.
+
+    Raises:
+        SourceError: it has none.
+    """
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
+        raise SourceError(f"{repo_id}: expected the sha of a commit from the Hub, got {info.sha!r}. Check HF_ENDPOINT.")
+    return info.sha
+
+
+def another_commit(repo_id: str) -> SourceError:
+    """Return the error of files that belong to another commit than the one asked for."""
+    return SourceError(f"{repo_id}: expected one commit, got another while it was fetched. Run the command again.")
+
+
 def refuse_escaping(repo_id: str, names: Iterable[str]) -> None:
-    """Refuse a repository with names that lead out of its folder.
+    """Refuse a repository with names that lead out of its folder, or that are none.
 
     Raises:
         SourceError: it has one.
     """
     for name in names:
-        if ".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name:
+        is_name = isinstance(name, str) and name
+        if not is_name or ".." in PurePosixPath(name).parts or name.startswith("/") or set("\\\0") & set(name):
             raise SourceError(f"{repo_id}: expected files of its own, got {name!r}. Do not trust this checkpoint.")
 
 
@@ -105,13 +124,15 @@ def _refuse_damaged(repo_id: str, folder: Path, digests: Mapping[str, str | None
     """Compare files with the Hub's sha256: the client checks their size at most, and keeps what it got.
 
     Args:
-        digests: sha256 by name. Where the Hub has not told, the cache may: it names the blob of a large file by it.
+        digests: sha256 by name. Where the Hub has not told, the cache may: a large file links to a name that is it,
+            which for Xet's is a link again, to a name that is another hash.
     """
     expected = {}
     for name, sha256 in digests.items():
-        blob = (folder / name).resolve()
-        if sha256 or _SHA256.fullmatch(blob.name):
-            expected[blob] = (name, sha256 or blob.name)
+        path = folder / name
+        etag = path.readlink().name if path.is_symlink() else ""
+        if sha256 or _SHA256.fullmatch(etag):
+            expected[path.resolve()] = (name, sha256 or etag)
     for blob, found in sha256_of_all(expected, "checking", at_rest=True).items():
         name, sha256 = expected[blob]
         if found != sha256:

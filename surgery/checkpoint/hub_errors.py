@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -25,6 +27,7 @@ HttpLibraryError: Any = HfHubHTTPError.__mro__[1]
 version. HTTP errors, an answer from the Hub, have the same base."""
 
 NO_ANSWER = (OfflineModeIsEnabled, LocalEntryNotFoundError, HttpLibraryError, ConnectionError)
+_NOT_THE_HUB = (FileMetadataError, json.JSONDecodeError, UnicodeDecodeError)
 _PASSING = (412, 429, 500, 502, 503, 504)
 _MAX_WAIT = 60.0  # seconds
 
@@ -38,6 +41,8 @@ class Wording:
         malformed: its name cannot be one.
         offline: there is no connection.
         broken: the transfer failed; `{error}` says how.
+        garbled: what answers is not the Hub.
+        xet: the transfer failed in Xet storage, where most large files are; `{error}` says how.
         later: what to do about an HTTP status that has no hint of its own.
         hints: what to do, by HTTP status.
     """
@@ -47,6 +52,8 @@ class Wording:
     malformed: str
     offline: str
     broken: str
+    garbled: str
+    xet: str
     later: str
     hints: Mapping[int, str] = field(default_factory=dict)
 
@@ -56,6 +63,10 @@ _HINTS = {
     403: "Ask for access at {url}, or `hf auth login` with a token that has it.",
     429: "Wait{wait}, or `hf auth login` for a higher limit.",
 }
+_GARBLED = (
+    "expected answers of the Hub from {hub}, got others. "
+    "Check HF_ENDPOINT, and that no proxy or login page is in between."
+)
 FETCH = Wording(
     kind=SourceError,
     missing="expected a path or a model on {hub}, got neither. "
@@ -63,7 +74,10 @@ FETCH = Wording(
     malformed="expected a path or a Hub id, got neither. Check the name.",
     offline="expected a path, or a model in the Hub's cache or on the Hub, got none of them while offline. "
     "Check the name, or connect once to fetch it.",
-    broken="expected a complete download, got {error} Try again.",
+    broken="expected a complete download, got {error}. Try again.",
+    garbled=_GARBLED,
+    xet="expected a complete download from Xet storage, got {error}. "
+    "Try again, or with HF_HUB_DISABLE_XET=1, which downloads over plain HTTP.",
     later="Try again later, or set HF_HUB_OFFLINE=1 to use a cached copy.",
     hints=_HINTS,
 )
@@ -72,7 +86,10 @@ PUSH = Wording(
     missing="expected a model on {hub} that you may write to, got none. Check the name; `hf auth login`, or `token`.",
     malformed="expected a Hub id such as me/my-model, got another name. Correct it.",
     offline="expected a connection to {hub}, got none. Connect, and unset HF_HUB_OFFLINE.",
-    broken="expected a complete upload, got {error} Try again.",
+    broken="expected a complete upload, got {error}. Try again.",
+    garbled=_GARBLED,
+    xet="expected a complete upload to Xet storage, got {error}. "
+    "Try again, or with HF_HUB_DISABLE_XET=1, which uploads over plain HTTP.",
     later="Try again later.",
     hints=_HINTS
     | {
@@ -89,9 +106,14 @@ def one_line(what: str, repo_id: str, wording: Wording) -> Iterator[None]:
     """Raise what the body gets from the Hub as one line that begins with `what`. No token is in any of them."""
     try:
         yield
+    except (AssertionError, AttributeError, KeyError, RecursionError, TypeError) as error:
+        if "huggingface_hub" not in [package for package, _ in _callers(error)]:
+            raise
+        # JSON of another shape than the client takes for granted
+        raise wording.kind(f"{what}: {wording.garbled.format(hub=constants.ENDPOINT)}") from error
     except (OSError, ValueError, RuntimeError, HttpLibraryError) as error:
         root = _root_of(error)
-        if isinstance(root, RuntimeError):  # not the Hub's
+        if isinstance(root, RuntimeError) and not _is_xet(root):  # not the Hub's
             raise
         raise wording.kind(f"{what}: {_explain(root, repo_id, wording)}") from error
 
@@ -101,8 +123,22 @@ def _root_of(error: BaseException) -> BaseException:
     return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
 
 
+def _is_xet(error: BaseException) -> bool:
+    """Tell the errors of hf_xet, RuntimeErrors and OSErrors without a frame of their own, by who called it."""
+    *_, (package, function) = _callers(error)
+    return package == "huggingface_hub" and "xet" in function
+
+
+def _callers(error: BaseException) -> list[tuple[str, str]]:
+    """Return package and function of each frame that an error has passed, innermost last."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return [(frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_name) for frame in frames]
+
+
 def wait_before_retry(error: BaseException, attempt: int) -> float | None:
     """Return how many seconds to wait before trying again, or None where that does not help.
+
+    It does not after an error of Xet storage: its client has tried again by itself, for minutes.
 
     Args:
         attempt: how many times it has failed before.
@@ -146,6 +182,12 @@ def _explain(error: BaseException, repo_id: str, wording: Wording) -> str:
         seconds = _retry_after(error)
         hint = wording.hints.get(status, wording.later).format(url=url, wait=f" {seconds:.0f} s" if seconds else "")
         return f"expected {wanted}, got HTTP {status}{f' ({said})' if said and status != 401 else ''}. {hint}"
+    if _is_xet(error):
+        said = re.sub(r"\?[^\s)]*", "", " ".join(str(error).split()))  # queries of URLs hold signatures
+        return wording.xet.format(error=said.rstrip("."))
+    if isinstance(error, _NOT_THE_HUB) or isinstance(error.__cause__, _NOT_THE_HUB):
+        return wording.garbled.format(hub=hub)
     if isinstance(error, NO_ANSWER):
         return wording.offline.format(hub=hub)
-    return wording.broken.format(error=str(error).strip())
+    first_line = str(error).strip().partition("\n")[0]
+    return wording.broken.format(error=first_line.rstrip("."))

@@ -2,21 +2,22 @@
 
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download, hf_hub_url, hf_raise_for_status
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-from surgery.checkpoint.hub import refuse_escaping
+from surgery.checkpoint.hub import another_commit, commit_of, refuse_escaping
 from surgery.checkpoint.hub_errors import FETCH, HttpLibraryError, one_line
 from surgery.checkpoint.layout import RECIPE, arrange
 from surgery.checkpoint.resolve import Checkpoint, from_listing
-from surgery.checkpoint.tensorfile import Header, parse_entries, read_header
+from surgery.checkpoint.tensorfile import MAX_HEADER, Header, parse_header, read_header
 from surgery.errors import SourceError
 
 _REQUESTS = 8  # at once
+_FIRST = 100_000  # bytes; most headers are shorter, and take one request
 
 
 def read_remote_headers(
@@ -24,7 +25,7 @@ def read_remote_headers(
 ) -> tuple[Checkpoint, dict[str, Header]] | None:
     """Return a checkpoint whose weights need not be here, and the header of each of its weight files.
 
-    Files that are in the Hub's cache are read there. A header that came from the Hub has no `raw` bytes.
+    Files that are in the Hub's cache are read there.
 
     Returns:
         None without a network.
@@ -41,10 +42,11 @@ def read_remote_headers(
             return None
         names = [file.rfilename for file in info.siblings or ()]
         refuse_escaping(repo_id, names)
-        commit = str(info.sha)
+        commit = commit_of(repo_id, info)
         cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
         for name in _small(names, variant, repo_id):
-            hf_hub_download(repo_id, name, revision=commit, token=token)
+            if commit not in Path(hf_hub_download(repo_id, name, revision=commit, token=token)).parts:
+                raise another_commit(repo_id)
         checkpoint = from_listing(cache / "snapshots" / commit, repo_id, commit, variant, names)
         files = [name for weight_set in checkpoint.layout.weights for name in weight_set.files]
         with ThreadPoolExecutor(_REQUESTS) as pool:
@@ -70,9 +72,39 @@ def _header(checkpoint: Checkpoint, name: str, token: str | None) -> Header:
         )
     if path.is_file():
         return read_header(path, label=label)
-    try:
-        found = HfApi().parse_safetensors_file_metadata(checkpoint.id, name, revision=checkpoint.commit, token=token)
-        entries = {tensor: asdict(entry) for tensor, entry in found.tensors.items()}
-        return Header(b"", parse_entries(entries, 0, label=label))
-    except (SafetensorsParsingError, TypeError, KeyError, AttributeError) as error:
-        raise SourceError(f"{label}: expected a valid safetensors file, got a malformed header. Report it.") from error
+    raw = _read_raw(checkpoint, name, token, label=label)
+    return Header(raw, parse_header(raw, label=label))
+
+
+def _read_raw(checkpoint: Checkpoint, name: str, token: str | None, *, label: str) -> bytes:
+    """Return the bytes of a header, length prefix included."""
+    raw = _read_first(checkpoint, name, token, _FIRST, label=label)
+    length = int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or not 0 < length <= MAX_HEADER:
+        raise SourceError(
+            f"{label}: expected a safetensors header of at most {MAX_HEADER} bytes, got one of {length} bytes. "
+            "The file is not safetensors, or damaged: report it."
+        )
+    if len(raw) < 8 + length:
+        raw = _read_first(checkpoint, name, token, 8 + length, label=label)
+    return raw[: 8 + length]
+
+
+def _read_first(checkpoint: Checkpoint, name: str, token: str | None, size: int, *, label: str) -> bytes:
+    """Return a file's first `size` bytes, or all of a shorter one.
+
+    Streamed, where HfApi's own would take all that is sent. The client keeps the token from other hosts in redirects.
+    """
+    url = hf_hub_url(checkpoint.id, name, revision=checkpoint.commit)
+    headers = build_hf_headers(token=token) | {"Range": f"bytes=0-{size - 1}", "Accept-Encoding": "identity"}
+    found = bytearray()
+    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        hf_raise_for_status(response)
+        for piece in response.iter_bytes():
+            found += piece
+            if len(found) > size:
+                raise SourceError(
+                    f"{label}: expected the first {size} bytes, got a server that ignores Range and sends more. "
+                    f"Run `hf download {checkpoint.id}`, and inspect the folder it prints."
+                )
+    return bytes(found)

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
 from surgery.checkpoint.foreign_files import kind_of_file, kind_of_part, kind_of_shards
 from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
+from surgery.checkpoint.links import find_links
 from surgery.errors import SettingError, SourceError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -28,6 +29,7 @@ class Checkpoint:
         stamps: of the weights and companions when they were found, by name.
         repeating: names of tensors that stand for others, by PyTorch file, where a recipe has said which they are.
         key: which state_dict to take of PyTorch files that hold several.
+        links: where those that are links out of the folder lead, by name.
     Raises:
         SettingError: a key, and no PyTorch file.
     """
@@ -39,6 +41,7 @@ class Checkpoint:
     stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
     repeating: Mapping[str, Collection[str]] = field(default_factory=dict)
     key: str | None = None
+    links: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.key is not None and not any(weight_set.is_pickle for weight_set in self.layout.weights):
@@ -150,15 +153,30 @@ def _from_file(path: Path) -> Checkpoint:
 def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, names: list[str] | None) -> Checkpoint:
     """Take what `arrange` chooses of the folder's files, or of `names`, some of which may not have been fetched."""
     refuse_unfinished(root)
-    if names is None:
-        # a linked folder is not entered: it is listed as a file, and refused as one
-        found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
-        names = [path.relative_to(root).as_posix() for path in found]
-    layout = _complete(root, arrange(names, variant=variant, what=id), names=None)
-    files = [*(name for weight_set in layout.weights for name in weight_set.on_disk), *layout.companions]
-    for name in files:
-        _refuse_unsafe(root, name)
-    return Checkpoint(id, commit, root, layout, {name: Stamp.of(root / name) for name in files})
+    found = arrange(_list(root) if names is None else names, variant=variant, what=id)
+    indexes = [weight_set.index for weight_set in found.weights if weight_set.index]
+    listed = {*indexes, *_files(found)} if names is None else set()
+    links = find_links(root, indexes, listed=listed)
+    layout = _complete(root, found, names=None)
+    files = _files(layout)
+    links |= find_links(root, files, listed=listed - _named_elsewhere(layout))
+    return Checkpoint(id, commit, root, layout, {name: Stamp.of(root / name) for name in files}, links)
+
+
+def _list(root: Path) -> list[str]:
+    """Name all files. A linked folder is not entered: it is listed as a file, and refused as one."""
+    found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return [path.relative_to(root).as_posix() for path in found]
+
+
+def _files(layout: Layout) -> list[str]:
+    return [*(name for weight_set in layout.weights for name in weight_set.on_disk), *layout.companions]
+
+
+def _named_elsewhere(layout: Layout) -> set[str]:
+    """Return the shards that an index names in another folder than its own."""
+    indexed = [(weight_set.folder or ".", weight_set.files) for weight_set in layout.weights if weight_set.index]
+    return {name for folder, files in indexed for name in files if str(PurePosixPath(name).parent) != folder}
 
 
 def from_listing(root: Path, id: str, commit: str, variant: str | None, names: Collection[str]) -> Checkpoint:
@@ -193,22 +211,6 @@ def refuse_unfinished(root: Path) -> None:
             f"{root}: expected a finished checkpoint, got one that `surgery perturb` did not finish. "
             f"{JOURNAL} there has the command that finishes it."
         )
-
-
-def _refuse_unsafe(root: Path, name: str) -> None:
-    """Refuse a link that leaves the checkpoint, and what is no file; the Hub cache's links to its blobs are fine."""
-    path = root / name
-    real = Path(os.path.realpath(path))  # Path.resolve fails for a link to itself
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(folder.resolve()) for folder in allowed):
-        raise SourceError(f"{path}: expected a file of the checkpoint, got a link out of it. Replace it by a copy.")
-    if not real.is_file():
-        found = (
-            "a link to nothing" if not real.exists() else "a linked folder" if real.is_dir() else "another kind of file"
-        )
-        raise SourceError(f"{path}: expected a file, got {found}. Remove it, or replace it by a copy.")
 
 
 def _with_shards(root: Path, weight_set: WeightSet, names: Collection[str] | None) -> WeightSet:

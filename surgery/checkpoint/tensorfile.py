@@ -23,7 +23,8 @@ from surgery.errors import SourceError
 
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
-_MAX_HEADER = 100_000_000  # safetensors refuses more, and so do we before reading that much
+MAX_HEADER = 100_000_000
+"""Bytes. safetensors refuses more, and so do we before reading that much."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ def read_header(path: Path, *, label: str) -> Header:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 0 < length <= min(size - 8, _MAX_HEADER):
+        if len(prefix) < 8 or not 0 < length <= min(size - 8, MAX_HEADER):
             raise foreign_file(path, label, SAFETENSORS) or SourceError(
                 f"{label}: expected a safetensors header within its {size} bytes, got one of {length} bytes. "
                 "The file is truncated or not safetensors; fetch it again."
             )
         raw = prefix + file.read(length)
-    tensors = _parse(raw, label)
+    tensors = parse_header(raw, label=label)
     if tensors and tensors[-1].end != size:
         raise SourceError(
             f"{label}: expected {tensors[-1].end} bytes, as its header says, got {size}. "
@@ -153,7 +154,15 @@ def read_header(path: Path, *, label: str) -> Header:
     return Header(raw, tensors)
 
 
-def _parse(raw: bytes, label: str) -> tuple[Tensor, ...]:
+def parse_header(raw: bytes, *, label: str) -> tuple[Tensor, ...]:
+    """Validate a header's bytes, length prefix included, and return its tensors in the order of their bytes.
+
+    Args:
+        label: the file's name in messages.
+    Raises:
+        SourceError: malformed, duplicate names, overlapping or missing ranges, unknown dtype.
+    """
+
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
@@ -165,20 +174,15 @@ def _parse(raw: bytes, label: str) -> tuple[Tensor, ...]:
     try:
         entries = json.loads(raw[8:], object_pairs_hook=refuse_duplicates)
         entries.pop("__metadata__", None)
-        return parse_entries(entries, len(raw), label=label)
+        return _parse_entries(entries, len(raw), label)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise SourceError(
             f"{label}: expected a JSON header of tensors, got a malformed one. Fetch it again."
         ) from error
 
 
-def parse_entries(entries: Mapping[str, Mapping[str, Any]], data_start: int, *, label: str) -> tuple[Tensor, ...]:
-    """Validate a header's entries and return them in the order of their bytes, which begin at `data_start`.
-
-    Raises:
-        SourceError: overlapping or missing ranges, unknown dtype.
-        ValueError, TypeError, KeyError, AttributeError: not entries at all.
-    """
+def _parse_entries(entries: Mapping[str, Mapping[str, Any]], data_start: int, label: str) -> tuple[Tensor, ...]:
+    """Validate entries and sort them by their bytes, which begin at `data_start`. Raises as what is no entry does."""
     tensors = [_tensor(name, entry, data_start, label) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     position = data_start
@@ -223,4 +227,4 @@ def build_header(entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
     body = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)
     raw = len(body).to_bytes(8, "little") + body
-    return Header(raw, _parse(raw, "new file"))
+    return Header(raw, parse_header(raw, label="new file"))

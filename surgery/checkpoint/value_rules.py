@@ -13,7 +13,6 @@ import numpy as np
 from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile
 from surgery.dtypes import storage, to_numbers
-from surgery.noisytune import FLOATS
 from surgery.roles import NAME, VALUE, Role
 
 Read = Callable[[int, int], np.ndarray]
@@ -33,13 +32,13 @@ def find_suspects(
     """Return the roles of tensors whose values are those of a buffer, and whose names alone told nothing of it.
 
     Args:
-        tensors: by weight file.
+        tensors: those of floating point, by weight file.
         roles: as names and class have it.
         open_source: opens a weight file by its name.
     """
     found: dict[str, Role] = {}
     for file, all_of_it in tensors.items():
-        asked = [t for t in all_of_it if t.dtype in FLOATS and is_asked(t.name, t.shape, roles[t.name])]
+        asked = [t for t in all_of_it if is_asked(t.name, t.shape, roles[t.name])]
         if asked:
             source = open_source(file)
             try:

@@ -16,7 +16,7 @@ from surgery.checkpoint.value_rules import find_suspects
 from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError
 from surgery.noisytune import NO_SPREAD, NoisyTune
-from surgery.perturb.plan import ShardPlan, is_packed
+from surgery.perturb.plan import ShardPlan, floats, is_packed
 from surgery.progress import bar
 from surgery.recipe import Recipe
 from surgery.roles import Role
@@ -149,7 +149,7 @@ def _shards(
         model_type = read_model_type(checkpoint, weight_set.folder)
         roles = find_roles(shapes, model_type)
         if has_values:
-            tensors = {name: files[name][0].tensors for name in weight_set.files}
+            tensors = {name: floats(files[name][0]) for name in weight_set.files}
             roles |= find_suspects(tensors, roles, partial(open_weights, checkpoint))
         ties = model_type.find_ties(shapes) if model_type and model_type.is_tied else {}
         shards += [_shard(name, *files[name], roles, ties) for name in weight_set.files]

@@ -1,13 +1,14 @@
 """perturb_checkpoint: carry out a Plan shard by shard, then copy companions, and write model card and recipe."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.layout import CARD, RECIPE
+from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.weight_file import sha256_of_sources
 from surgery.errors import OutputError, SourceError
 from surgery.noise import CONTRACT
@@ -179,12 +180,17 @@ def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled
         files=files,
         companions=companions,
         left_out=plan.left_out,
+        notes=plan.recorded.notes if plan.recorded else tuple(_link_notes(plan.checkpoint)),
     )
     if plan.settings.lam and not any(tensor.copied is None for tensor in recipe.tensors):
         raise SourceError(
             f"{plan.checkpoint.id}: expected a tensor with spread, got none. There is nothing to perturb."
         )
     return recipe
+
+
+def _link_notes(checkpoint: Checkpoint) -> Iterator[str]:
+    return (f"{name} is a link to {target}" for name, target in checkpoint.links.items())
 
 
 def _already_done(plan: Plan) -> Recipe | None:

@@ -196,7 +196,7 @@ def _plan_set(
     model_type = read_model_type(checkpoint, weight_set.folder)
     found = find_roles(shapes, model_type)
     if not recorded:
-        tensors = {name: header.tensors for name, (header, _) in files.items()}
+        tensors = {name: floats(header) for name, (header, _) in files.items()}
         found |= find_suspects(tensors, found, partial(open_weights, checkpoint))
     roles = {name: settings.overrule(name, role) for name, role in found.items()}
     records = {file.source: file.tensors for file in recorded.files} if recorded else {}
@@ -238,6 +238,11 @@ def _refuse_packed(path: Path, header: Header) -> None:
 def _reasons_to_copy(header: Header, settings: NoisyTune, roles: Mapping[str, Role]) -> dict[str, str]:
     reasons = {t.name: settings.reason_to_copy(t.name, t.dtype, t.shape, roles[t.name]) for t in header.tensors}
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def floats(header: Header) -> list[Tensor]:
+    """Return the tensors whose dtype can be perturbed."""
+    return [tensor for tensor in header.tensors if tensor.dtype in FLOATS]
 
 
 def is_packed(tensor: Tensor) -> bool:

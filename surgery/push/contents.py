@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -126,11 +127,13 @@ def _refuse_altered(items: list[LocalFile]) -> None:
 
 
 def _without_local_path(folder: Path) -> bytes:
-    """Return the recipe to push: of a local source it names the folder or file alone, and keeps all else."""
+    """Return the recipe to push: of a local source and its links it names the folder or file alone."""
     text = (folder / RECIPE).read_bytes()
     document = json.loads(text)
     source = document["source"]
     if source["commit"] is not None:
         return text
     source["id"] = PurePath(source["id"]).name
+    if "notes" in document:
+        document["notes"] = [re.sub(r"( is a link to )/.*/", r"\1", note) for note in document["notes"]]
     return (json.dumps(document, indent=1) + "\n").encode()

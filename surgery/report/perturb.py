@@ -78,9 +78,9 @@ def rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> dict[st
 
 
 def _notes(recipe: Recipe, plan: Plan) -> list[str]:
-    """Name settings that had nothing to act on, and a source that is not a pretrained one."""
+    """Return the recipe's notes, settings that had nothing to act on, and a source that is not a pretrained one."""
     perturbed = [tensor for tensor in recipe.tensors if tensor.copied is None]
-    notes = []
+    notes = list(recipe.notes)
     if recipe.settings.rounding == "stochastic" and not any(t.dtype in ("F16", "BF16") for t in perturbed):
         notes.append("--rounding stochastic had nothing to do: no 16-bit tensor was perturbed")
     if recipe.settings.lam == 0:

@@ -461,48 +461,6 @@ def test_integers_that_are_no_weights_are_copied(source: Path, tmp_path: Path) -
     assert set(shard.copied) == set(others)
 
 
-_OUT = "a file of the checkpoint, got a link out of it. Replace it by a copy."
-_NOWHERE = "a file, got a link to nothing. Remove it, or replace it by a copy."
-_LINKS = {
-    "weights out": ("model.safetensors", "../else.safetensors", _OUT),
-    "companion out": ("vocab.txt", "../secret", _OUT),
-    "folder out": ("1_Pooling", "..", _OUT),
-    "folder within": ("1_Pooling", "2_Real", "a file, got a linked folder. Remove it, or replace it by a copy."),
-    "nowhere": ("vocab.txt", "nothing", _NOWHERE),
-    "itself": ("vocab.txt", "vocab.txt", _NOWHERE),
-}
-
-
-@pytest.mark.parametrize(("name", "target", "message"), _LINKS.values(), ids=_LINKS)
-def test_link_is_refused(name: str, target: str, message: str, refuses: Refuses, source: Path) -> None:
-    write_json(source / "2_Real/config.json", {})
-    write_weights(source.parent / "else.safetensors")
-    (source.parent / "secret").write_text("secret")
-    (source / name).unlink(missing_ok=True)
-    (source / name).symlink_to(target)
-    refuses(f"{source / name}: expected {message}", "source")
-
-
-def test_shard_behind_a_linked_folder_is_refused(refuses: Refuses, source: Path) -> None:
-    write_weights(source.parent / "other/model-00001-of-00001.safetensors")
-    (source / "model.safetensors").unlink()
-    (source / "sub").symlink_to("../other")
-    weight_map = {"dense.weight": "sub/model-00001-of-00001.safetensors"}
-    write_json(source / "model.safetensors.index.json", {"weight_map": weight_map})
-    refuses(
-        f"{source}/sub/model-00001-of-00001.safetensors: expected a file of the checkpoint, got a link out of it. "
-        "Replace it by a copy.",
-        "source",
-    )
-
-
-def test_link_within_the_checkpoint_is_followed(run_cli: Callable[..., Ran], source: Path, tmp_path: Path) -> None:
-    (source / "vocab.json").symlink_to("tokenizer.json")
-    assert run_cli("perturb", "source", "-o", "out").code == 0
-    assert not (tmp_path / "out/vocab.json").is_symlink()
-    assert (tmp_path / "out/vocab.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-
-
 def test_left_out_link_does_not_matter(run_cli: Callable[..., Ran], source: Path, tmp_path: Path) -> None:
     (source / "optimizer.pt").symlink_to("/nowhere/optimizer.pt")
     assert run_cli("perturb", "source", "-o", "out").code == 0

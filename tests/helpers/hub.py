@@ -9,7 +9,7 @@
 
 What each endpoint answers, and the X-Error-Code values, are documented in huggingface_hub's `hf_raise_for_status`,
 `hf_hub_download`, `_commit_api.py` and `lfs.py`. This file has the server and what it lets read, `hub_write.py` what
-it lets write, `hub_wire.py` the connection and its faults, `hub_store.py` what is kept.
+it lets write, `hub_xet.py` its other storage, `hub_wire.py` the connection and its faults, `hub_store.py` what is kept.
 """
 
 import threading
@@ -22,10 +22,12 @@ from typing import Any
 from hub_store import Files, Repo, User, etag, folder_entries, is_large, sibling, tree_entry
 from hub_wire import DROPPED as DROPPED
 from hub_wire import FLIPPED as FLIPPED
+from hub_wire import FLOODED as FLOODED
 from hub_wire import LOST as LOST
 from hub_wire import TRUNCATED as TRUNCATED
 from hub_wire import Fault, Request
 from hub_write import Writes
+from hub_xet import Xet, xet_hash
 
 
 @dataclass
@@ -37,6 +39,10 @@ class Hub:
         stored: content of large files by sha256, whether or not a commit has it.
         chunk: if set, large files are asked for in parts of that many bytes.
         status: if set, what every request gets instead of an answer.
+        headers: of files, in place of those they would have; None for none at all.
+        ignores_range: files are sent whole.
+        has_xet: large files are in Xet storage.
+        flooded: how many bytes of zeros it got rid of.
         breaks_after: if set, the next file longer than that many bytes ends there, and so does the connection.
     """
 
@@ -48,6 +54,10 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     chunk: int | None = None
     status: int | None = None
+    headers: dict[str, str | None] = field(default_factory=dict)
+    ignores_range: bool = False
+    has_xet: bool = False
+    flooded: int = 0
     breaks_after: int | None = None
 
     def __enter__(self) -> "Hub":
@@ -90,7 +100,7 @@ class Hub:
         self,
         method: str,
         part: str,
-        kind: int | str | Callable[[], object],
+        kind: int | str | bytes | Callable[[], object],
         *,
         times: int = 1,
         retry_after: int | None = 0,
@@ -108,12 +118,14 @@ class Hub:
         return {path.removeprefix(start).partition("/")[2] for path in self.asked("GET", start)}
 
 
-class _Handler(Writes):
+class _Handler(Writes, Xet):
     """Routes one connection's requests: /api/… and /{id}/resolve/{revision}/{path}, and those of `Writes`."""
 
     def route(self, path: str) -> None:
         if path == "/api/whoami-v2":
             self._whoami()
+        elif path.startswith("/xet/") or "-token/" in path:
+            self.xet_route(path)
         elif self.command in ("POST", "PUT"):
             self.write_route(path)
         elif path.startswith("/api/models/"):
@@ -193,15 +205,19 @@ class _Handler(Writes):
         elif name not in files:
             self.refuse(404, "EntryNotFound", "Entry not found")
         else:
-            self._send_file(found[1], name, files[name])
+            self._send_file(id, found[1], name, files[name])
 
-    def _send_file(self, commit: str, name: str, data: bytes) -> None:
+    def _send_file(self, id: str, commit: str, name: str, data: bytes) -> None:
         tag = f'"{etag(name, data)}"'
         headers = {"ETag": tag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if is_large(name, len(data)):
             headers |= {"X-Linked-Etag": tag, "X-Linked-Size": str(len(data))}
+            if self.state.has_xet:
+                route = f"{self.state.url}/api/models/{id}/xet-read-token/{commit}"
+                headers |= {"X-Xet-Hash": xet_hash(data), "X-Xet-Refresh-Route": route}
         start, stop = 0, len(data)
-        if ranged := self.headers["Range"]:
+        ranged = None if self.state.ignores_range else self.headers["Range"]
+        if ranged:
             first, _, last = ranged.removeprefix("bytes=").partition("-")
             start, stop = int(first), min(int(last) + 1, len(data)) if last else len(data)
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from hub_store import Repo, User
 if TYPE_CHECKING:
     from hub import Hub
 
-DROPPED, LOST, TRUNCATED, FLIPPED = "dropped", "lost", "truncated", "flipped"
+DROPPED, LOST, TRUNCATED, FLIPPED, FLOODED = "dropped", "lost", "truncated", "flipped", "flooded"
+
+FLOOD = 200_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,15 @@ class Fault:
 
     Args:
         kind: an HTTP status; or the connection is "dropped" before anything is done, or the answer is "lost" after
-            it is done; or the body is "truncated", or one of its bits "flipped"; or something else is done before it.
+            it is done; or the body is "truncated", or one of its bits "flipped", or whatever range was asked for, it
+            is "flooded" with zeros; or the answer is a redirect to the URL given, or the bytes given; or something
+            else is done before it.
         retry_after: seconds, the header of that name.
     """
 
     method: str
     part: str
-    kind: int | str | Callable[[], object]
+    kind: int | str | bytes | Callable[[], object]
     times: int
     retry_after: int | None
 
@@ -75,6 +80,10 @@ class Wire(BaseHTTPRequestHandler):
             self.close_connection = True
         elif self.state.status or isinstance(self.fault, int):
             self.refuse(self.state.status or int(self.fault))
+        elif isinstance(self.fault, bytes):
+            self.send(200, self.fault, {})
+        elif self.fault.startswith(("http:", "/")):
+            self.send(302, b"", {"Location": self.fault})
         else:
             with self.state.lock:
                 self.route(path)
@@ -89,7 +98,7 @@ class Wire(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def _next_fault(self, path: str) -> int | str:
+    def _next_fault(self, path: str) -> int | str | bytes:
         self.retry_after = None
         for fault in self.state.faults:
             if fault.times and fault.method == self.command and fault.part in path:
@@ -138,12 +147,27 @@ class Wire(BaseHTTPRequestHandler):
         if self.fault == LOST:
             self.close_connection = True
             return
+        if self.fault == FLOODED:
+            status, headers = 200, {"Content-Length": str(len(body) + FLOOD)}
         self.send_response(status)
+        if is_file := "ETag" in headers:
+            headers |= self.state.headers
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(self._spoil(body, is_file="ETag" in headers))
+            self.wfile.write(self._spoil(body, is_file=is_file))
+        if self.fault == FLOODED:
+            self._flood()
+
+    def _flood(self) -> None:
+        """Write until the reader hangs up."""
+        self.close_connection = True
+        with suppress(ConnectionError):
+            while self.state.flooded < FLOOD:
+                self.wfile.write(bytes(2**16))
+                self.state.flooded += 2**16
 
     def _spoil(self, body: bytes, *, is_file: bool) -> bytes:
         breaks_after = self.state.breaks_after
@@ -158,8 +182,8 @@ class Wire(BaseHTTPRequestHandler):
         self.close_connection = True
         return body[:breaks_after]
 
-    def send_json(self, document: Any, *, status: int = 200) -> None:
-        self.send(status, json.dumps(document).encode(), {"Content-Type": "application/json"})
+    def send_json(self, document: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send(status, json.dumps(document).encode(), {"Content-Type": "application/json"} | (headers or {}))
 
     def refuse(self, status: int, code: str = "", message: str = "") -> None:
         retry_after = "" if self.retry_after is None or status < 429 else str(self.retry_after)

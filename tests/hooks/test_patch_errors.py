@@ -11,7 +11,7 @@ import torch
 from test_patch import bert, fingerprint
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from surgery import Anchor, Mixout, SettingError, SourceError, describe, patch_model, perturb_model
@@ -380,23 +380,18 @@ def _put_before(layer: nn.Module) -> None:
     layer.__dict__["weight"] = layer._parameters["weight"]
 
 
-_PARAMETRIZED = "one made by torch's parametrize"
-_SWAPPED = "one that another tool swaps in (weight_norm, spectral_norm, FSDP 1, pruning)"
+_SWAPPED = "one that another tool swaps in (spectral_norm, FSDP 1, pruning)"
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("layer", [nn.Linear(3, 4), Conv1D(4, 3), nn.Conv1d(3, 4, 1)], ids=["Linear", "Conv1D", "conv"])
 @pytest.mark.parametrize(
     ("swap", "fault"),
     [
-        (lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()), _PARAMETRIZED),
-        (parametrizations.weight_norm, _PARAMETRIZED),
-        (nn.utils.weight_norm, _SWAPPED),
         (nn.utils.spectral_norm, _SWAPPED),
         (lambda layer: prune.identity(layer, "weight"), _SWAPPED),
         (_put_before, "one that another tool put before it"),
     ],
-    ids=["parametrize", "weight-norm", "old-weight-norm", "spectral-norm", "prune", "attribute"],
+    ids=["spectral-norm", "prune", "attribute"],
 )
 def test_patch_model_refuses_swapped_weights(layer: nn.Module, swap: Callable[[Any], Any], fault: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), deepcopy(layer))

@@ -326,8 +326,8 @@ def _one(dtype: str, size: int, nbytes: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not safetensors at all", "expected a valid safetensors file, got a malformed header"),
-        (raw_safetensors(b'{"w": 1}'), "expected a valid safetensors file, got a malformed header"),
+        (b"not safetensors at all", "expected a safetensors header of at most 100000000 bytes, got one of "),
+        (raw_safetensors(b'{"w": 1}'), "expected a JSON header of tensors, got a malformed one"),
         (_one("F99", 1, 4), "expected a safetensors dtype, got 'F99'"),
         (_one("F32", 2, 4), "expected 8 bytes for F32 [2], got 4"),
     ],

@@ -729,3 +729,11 @@ def test_push_changes_nothing_on_the_disk(push: Push, out: Path) -> None:
     before = tree_digest(out)
     succeeded(push(REPO))
     assert tree_digest(out) == before
+
+
+def test_pushed_recipe_names_links_without_their_path(hub: Hub, push: Push, out: Path) -> None:
+    recipe = json.loads((out / "surgery.json").read_text())
+    write_json(out / "surgery.json", recipe | {"notes": ["config.json is a link to /a is a link to /b/c.json"]})
+    succeeded(push(REPO))
+    notes = json.loads(hub.repos[REPO].files["surgery.json"])["notes"]
+    assert notes == ["config.json is a link to c.json"]
