@@ -35,21 +35,31 @@ class _Storages(pickle.Unpickler):
         return _Nothing()
 
 
-def refuse_unlisted(path: Path, label: str) -> None:
-    """Refuse a file that refers to storages that it does not bring along.
-
-    Raises:
-        SourceError: it does.
-        Exception: its pickles are damaged.
-    """
+def _unlisted(path: Path) -> set[str]:
     with path.open("rb") as file:
         for _ in range(_BEFORE):
             _Storages(file).load()
         referring = _Storages(file)
         referring.keys = set()
         referring.load()
-        listed = set(_Storages(file).load())
-    if unlisted := referring.keys - listed:
+        return referring.keys - set(_Storages(file).load())
+
+
+def refuse_unlisted(path: Path, label: str) -> None:
+    """Refuse a file that refers to storages that it does not bring along.
+
+    Raises:
+        SourceError: it does, or its pickles are damaged.
+    """
+    try:
+        unlisted = _unlisted(path)
+    except OSError:
+        raise
+    except Exception as error:  # torch's own unpickler overlooks some damage
+        raise SourceError(
+            f"{label}: expected pickles as torch before 1.6 wrote them, got a damaged one. Fetch it again."
+        ) from error
+    if unlisted:
         raise SourceError(
             f"{label}: expected a PyTorch checkpoint with the bytes of all its tensors, got one without "
             f"{len(unlisted)} of its storages. Fetch it again."

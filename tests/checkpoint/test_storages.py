@@ -159,6 +159,18 @@ def test_storage_that_an_old_file_does_not_list_is_refused(tmp_path: Path) -> No
     )
 
 
+def test_damage_of_an_old_file_that_torch_overlooks_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": _BASE}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    data[data.rindex(b"\x80\x02]q") + 1] = 91  # the protocol of the pickle that lists storages
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == (
+        "x: expected pickles as torch before 1.6 wrote them, got a damaged one. Fetch it again."
+    )
+
+
 def test_one_element_of_any_stride_is_read(tmp_path: Path) -> None:
     torch.save({"w": _BASE[0, :1].expand(1).as_strided((1,), (0,)), "v": torch.ones(())}, tmp_path / "x.pt")
     _assert_read_as_torch_reads(tmp_path / "x.pt")
