@@ -1,6 +1,6 @@
 # make demo   install, and perturb a real checkpoint
 # make test   install, and run the tests
-# make test-all  the same, with the sweeps over every model type of transformers
+# make test-all  the same, with the sweeps over every model type of transformers, and more mutated files
 # make check  install, and run formatter, linter and type checker
 # make bench  install, and run the benchmarks
 # make model-types  sweep the installed transformers and diffusers, and write surgery/checkpoint/model_types.json again

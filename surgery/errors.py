@@ -6,8 +6,16 @@ An option is named as in Python and between backticks, `create_pr`: the command 
 from collections.abc import Iterable, Sequence
 
 
+def printable(text: str) -> str:
+    """Escape what a terminal would act on: a checkpoint's names are its author's."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class SurgeryError(Exception):
     """Base of every error this package raises on purpose; the command line prints it as one line and exits 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class SettingError(SurgeryError):

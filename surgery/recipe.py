@@ -52,7 +52,8 @@ class TensorRecord:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "TensorRecord":
-        effect = Effect(entry["noise_over_std"], entry["survived"]) if "survived" in entry else None
+        figures = ("noise_over_std", "survived")
+        effect = Effect(*(_number(entry[name]) for name in figures)) if "survived" in entry else None
         why = None if entry["perturbed"] else _typed(entry["why"], str)
         name, dtype = _typed(entry["name"], str), _typed(entry["dtype"], str)
         known = _optional(entry.get("known"), str)
@@ -203,6 +204,10 @@ def _typed(value: Any, kind: type[_Kind]) -> _Kind:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError
     return value
+
+
+def _number(value: Any) -> float:
+    return float(value) if type(value) is int else _typed(value, float)
 
 
 def _optional(value: Any, kind: type[_Kind]) -> _Kind | None:

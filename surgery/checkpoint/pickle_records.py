@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-_LOCAL_HEADER = struct.Struct("<26xHH")  # of an entry in a zip archive: lengths of its name and extra field
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of an entry in a zip archive: signature, lengths of name and extra field
+_SIGNATURE = b"PK\3\4"
+_UNREADABLE = (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError)
 _DEPTH = 8  # of nests that tensors are looked for in: a pickle may hold itself
 
 
@@ -63,18 +65,23 @@ def _byte_order(path: Path, entries: Iterable[zipfile.ZipInfo]) -> str:
     entry = next((entry for entry in entries if entry.filename.endswith("/byteorder") and entry.file_size < 10), None)
     if entry is None:
         return sys.byteorder
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(entry).decode("ascii", "replace")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(entry).decode("ascii", "replace")
+    except _UNREADABLE:  # to Python, which compares the two headers of an entry
+        return "unknown"
 
 
 def _sizes(path: Path) -> dict[int, int]:
-    """Return the size of each record by the offset of its bytes."""
+    """Return the size of each record with a header of its own by the offset of its bytes."""
     sizes = {}
     with path.open("rb") as file:
         for entry in _entries(path):
-            file.seek(entry.header_offset)
-            name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size).ljust(_LOCAL_HEADER.size, b"\0"))
-            sizes[entry.header_offset + _LOCAL_HEADER.size + name + extra] = entry.file_size
+            file.seek(max(entry.header_offset, 0))  # damaged archives have it before their beginning
+            head = file.read(_LOCAL_HEADER.size).ljust(_LOCAL_HEADER.size, b"\0")
+            signature, name, extra = _LOCAL_HEADER.unpack(head)
+            if signature == _SIGNATURE:
+                sizes[entry.header_offset + _LOCAL_HEADER.size + name + extra] = entry.file_size
     return sizes
 
 

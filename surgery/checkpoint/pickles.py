@@ -14,6 +14,7 @@ import torch
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
 from surgery.checkpoint.digests import sha256_of
 from surgery.checkpoint.foreign_files import PYTORCH, foreign_file, holds_a_module
+from surgery.checkpoint.legacy_storages import refuse_unlisted
 from surgery.checkpoint.pickle_records import is_mappable
 from surgery.checkpoint.state_dicts import find_state_dict
 from surgery.checkpoint.storages import overlap
@@ -63,7 +64,7 @@ class PickleFile:
         """Fill `buffer` with the tensor's bytes from `start` on."""
         self._refuse_cut()
         stored = self.tensors[tensor.name] = self.tensors[tensor.name].contiguous()
-        flat = stored.reshape(-1).view(torch.uint8)
+        flat = stored.as_strided((stored.numel(),), (1,)).view(torch.uint8)  # one element may have any stride
         np.copyto(np.frombuffer(buffer, np.uint8), flat[start : start + len(buffer)].numpy())
 
     def _refuse_cut(self) -> None:
@@ -103,8 +104,8 @@ def _load(path: Path, label: str) -> Any:
     try:
         # torch warns of what it then refuses; catch_warnings is not made for threads
         with _one_at_a_time, warnings.catch_warnings(action="ignore"):
-            return _load_mapped(path)
-    except OSError:
+            return _load_mapped(path, label)
+    except (OSError, SourceError):
         raise
     except Exception as error:  # bytes that are no pickle make the unpickler raise anything
         raise _refusal(error, path, label) from error
@@ -127,7 +128,7 @@ def _refusal(error: Exception, path: Path, label: str) -> SourceError:
     )
 
 
-def _load_mapped(path: Path) -> Any:
+def _load_mapped(path: Path, label: str) -> Any:
     if not is_mappable(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     try:
@@ -135,7 +136,9 @@ def _load_mapped(path: Path) -> Any:
     except RuntimeError as error:
         if "mmap" not in str(error):  # only files of torch before 1.6 cannot be mapped
             raise
-    return torch.load(path, map_location="cpu", weights_only=True)
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    refuse_unlisted(path, label)
+    return loaded
 
 
 def _dtype(name: str, tensor: torch.Tensor, label: str) -> str:

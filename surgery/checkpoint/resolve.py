@@ -112,9 +112,10 @@ def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | 
     if not str(source):
         raise SourceError("MODEL: expected a folder, a file or a Hub id, got an empty name. Name one.")
     path = Path(os.path.expanduser(source))  # noqa: PTH111  (Path's own fails for an unknown ~user)
-    if revision and path.exists():
+    is_there = os.path.exists(path)  # noqa: PTH110  (Path's own fails for a name that is too long)
+    if revision and is_there:
         raise SettingError(f"`revision`: expected a Hub id with it, got the local {source}. Leave one of them out.")
-    if path.is_file() or path.is_dir():
+    if is_there and (path.is_file() or path.is_dir()):
         return _snapshot_of(path) if path.name.startswith("models--") and (path / "snapshots").is_dir() else path
     name, _, at = str(source).partition("@")
     if at and revision:
@@ -254,7 +255,8 @@ def _shards_of(root: Path, weight_set: WeightSet, names: Collection[str] | None)
                 f"{index}: expected shards of its own folder, got {shard!r}. Do not trust this checkpoint."
             )
         name = (PurePosixPath(weight_set.folder) / shard).as_posix()
-        if not (root / name).is_file() if names is None else name not in names:
+        # Path's own fails for a name that is too long
+        if not os.path.isfile(root / name) if names is None else name not in names:  # noqa: PTH113
             raise SourceError(f"{index}: expected shard {shard}, got no such file. Fetch the missing shard.")
         shards.append(name)
     return shards

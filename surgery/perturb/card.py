@@ -55,9 +55,13 @@ def make_card(recipe: Recipe, inherited: Mapping[str, Any]) -> str:
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
-    """Return what holds for the perturbed checkpoint too of a card's metadata; a damaged card has none."""
+    """Return what holds for the perturbed checkpoint too of a card's metadata; a damaged card has none.
+
+    There may be several licences; several of anything else are not taken over.
+    """
     try:
-        return dict(read_fields(card, _INHERITED))
+        found = read_fields(card, _INHERITED).items()
+        return {name: value for name, value in found if isinstance(value, str) or name == "license"}
     except (OSError, ValueError, yaml.YAMLError):
         _log.warning("%s: its metadata is damaged, so its licence and task are not in the new card", card)
         return {}

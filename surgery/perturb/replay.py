@@ -9,7 +9,7 @@ from pathlib import Path
 from surgery.checkpoint.digests import sha256_of
 from surgery.checkpoint.layout import CARD, RECIPE
 from surgery.checkpoint.resolve import REPO_ID, Checkpoint, refuse_unfinished, resolve
-from surgery.errors import SourceError, some
+from surgery.errors import SettingError, SourceError, some
 from surgery.perturb.plan import Plan, plan_checkpoint
 from surgery.recipe import Recipe
 
@@ -72,7 +72,8 @@ def find_source(recipe: Recipe, what: str, *, source: str | Path | None, token: 
         source = f"{recipe.source}@{recipe.commit}"
     elif source is None:
         source = Path(recipe.source)
-        if not source.is_absolute() or not source.exists():
+        # Path's own fails for a name that is too long
+        if not source.is_absolute() or not os.path.exists(source):  # noqa: PTH110
             raise SourceError(
                 f"{what}: expected its source, {recipe.source}, on this machine, got no such path. "
                 "Say with `source` where it is."
@@ -86,7 +87,8 @@ def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
     What it took for buffers is left alone, and nothing else: later versions may know better which tensors are buffers.
 
     Raises:
-        SourceError: the source has other weight files or other companions than the recipe's.
+        SourceError: the source has other weight files or other companions than the recipe's, or none that its settings
+            could be for.
     """
     layout = checkpoint.layout
     known = replace(
@@ -96,7 +98,10 @@ def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
     )
     repeating = {file.source: file.tied for file in recipe.files}
     checkpoint = replace(checkpoint, layout=known, repeating=repeating)
-    plan = plan_checkpoint(checkpoint, out, recipe.settings, variant=recipe.variant, recorded=recipe)
+    try:
+        plan = plan_checkpoint(checkpoint, out, recipe.settings, variant=recipe.variant, recorded=recipe)
+    except SettingError as error:  # of the recipe's settings: the caller gave none
+        raise SourceError(f"{RECIPE}: {error}") from error
     _refuse_other_files(plan, {file.name: file.source for file in recipe.files})
     _refuse_other_companions(plan, recipe.companions)
     return replace(plan, checkpoint=replace(checkpoint, id=recipe.source, commit=recipe.commit))

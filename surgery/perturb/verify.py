@@ -9,7 +9,7 @@ from surgery.checkpoint.digests import sha256_of
 from surgery.checkpoint.layout import CARD, RECIPE, is_weight
 from surgery.checkpoint.resolve import resolve
 from surgery.checkpoint.tensorfile import read_header
-from surgery.errors import NoWeightsError, SourceError
+from surgery.errors import NoWeightsError, SourceError, printable
 from surgery.perturb import stream
 from surgery.perturb.compare_file import FileComparison, TensorMismatch
 from surgery.perturb.compare_recipe import recipe_faults
@@ -84,7 +84,7 @@ def verify_checkpoint(
         tensors=sum(len(shard.header.tensors) for shard in todo),
         nbytes=sum(shard.nbytes for shard in todo),
         differences=tuple(sorted(differences, key=_badness, reverse=True)),
-        faults=(*faults, *wrong),
+        faults=tuple(map(printable, (*faults, *wrong))),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import click
 
+from surgery.errors import printable
 from surgery.report.text import VALUE_AT
 
 _GAP = "  "
@@ -135,8 +136,3 @@ def _width(character: str) -> int:
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would act on: a checkpoint's names are its author's."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

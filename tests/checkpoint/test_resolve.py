@@ -349,6 +349,16 @@ def test_index_of_a_missing_shard_is_refused(refuses: Refuses, tmp_path: Path) -
     )
 
 
+def test_index_of_a_shard_of_a_long_name_is_refused(tmp_path: Path) -> None:
+    """Longer than a file system allows."""
+    write_sharded(tmp_path / "source")
+    shard = "x" * 300 + ".safetensors"
+    index = _index(tmp_path / "source", lambda weight_map: weight_map.update({"layer.1.bias": shard}))
+    with pytest.raises(SourceError) as error:
+        resolve(tmp_path / "source")
+    assert str(error.value) == f"{index}: expected shard {shard}, got no such file. Fetch the missing shard."
+
+
 def test_shards_without_index_are_counted(refuses: Refuses, tmp_path: Path) -> None:
     write_sharded(tmp_path / "source")
     (tmp_path / "source/model.safetensors.index.json").unlink()

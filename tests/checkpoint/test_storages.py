@@ -107,6 +107,75 @@ def test_archive_that_was_packed_again_is_read(tmp_path: Path) -> None:
     _assert_read_as_torch_reads(tmp_path / "x.pt")
 
 
+def _patch(path: Path, name: bytes, at: int, new: bytes, *, last: bool = False) -> None:
+    """Write bytes relative to a record's name in its local header, or in the directory at the end."""
+    data = bytearray(path.read_bytes())
+    place = (data.rindex(name) if last else data.index(name)) + at
+    data[place : place + len(new)] = new
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [b"bytExrder", b"byte\xffrder"], ids=["another", "not UTF-8"])
+def test_archive_whose_local_header_has_another_name_is_read_as_torch_reads_it(name: bytes, tmp_path: Path) -> None:
+    torch.save({"w": _BASE}, tmp_path / "x.pt")
+    _patch(tmp_path / "x.pt", b"byteorder", 0, name)
+    _assert_read_as_torch_reads(tmp_path / "x.pt")
+
+
+def test_record_without_a_header_of_its_own_is_refused_as_torch_refuses_it(tmp_path: Path) -> None:
+    torch.save({"w": _BASE}, tmp_path / "x.pt")
+    _patch(tmp_path / "x.pt", b"x/data/0", -30, b"PX")
+    with pytest.raises(RuntimeError):
+        torch.load(tmp_path / "x.pt", weights_only=True)
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == _DAMAGED
+
+
+def test_archive_whose_directory_begins_before_the_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": _BASE}, tmp_path / "x.pt")
+    directory_offset = 48  # eight bytes, in the record that ends a zip64 archive
+    _patch(tmp_path / "x.pt", b"PK\6\6", directory_offset + 5, b"\x08", last=True)
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == _DAMAGED
+
+
+def test_storage_that_an_old_file_does_not_list_is_refused(tmp_path: Path) -> None:
+    """torch.load leaves in it what was in memory."""
+    torch.save({"w": _BASE, "v": _BASE + 1}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "x.pt").read_bytes()
+    _read(tmp_path / "x.pt")
+    listed = data.rindex(b"]q")  # of both storages: take the second out
+    second = data.index(b"X", data.index(b"X", listed) + 1)
+    end = data.index(b"e.", second)
+    (tmp_path / "x.pt").write_bytes(data[:second] + data[end : len(data) - 8 - _BASE.nbytes])
+    torch.load(tmp_path / "x.pt", weights_only=True)
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == (
+        "x: expected a PyTorch checkpoint with the bytes of all its tensors, got one without 1 of its storages. "
+        "Fetch it again."
+    )
+
+
+def test_damage_of_an_old_file_that_torch_overlooks_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": _BASE}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    data[data.rindex(b"\x80\x02]q") + 1] = 91  # the protocol of the pickle that lists storages
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == (
+        "x: expected pickles as torch before 1.6 wrote them, got a damaged one. Fetch it again."
+    )
+
+
+def test_one_element_of_any_stride_is_read(tmp_path: Path) -> None:
+    torch.save({"w": _BASE[0, :1].expand(1).as_strided((1,), (0,)), "v": torch.ones(())}, tmp_path / "x.pt")
+    _assert_read_as_torch_reads(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize(
     "change", [lambda data: data[:5], lambda data: data * 2, lambda _: b""], ids=["short", "long", "empty"]
 )

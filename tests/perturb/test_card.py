@@ -223,6 +223,8 @@ _METADATA = {
         _NONE | {"license": "other", "license_name": "tiny-1", "license_link": "LICENSE", "pipeline_tag": "fill-mask"},
     ),
     "two licences": ("---\nlicense: [mit, apache-2.0]\n---\n", _NONE | {"license": ["mit", "apache-2.0"]}),
+    "two libraries": ("---\nlibrary_name: [timm, peft]\nlicense: mit\n---\n", _NONE | {"license": "mit"}),
+    "two tasks": ("---\npipeline_tag: [fill-mask]\n---\n", _NONE),
     "other library": ("---\nlibrary_name: timm\n---\n", {"library_name": "timm"}),
     "windows": ("\ufeff---\r\nlicense: mit\r\n---\r\n# x\r\n", _NONE | {"license": "mit"}),
     "no body": ("---\nlicense: mit\n---", _NONE | {"license": "mit"}),

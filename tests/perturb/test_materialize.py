@@ -360,6 +360,8 @@ _DAMAGED = {
     "std": _set("files", 0, "tensors", 0, "std", to=1.0),
     "companions": _set("companions", to=["config.json"]),
     "card": _set("card", to=[]),
+    "survived": _set("files", 0, "tensors", 0, "survived", to="1"),
+    "noise over std": _set("files", 0, "tensors", 0, "noise_over_std", to=True),
     "notes": _set("notes", to="x"),
 }
 
@@ -396,6 +398,32 @@ def test_hostile_recipe_is_refused(change: Callable[[Any], None], message: str, 
         materialize_checkpoint(tmp_path / "bad.json", tmp_path / "again")
     assert str(error.value).startswith(f"{tmp_path}/bad.json: {message}")
     assert not (tmp_path / "again").exists()
+
+
+def test_glob_of_a_recipe_that_matches_nothing_is_told_of_the_recipe(out: Path, tmp_path: Path) -> None:
+    document = json.loads((out / "surgery.json").read_bytes())
+    document["settings"]["exclude"] = ["nothing"]
+    write_json(tmp_path / "bad.json", document)
+    with pytest.raises(SourceError) as error:
+        materialize_checkpoint(tmp_path / "bad.json", tmp_path / "again")
+    assert str(error.value).startswith("surgery.json: `exclude` 'nothing': expected a glob that matches a tensor, got")
+
+
+@pytest.mark.parametrize("commit", [None, "main"], ids=["local", "hub"])
+def test_source_of_a_long_name_is_missing(commit: str | None, out: Path, tmp_path: Path) -> None:
+    """Longer than a file system allows."""
+    document = json.loads((out / "surgery.json").read_bytes())
+    long = document["source"]["id"] = "/" + "x" * 300
+    document["source"]["commit"] = commit
+    write_json(tmp_path / "bad.json", document)
+    with pytest.raises(SourceError) as error:
+        materialize_checkpoint(tmp_path / "bad.json", tmp_path / "again")
+    assert str(error.value) == (
+        f"{long}@main: expected a folder, a file or a Hub id, got a path that does not exist. Check it."
+        if commit
+        else f"{tmp_path}/bad.json: expected its source, {long}, on this machine, got no such path. "
+        "Say with `source` where it is."
+    )
 
 
 _FALSE = {

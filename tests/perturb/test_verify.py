@@ -112,6 +112,16 @@ def test_moved_source(run_cli: Callable[..., Ran], source: Path, tmp_path: Path)
     assert (ran.code, json.loads(ran.out)) == (1, {"error": line})
 
 
+def test_fault_is_one_printable_line(out: Path) -> None:
+    recipe = json.loads((out / "surgery.json").read_bytes())
+    digest, recipe["files"][0]["sha256"] = recipe["files"][0]["sha256"], "\x1b[31m\n"
+    write_json(out / "surgery.json", recipe)
+    assert verify_checkpoint(out).faults == (
+        f"surgery.json: model.safetensors: sha256: expected {digest}, as source and settings give, "
+        r"got \x1b[31m\n in the recipe.",
+    )
+
+
 # -- tensors that differ ------------------------------------------------------------------------------------------
 
 

