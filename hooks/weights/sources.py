@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from surgery.checkpoint.config_files import quantized
 from surgery.checkpoint.pickles import DTYPES
-from surgery.checkpoint.resolve import Checkpoint, quantized, resolve
+from surgery.checkpoint.resolve import Checkpoint, resolve
 from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError, some

@@ -8,15 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from surgery.checkpoint.config_files import quantized
 from surgery.checkpoint.layout import RECIPE
-from surgery.checkpoint.resolve import Checkpoint, locate, quantized, resolve
+from surgery.checkpoint.resolve import Checkpoint, locate, resolve
 from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
 from surgery.checkpoint.value_rules import find_suspects
 from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError
 from surgery.noisytune import NO_SPREAD, NoisyTune
-from surgery.perturb.plan import ShardPlan, floats, is_packed
+from surgery.perturb.plan import floats, is_packed
+from surgery.perturb.shard_plan import ShardPlan
 from surgery.progress import bar
 from surgery.recipe import Recipe
 from surgery.roles import Role

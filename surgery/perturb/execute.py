@@ -17,8 +17,9 @@ from surgery.perturb import stream
 from surgery.perturb.compare_recipe import file_faults, recipe_faults
 from surgery.perturb.output import OutputFolder, is_finished, refuse_windows
 from surgery.perturb.partfile import PartFile
-from surgery.perturb.plan import Plan, ShardPlan, make_plan
+from surgery.perturb.plan import Plan, make_plan
 from surgery.perturb.shard import ShardTask
+from surgery.perturb.shard_plan import ShardPlan
 from surgery.perturb.tasks import GlobalMoments, make_record, make_task, measure, with_ties
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, warn_of_vanished

@@ -1,57 +1,31 @@
 """Plan: which tensor of which shard is perturbed or copied, and every file to write, settled from headers alone."""
 
-import json
 import logging
 import os
 import re
 import shlex
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from surgery.checkpoint.config_files import refuse_quantized
 from surgery.checkpoint.layout import CARD, WeightSet
 from surgery.checkpoint.packed_names import is_quantized
-from surgery.checkpoint.resolve import Checkpoint, is_untied, read_weight_map, refuse_quantized, resolve
+from surgery.checkpoint.resolve import Checkpoint, resolve
 from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
-from surgery.checkpoint.tied_names import may_be_dropped
 from surgery.checkpoint.value_rules import find_suspects
 from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError, SourceError, some
 from surgery.noisytune import FLOATS, NoisyTune
+from surgery.perturb.indexes import plan_index
 from surgery.perturb.output import refuse_output
+from surgery.perturb.shard_plan import ShardPlan
 from surgery.recipe import Recipe
 from surgery.roles import VALUE, Role
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One weight file: where it comes from, what it becomes, and why tensors are copied.
-
-    Args:
-        source: name relative to the source.
-        name: name relative to the output.
-        header: of the file to write.
-        copied: reason by tensor name, for the tensors that will be copied.
-        tied: names that repeat another tensor, and that tensor's name.
-        roles: what each tensor is, by name.
-        class_ties: names of its model that the class ties to another, and that one's name.
-    """
-
-    source: str
-    name: str
-    header: Header
-    copied: dict[str, str]
-    tied: dict[str, str]
-    roles: dict[str, Role]
-    class_ties: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        return self.header.file_size
 
 
 @dataclass(frozen=True)
@@ -167,7 +141,7 @@ def plan_checkpoint(
     indexes: dict[str, bytes] = {}
     for weight_set in checkpoint.layout.weights:
         members = _plan_set(checkpoint, weight_set, settings, recorded)
-        indexes |= _plan_index(checkpoint, weight_set, members)
+        indexes |= plan_index(checkpoint, weight_set, members)
         shards += members
     if not recorded:
         _warn_of_suspects(shards)
@@ -259,43 +233,3 @@ def _output_name(weight_set: WeightSet, name: str) -> str:
     if weight_set.suffix != ".bin":
         stem = weight_set.stem if weight_set.parts else "model"
     return f"{folder}{slash}{re.sub(r'^pytorch_model', 'model', stem)}.safetensors"
-
-
-def _plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[ShardPlan]) -> dict[str, bytes]:
-    """Check a set's index against its shards, and return the index to write, by name."""
-    where: dict[str, ShardPlan] = {}
-    for shard in members:
-        for tensor in shard.header.tensors:
-            if other := where.get(tensor.name):
-                raise SourceError(
-                    f"{checkpoint.path(shard.source)}: expected each tensor in one shard, got {tensor.name!r} also in "
-                    f"{other.source}. Remove the stale one."
-                )
-            where[tensor.name] = shard
-    if not weight_set.index:
-        return {}
-    index = checkpoint.path(weight_set.index)
-    weight_map = read_weight_map(index)
-    tied = {name for shard in members for name in shard.tied}
-    for name, file in weight_map.items():
-        found = where.get(name)
-        if found is None and _may_be_dropped(checkpoint, weight_set.folder, name, where):
-            continue  # older versions of transformers listed what they then did not save
-        if name not in tied and (found is None or found.source.rpartition("/")[2] != file.rpartition("/")[2]):
-            raise SourceError(
-                f"{index}: expected tensor {name!r} in {file}, got no such tensor. Fetch the checkpoint again."
-            )
-    if not weight_set.is_pickle:
-        return {weight_set.index: index.read_bytes()}
-    document = json.loads(index.read_bytes())
-    document["weight_map"] = {name: shard.name.rpartition("/")[2] for name, shard in sorted(where.items())}
-    name = re.sub(r"pytorch_model(.*)\.bin\.index", r"model\1.safetensors.index", weight_set.index)
-    return {name: (json.dumps(document, indent=2) + "\n").encode()}
-
-
-def _may_be_dropped(checkpoint: Checkpoint, folder: str, name: str, stored: Collection[str]) -> bool:
-    """Tell whether a tensor need not be stored, for it is tied to one that is: its class says so, or else its name."""
-    model_type = read_model_type(checkpoint, folder)
-    if model_type and model_type.is_tied and model_type.find_ties(stored, [name]):
-        return True
-    return may_be_dropped(name, stored) and not is_untied(checkpoint, folder)

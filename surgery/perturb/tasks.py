@@ -9,8 +9,9 @@ from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError
 from surgery.noisytune import NO_SPREAD, Moments, pool
 from surgery.perturb import stream
-from surgery.perturb.plan import Plan, ShardPlan
+from surgery.perturb.plan import Plan
 from surgery.perturb.shard import ShardTask, Sink
+from surgery.perturb.shard_plan import ShardPlan
 from surgery.perturb.ties import find_ties
 from surgery.progress import bar
 from surgery.recipe import FileRecord, TensorRecord

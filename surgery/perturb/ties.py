@@ -8,16 +8,14 @@ read, and of those that agree in them all.
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.tied_names import LEAST, is_embedding, order
 from surgery.checkpoint.weight_file import WeightFile
 from surgery.errors import SettingError
 from surgery.noisytune import EXCLUDED, NOT_INCLUDED
-
-if TYPE_CHECKING:
-    from surgery.perturb.plan import ShardPlan
+from surgery.perturb.shard_plan import ShardPlan
 
 _CHUNK = 1 << 20
 _SAMPLE = 64  # bytes at the start, in the middle and at the end of a tensor
@@ -27,7 +25,7 @@ _log = logging.getLogger(__name__)
 class _Member(NamedTuple):
     """A tensor that may be tied, and the shard that it is in."""
 
-    shard: "ShardPlan"
+    shard: ShardPlan
     tensor: Tensor
 
     @property
@@ -44,7 +42,7 @@ class _Member(NamedTuple):
         return self.name not in self.shard.copied
 
 
-def find_ties(shards: Sequence["ShardPlan"], open_source: Callable[[str], WeightFile]) -> dict[str, dict[str, str]]:
+def find_ties(shards: Sequence[ShardPlan], open_source: Callable[[str], WeightFile]) -> dict[str, dict[str, str]]:
     """Find tensors that repeat another one, bit for bit: embeddings, what the class ties, and all that are not small.
 
     Those that the class ties and that differ are named in a warning: loaders leave them apart.
@@ -76,7 +74,7 @@ def find_ties(shards: Sequence["ShardPlan"], open_source: Callable[[str], Weight
     return ties
 
 
-def _may_be_tied(shard: "ShardPlan", tensor: Tensor, known: Iterable[str]) -> bool:
+def _may_be_tied(shard: ShardPlan, tensor: Tensor, known: Iterable[str]) -> bool:
     """Leave out what no noise is meant for, and what may be equal by chance."""
     if shard.copied.get(tensor.name) not in (None, EXCLUDED, NOT_INCLUDED):
         return False

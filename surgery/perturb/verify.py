@@ -13,9 +13,10 @@ from surgery.errors import NoWeightsError, SourceError, printable
 from surgery.perturb import stream
 from surgery.perturb.compare_file import FileComparison, TensorMismatch
 from surgery.perturb.compare_recipe import recipe_faults
-from surgery.perturb.plan import Plan, ShardPlan
+from surgery.perturb.plan import Plan
 from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
 from surgery.perturb.shard import ShardTask
+from surgery.perturb.shard_plan import ShardPlan
 from surgery.perturb.tasks import make_record, make_task, measure, with_ties
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe
