@@ -19,6 +19,7 @@ STRICTER = {
     "a name that safetensors cannot hold": "expected a name that safetensors can hold",
     "no tensors": "expected a state_dict",
     "storages that are not brought along": "expected a PyTorch checkpoint with the bytes of all its tensors",
+    "a deflated record that Python cannot read": "expected a record that can be read",
     "a pickle before 1.6 that Python refuses": "expected pickles as torch before 1.6 wrote them",
     "a size below zero": "expected whole, positive numbers",
 }
