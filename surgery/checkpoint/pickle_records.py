@@ -89,9 +89,14 @@ def refuse_unread(path: Path, label: str) -> None:
     """Refuse an archive with a record that torch.load without mmap reads nothing of, but leaves what was in memory.
 
     Raises:
-        SourceError: it is marked as a folder, or cannot be inflated.
+        SourceError: it is marked as a folder, or cannot be inflated, or Python cannot list the records.
     """
-    for entry in _entries(path):
+    entries = _entries(path)
+    if not entries:
+        raise SourceError(
+            f"{label}: expected an archive with a list of its records, got a damaged one. Fetch it again."
+        )
+    for entry in entries:
         if entry.file_size and not _is_readable(path, entry):
             raise SourceError(
                 f"{label}: {entry.filename!r}: expected a record that can be read, got a damaged one. Fetch it again."

@@ -175,10 +175,13 @@ def test_record_that_is_marked_as_a_folder_is_refused_where_it_is_not_mapped(tmp
     assert str(error.value) == _UNREADABLE
 
 
-def test_archive_that_python_does_not_list_is_not_mapped(tmp_path: Path) -> None:
+def test_archive_that_python_does_not_list_is_refused(tmp_path: Path) -> None:
     torch.save({"w": _BASE}, tmp_path / "x.pt")
-    _patch(tmp_path / "x.pt", b"PK\5\6", 0, b"PX", last=True)
-    assert not is_mappable(tmp_path / "x.pt")
+    _patch(tmp_path / "x.pt", b"PK\6\7", 0, bytes(4), last=True)  # says where a record is that torch does without
+    torch.load(tmp_path / "x.pt", weights_only=True)
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == ("x: expected an archive with a list of its records, got a damaged one. Fetch it again.")
 
 
 def test_storage_that_an_old_file_does_not_list_is_refused(tmp_path: Path) -> None:
