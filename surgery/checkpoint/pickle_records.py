@@ -8,14 +8,18 @@ latter as torch.save would have placed it.
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surgery.errors import SourceError
+
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of an entry in a zip archive: signature, lengths of name and extra field
 _SIGNATURE = b"PK\3\4"
+_FOLDER = 0x10  # of an entry's attributes
 _UNREADABLE = (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError)
 _DEPTH = 8  # of nests that tensors are looked for in: a pickle may hold itself
 
@@ -33,9 +37,9 @@ def is_mappable(path: Path) -> bool:
     for entry in entries:
         if entry.filename.endswith("/data.pkl") and entry.compress_type and entry.file_size > _MOST_PICKLED:
             raise ValueError(f"expected a pickle of at most {_MOST_PICKLED} bytes, got {entry.file_size}")
-    if any(entry.compress_type for entry in entries) or _byte_order(path, entries) != sys.byteorder:
+    if any(entry.compress_type for entry in entries) or not _is_native(path, entries):
         return False
-    return not entries or _has_own_sizes(path)
+    return _has_own_sizes(path) if entries else not _is_archive(path)
 
 
 def _has_own_sizes(path: Path) -> bool:
@@ -60,16 +64,57 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
         return []  # torch.load says what it is
 
 
-def _byte_order(path: Path, entries: Iterable[zipfile.ZipInfo]) -> str:
-    """Return the byte order that an archive names; the machine's own if it names none."""
-    entry = next((entry for entry in entries if entry.filename.endswith("/byteorder") and entry.file_size < 10), None)
-    if entry is None:
-        return sys.byteorder
+def _is_archive(path: Path) -> bool:
+    """Tell it as torch does, which lists some archives that Python does not."""
+    with path.open("rb") as file:
+        return file.read(len(_SIGNATURE)) == _SIGNATURE
+
+
+def _is_native(path: Path, entries: Iterable[zipfile.ZipInfo]) -> bool:
+    """Tell whether an archive names no byte order but the machine's own: torch crashes swapping what it has mapped.
+
+    It may name several, and torch takes capitals for small letters.
+    """
+    named = [entry for entry in entries if entry.filename.lower().endswith("byteorder")]
+    if not named:
+        return True
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.read(entry).decode("ascii", "replace")
+            return all(entry.file_size < 10 and archive.read(entry).decode() == sys.byteorder for entry in named)
     except _UNREADABLE:  # to Python, which compares the two headers of an entry
-        return "unknown"
+        return False
+
+
+def refuse_unread(path: Path, label: str) -> None:
+    """Refuse an archive with a record that torch.load without mmap reads nothing of, but leaves what was in memory.
+
+    Raises:
+        SourceError: it is marked as a folder, or cannot be inflated, or Python cannot list the records.
+    """
+    entries = _entries(path)
+    if not entries:
+        raise SourceError(
+            f"{label}: expected an archive with a list of its records, got a damaged one. Fetch it again."
+        )
+    for entry in entries:
+        if entry.file_size and not _is_readable(path, entry):
+            raise SourceError(
+                f"{label}: {entry.filename!r}: expected a record that can be read, got a damaged one. Fetch it again."
+            )
+
+
+def _is_readable(path: Path, entry: zipfile.ZipInfo) -> bool:
+    if entry.external_attr & _FOLDER:
+        return False
+    if not entry.compress_type:
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(entry) as file:
+            while file.read(1 << 20):
+                pass
+    except (*_UNREADABLE, zlib.error):
+        return False
+    return True
 
 
 def _sizes(path: Path) -> dict[int, int]:

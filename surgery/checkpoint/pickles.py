@@ -1,5 +1,6 @@
 """PyTorch pickles (.bin, .pt, .pth, .ckpt) read with torch.load(weights_only=True, mmap=True), so that no code runs."""
 
+import math
 import pickle
 import re
 import threading
@@ -15,7 +16,7 @@ from surgery.checkpoint.at_rest import Stamp, refuse_changed
 from surgery.checkpoint.digests import sha256_of
 from surgery.checkpoint.foreign_files import PYTORCH, foreign_file, holds_a_module
 from surgery.checkpoint.legacy_storages import refuse_unlisted
-from surgery.checkpoint.pickle_records import is_mappable
+from surgery.checkpoint.pickle_records import is_mappable, refuse_unread
 from surgery.checkpoint.state_dicts import find_state_dict
 from surgery.checkpoint.storages import overlap
 from surgery.checkpoint.tensorfile import Header, Tensor, build_header
@@ -130,7 +131,9 @@ def _refusal(error: Exception, path: Path, label: str) -> SourceError:
 
 def _load_mapped(path: Path, label: str) -> Any:
     if not is_mappable(path):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_unread(path, label)
+        return loaded
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
@@ -150,9 +153,10 @@ def _dtype(name: str, tensor: torch.Tensor, label: str) -> str:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in DTYPES:
         kind = "a quantized tensor" if tensor.is_quantized else f"{tensor.dtype}, {tensor.layout}"
         raise SourceError(f"{label}: {name!r}: expected a dense tensor of a plain dtype, got {kind}. Convert it first.")
-    if tensor.nbytes > max(_MOST_EXPANDED, tensor.untyped_storage().nbytes()):
+    nbytes = math.prod(tensor.shape) * tensor.element_size()  # tensor.nbytes is one of 64 bits
+    if nbytes > max(_MOST_EXPANDED, tensor.untyped_storage().nbytes()):
         raise SourceError(
-            f"{label}: {name!r}: expected a tensor of elements of its own, got {tensor.nbytes} bytes that repeat "
+            f"{label}: {name!r}: expected a tensor of elements of its own, got {nbytes} bytes that repeat "
             f"{tensor.untyped_storage().nbytes()}. Save what it repeats."
         )
     return DTYPES[tensor.dtype]

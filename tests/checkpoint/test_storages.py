@@ -1,6 +1,7 @@
 """Storages: what torch.load reads is read, what it refuses is refused, and columns of one matrix are no overlap."""
 
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,48 @@ def test_archive_whose_directory_begins_before_the_file_is_refused(tmp_path: Pat
     assert str(error.value) == _DAMAGED
 
 
+@pytest.mark.parametrize("name", ["x/byteorder", "x/ByteOrder"], ids=["twice", "in capitals too"])
+def test_archive_of_two_byte_orders_is_read_as_torch_reads_it(name: str, tmp_path: Path) -> None:
+    """Mapped, it ends the process."""
+    torch.save({"w": _BASE}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive, warnings.catch_warnings(action="ignore"):
+        archive.writestr(name, "big")
+    assert not is_mappable(tmp_path / "x.pt")
+    _assert_read_as_torch_reads(tmp_path / "x.pt")
+
+
+_UNREADABLE = "x: 'x/data/0': expected a record that can be read, got a damaged one. Fetch it again."
+
+
+def test_record_that_cannot_be_inflated_is_refused(tmp_path: Path) -> None:
+    """torch.load leaves in it what was in memory."""
+    torch.save({"w": _BASE}, tmp_path / "x.pt")
+    _patch(tmp_path / "x.pt", b"x/data/0", -36, b"\x08", last=True)  # its method in the directory
+    torch.load(tmp_path / "x.pt", weights_only=True)
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == _UNREADABLE
+
+
+def test_record_that_is_marked_as_a_folder_is_refused_where_it_is_not_mapped(tmp_path: Path) -> None:
+    torch.save({"w": _BASE}, tmp_path / "x.pt")
+    _rewrite(tmp_path / "x.pt", lambda data: data, zipfile.ZIP_DEFLATED)
+    _patch(tmp_path / "x.pt", b"x/data/0", -8, b"\x10", last=True)  # its attributes in the directory
+    torch.load(tmp_path / "x.pt", weights_only=True)
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == _UNREADABLE
+
+
+def test_archive_that_python_does_not_list_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": _BASE}, tmp_path / "x.pt")
+    _patch(tmp_path / "x.pt", b"PK\6\7", 0, bytes(4), last=True)  # says where a record is that torch does without
+    torch.load(tmp_path / "x.pt", weights_only=True)
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == ("x: expected an archive with a list of its records, got a damaged one. Fetch it again.")
+
+
 def test_storage_that_an_old_file_does_not_list_is_refused(tmp_path: Path) -> None:
     """torch.load leaves in it what was in memory."""
     torch.save({"w": _BASE, "v": _BASE + 1}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
@@ -198,6 +241,15 @@ def test_tensor_expanded_to_terabytes_is_refused_before_it_is_laid_out(tmp_path:
     assert str(error.value) == (
         "x: 'w': expected a tensor of elements of its own, got 4398046511104 bytes that repeat 16. "
         "Save what it repeats."
+    )
+
+
+def test_size_beyond_64_bits_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1).expand(2**62)}, tmp_path / "x.pt")
+    with pytest.raises(SourceError) as error:
+        PickleFile(tmp_path / "x.pt", label="x")
+    assert str(error.value) == (
+        f"x: 'w': expected a tensor of elements of its own, got {2**64} bytes that repeat 4. Save what it repeats."
     )
 
 

@@ -1,7 +1,7 @@
 """Mutated PyTorch archives: PickleFile against torch.load(weights_only=True)."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +19,8 @@ STRICTER = {
     "a name that safetensors cannot hold": "expected a name that safetensors can hold",
     "no tensors": "expected a state_dict",
     "storages that are not brought along": "expected a PyTorch checkpoint with the bytes of all its tensors",
+    "a deflated record that Python cannot read": "expected a record that can be read",
+    "an archive that Python cannot list": "expected an archive with a list of its records",
     "a pickle before 1.6 that Python refuses": "expected pickles as torch before 1.6 wrote them",
     "a size below zero": "expected whole, positive numbers",
 }
@@ -55,6 +57,8 @@ class Pickles:
         if isinstance(ours, Refused):
             if isinstance(theirs, Refused):
                 return "both refuse"
+            if is_plain and isinstance(_in_filled_memory(self._oracle), Refused):
+                return "refused: its oracle reads what was in memory"
             return stricter(ours, STRICTER) if is_plain else "refused: no plain state_dict"
         if isinstance(theirs, Refused):
             raise FindingError(f"read what its oracle refuses: {theirs.message:.200}")
@@ -66,22 +70,25 @@ class Pickles:
 
     def _oracle_reads_nothing(self, ours: Any) -> bool:
         """Tell whether torch.load returns memory that it never wrote, of which surgery's must hold none."""
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_PERTURB, _FILL)
-        try:
-            again = self.read()
-            contents = {name: _contents(tensor) for name, tensor in _named(self._oracle(), ours)}
-        finally:
-            mallopt(_M_PERTURB, 0)
-        if again != ours:
+        if _in_filled_memory(self.read) != ours:
             raise FindingError("holds what was in memory")
-        return any(_UNREAD in data for *_, data in contents.values())
+        tensors = _named(_in_filled_memory(self._oracle), ours)
+        return any(_UNREAD in _contents(tensor)[2] for _, tensor in tensors)
 
     def _oracle(self) -> Any:
         try:
             return torch.load(self._path, map_location="cpu", weights_only=True)
         except Exception as error:
             return Refused(f"{type(error).__name__}: {error}")
+
+
+def _in_filled_memory(read: Callable[[], Any]) -> Any:
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_PERTURB, _FILL)
+    try:
+        return read()
+    finally:
+        mallopt(_M_PERTURB, 0)
 
 
 def _is_plain(name: Any, value: Any) -> bool:
