@@ -17,8 +17,17 @@ NO_OPTIMIZER = (
 )
 
 NOISE_OFF = (
-    "expected weights with noise, got those from before it, by a load_state_dict after training had begun. Build the "
-    "model anew for each fold."
+    "expected weights with noise, got those from before it, written back after training had begun. Build the model "
+    "anew for each fold."
+)
+RESUMED_WITHOUT = (
+    "expected an optimizer of a run that began with noise, got one of a run without. Start from the pretrained "
+    "weights, or leave noisytune out."
+)
+LOADED_OVER = (
+    "expected pretrained weights, or an optimizer's state of a run that began with noise, got weights that "
+    "load_state_dict has put over the pretrained ones, without such a state: whether they have noise is not known. "
+    "Load the optimizer's state too, or leave noisytune out."
 )
 UNSEEN = (
     "expected a call of the model in training mode before the optimizer's step, got none: regularized from the next "

@@ -70,7 +70,7 @@ def _wrap_optimizers(session: Session) -> None:
     def load_state_dict(self: Optimizer, state_dict: Any) -> None:
         load(self, state_dict)
         if state_dict["state"] or _has_mark(state_dict):
-            session.on_optimizer_state_loaded(self)
+            session.on_optimizer_state_loaded(self, state_dict["param_groups"])
 
     Optimizer.__init__ = __init__  # type: ignore[method-assign]
     Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]

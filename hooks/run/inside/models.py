@@ -67,6 +67,11 @@ class Model:
         return str(self._entry["class"])
 
     @property
+    def root(self) -> nn.Module | None:
+        """The model, while the script keeps it."""
+        return self._root()
+
+    @property
     def is_alive(self) -> bool:
         return self._root() is not None
 

@@ -3,18 +3,16 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from multiprocessing import parent_process
-from typing import Any
 
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.errors import SourceError
 from surgery.live.names import NEW, find_names, pretrained_parts, unwrap
 from surgery.recipe import Recipe, TensorRecord
 
-from ...weights.pretrained import local
 from ...weights.selection import is_match
 from ...weights.sources import LOADED
+from .probes import Probes
 from .snapshots import Snapshots
 from .weakset import WeakSet
 
@@ -49,8 +47,8 @@ class Noise:
         self._perturbed: list[_NoisyPart] = []
         self.original = Snapshots()
         """What the weights were before."""
-        self._sums: Any = WeakIdKeyDictionary()
-        """Of each parameter's elements, before the noise."""
+        self.probes = Probes()
+        """Of the weights that it was added to."""
 
     def add(
         self,
@@ -82,17 +80,14 @@ class Noise:
                 if self._pretrained.has(parameters):
                     self.original.drop(parameters)
                     self.original.keep(parameters)
-                sums = [_sum(one) for one in parameters]
                 names = _excluded_names(part, path, left, include, exclude)
-                recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
-                self._sums.update(
-                    {one: before for one, before in zip(parameters, sums, strict=True) if _sum(one) != before}
-                )
+                with self.probes.taken(parameters):
+                    recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
             self._perturbed.append(_NoisyPart(WeakSet(parameters), recipe))
 
-    def is_overwritten(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Tell whether some of these are again what they were before the noise."""
-        return any(_sum(one) == self._sums[one] for one in parameters if one in self._sums)
+    def has_any(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Tell whether one of these is in a part that was perturbed."""
+        return any(one.parameters.has_any(parameters) for one in self._perturbed)
 
     def has_seen(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Tell whether all of these are in parts that were perturbed."""
@@ -101,12 +96,14 @@ class Noise:
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names."""
         self.original.move(before, after)
+        self.probes.move(before, after)
         for one in self._perturbed:
             one.parameters.move(before, after)
 
     def forget(self, parameters: Sequence[nn.Parameter]) -> None:
         """Let noise be added to these once more: they have got other values."""
         self.original.drop(parameters)
+        self.probes.drop(parameters)
         for one in self._perturbed:
             if one.parameters.has_any(parameters):
                 one.parameters.clear()
@@ -114,6 +111,7 @@ class Noise:
     def undo(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take the noise off again."""
         self.original.restore(parameters)
+        self.probes.drop(parameters)
         for one in self._perturbed:
             one.is_undone = one.is_undone or one.parameters.has_any(parameters)
 
@@ -126,10 +124,6 @@ class Noise:
         parameters = list(root.parameters())
         kept = [one for one in self._perturbed if not one.is_undone and one.parameters.has_any(parameters)]
         return [tensor for one in kept for file in one.recipe.files for tensor in file.tensors]
-
-
-def _sum(parameter: nn.Parameter) -> float:
-    return float(local(parameter.detach()).double().sum())
 
 
 def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:

@@ -1,14 +1,16 @@
 """class Perturber: adds noise once an optimizer has the weights, before fully_shard, and again after a late load."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
+from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SurgeryError
+from surgery.errors import SourceError, SurgeryError
 from surgery.recipe import TensorRecord
 
-from ..messages import NOISE_OFF
-from ..options import Options
+from ..messages import LOADED_OVER, NOISE_OFF, RESUMED_WITHOUT
+from ..options import NOISYTUNE, Options
 from .filters import Filters
 from .loads import Loads
 from .models import Model
@@ -16,6 +18,10 @@ from .noise import Noise
 from .owners import find_tops
 from .reporter import Reporter
 from .snapshots import Snapshots
+from .weakset import WeakSet
+
+LAM, SEED = "surgery_lam", "surgery_seed"
+"""Keys of an optimizer's param_groups."""
 
 
 class Perturber:
@@ -33,6 +39,7 @@ class Perturber:
         self._filters = filters
         self._loads = loads
         self._reporter = reporter
+        self._resumed_without = WeakSet()  # what goes on from a run that had no noise
         self._noise: Noise | None = None
         if options.noisytune is not None:
             self._noise = Noise(options.noisytune, options.seed or 0, loads.overwritten)
@@ -75,9 +82,42 @@ class Perturber:
         """Report a load that has taken the noise off a model that is trained, as between the folds of a loop."""
         for model in models:
             own = [one for one in loaded if model.holds([one])]
-            if self._noise is not None and self._noise.is_overwritten(own):
-                model.acts.discard("noisytune")
-                self._reporter.add_fault(f"noisytune: {model.name}: {NOISE_OFF}")
+            self._report_noise_off(model, own)
+
+    def at_end(self, models: Iterable[Model]) -> None:
+        """Report weights that are again what they were before the noise, whoever wrote them."""
+        for model in models:
+            if (root := model.root) is not None:
+                self._report_noise_off(model, list(root.parameters()))
+
+    def _report_noise_off(self, model: Model, parameters: Iterable[nn.Parameter]) -> None:
+        if self._noise is not None and self._noise.probes.is_any_as_before(parameters):
+            model.acts.discard(NOISYTUNE)
+            self._reporter.add_fault(f"noisytune: {model.name}: {NOISE_OFF}")
+
+    def mark(self, optimizer: Optimizer) -> None:
+        """Have an optimizer's state_dict say which noise its weights have, for a later run to know what it resumes."""
+        for group in optimizer.param_groups:
+            if self._noise is not None and self._noise.has_any(group["params"]):
+                group.update(self._marks)
+
+    def on_optimizer_state_loaded(self, optimizer: Optimizer, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Take in which noise the run had that an optimizer goes on with."""
+        if self._noise is None:
+            return
+        for group, saved in zip(optimizer.param_groups, groups, strict=False):
+            marks = {name: saved.get(name) for name in self._marks}
+            if marks[LAM] is None:
+                self._resumed_without.add(group["params"])
+            elif marks != self._marks and self._noise.has_any(group["params"]):
+                self._reporter.add_note(
+                    f"noisytune: resumed with lam {self._marks[LAM]:g} and seed {self._marks[SEED]}, but the run began "
+                    f"with lam {marks[LAM]:g} and seed {marks[SEED]}: its noise is what the weights have."
+                )
+
+    @property
+    def _marks(self) -> dict[str, Any]:
+        return {LAM: self._options.noisytune, SEED: self._options.seed or 0}
 
     def before_patch(self, root: nn.Module) -> None:
         """Add noise to what came after the optimizer; take it off again if it was added to a resumed run's weights."""
@@ -87,14 +127,35 @@ class Perturber:
         if self._noise is not None and self._loads.without_noise.has_any(parameters):
             self._noise.forget(parameters)
             self.perturb(root, parameters)
-        if not self._loads.is_pretrained_unknown(parameters):
-            return
-        self._reporter.add_note(
-            f"{type(root).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
-            "were then, and noise is what the run began with."
-        )
+        if self._loads.is_pretrained_unknown(parameters):
+            self._reporter.add_note(
+                f"{type(root).__name__}: resumed, without the pretrained weights in sight: w_pre is what the weights "
+                "were then, and noise is what the run began with."
+            )
+            if self._noise is not None:
+                self._noise.undo(parameters)
         if self._noise is not None:
-            self._noise.undo(parameters)
+            self._check_noise(self._noise, root, parameters)
+
+    def _check_noise(self, noise: Noise, root: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Make sure that weights which are about to be trained have their noise; report those that have not."""
+        if self._loads.is_resumed(parameters):
+            if self._resumed_without.has_any(parameters):
+                self._refuse(noise, root, parameters, RESUMED_WITHOUT)
+            return
+        lost, probed = noise.probes.lost(parameters)
+        if lost and lost == probed and not self._loads.overwritten.has(parameters):
+            noise.forget(parameters)  # they were written to in place, after the optimizer was made
+            self.perturb(root, parameters)
+        elif lost and lost == probed:
+            self._refuse(noise, root, parameters, LOADED_OVER)
+        elif lost:
+            text = f"{lost} of {probed} weights have other values than the noise gave them: they were written to since."
+            self._reporter.add_note(f"noisytune: {type(root).__name__}: {text}")
+
+    def _refuse(self, noise: Noise, root: nn.Module, parameters: Sequence[nn.Parameter], reason: str) -> None:
+        noise.forget(parameters)
+        self._reporter.refuse(NOISYTUNE, root, SourceError(reason))
 
     def after_patch(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep these weights from before the noise no longer."""

@@ -1,6 +1,7 @@
 """What a process does at each event that instrument.py reports from torch, from the first optimizer to its exit."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,14 +68,20 @@ class Session:
         for top, parameters in self._candidates.select([one for one in owned if not self._models.hold(one)]):
             self._perturber.perturb(top, parameters)
             self._pending.add(top, parameters)
+        self._perturber.mark(optimizer)
         self._without_pending.clear()
 
     def on_param_group_added(self, optimizer: Optimizer) -> None:
         """Do the same for what an optimizer got later."""
         self.on_optimizer_made(optimizer)
 
-    def on_optimizer_state_loaded(self, optimizer: Optimizer) -> None:
-        """Note that a run is resumed."""
+    def on_optimizer_state_loaded(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Note that a run is resumed.
+
+        Args:
+            groups: the param_groups that were loaded.
+        """
+        self._perturber.on_optimizer_state_loaded(optimizer, groups)
         self._loads.on_optimizer_state_loaded(one for one in _parameters(optimizer) if one in self._pending.parameters)
 
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
@@ -213,6 +220,7 @@ class Session:
             return
         if self._reporter.record.has_trained:
             self._candidates.report_missing()
+            self._perturber.at_end(self._models)
         self._reporter.end(self._models)
 
 
