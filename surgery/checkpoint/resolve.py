@@ -161,7 +161,7 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
     layout = _complete(root, found, names=None)
     files = _files(layout)
     links |= find_links(root, files, listed=listed - _named_elsewhere(layout))
-    return Checkpoint(id, commit, root, layout, {name: Stamp.of(root / name) for name in files}, links)
+    return Checkpoint(id, commit, root, layout, {name: Stamp.of(root / name) for name in files}, links=links)
 
 
 def _list(root: Path) -> list[str]:

@@ -147,9 +147,10 @@ def cheapest(*command, **env) -> float:
 
 def test_start_up_costs_at_most_a_fifth_of_a_second():
     plain = cheapest(*python("1"))
+    unit = max(0.02, plain) / 0.02  # of a machine on which Python itself takes 0.02 s
     path = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", str(ROOT))])
-    assert cheapest(*python("1"), PYTHONPATH=path, SURGERY_MIXOUT="0.7") - plain < 0.1
-    assert cheapest(sys.executable, "-m", "surgery", *RUN, *python("1")) - plain < 0.2
+    assert cheapest(*python("1"), PYTHONPATH=path, SURGERY_MIXOUT="0.7") - plain < 0.1 * unit
+    assert cheapest(sys.executable, "-m", "surgery", *RUN, *python("1")) - plain < 0.2 * unit
 
 
 # -- waiting for a module -------------------------------------------------------------------------------------------
