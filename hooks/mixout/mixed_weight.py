@@ -25,12 +25,12 @@ class Passes:
 
     Args:
         is_open: a forward pass of the model is under way.
-        calls: how often a weight was mixed, but for compiled code.
+        uses: how often a weight was mixed for a gradient, but for compiled code.
         is_hidden: compiled code mixes where nobody counts: outside of the model's forward.
     """
 
     is_open: bool = False
-    calls: int = 0
+    uses: int = 0
     is_hidden: bool = False
 
 
@@ -50,6 +50,7 @@ class MixedWeight(Mark):
         self.tracked = tracked
         self.settings = settings
         self.calls = 0
+        self.uses = 0
         self.is_traced = False
         self.hidden: torch.Tensor | None = None  # under torch.compile, while a layer runs
         self._mask_shape, self._repeats = tracked.target.mask
@@ -83,6 +84,11 @@ class MixedWeight(Mark):
         return self.calls > 0 or self.is_traced
 
     @property
+    def is_used(self) -> bool:
+        """It was mixed for a gradient: calls under no_grad train nothing."""
+        return self.uses > 0 or self.is_traced
+
+    @property
     def is_torn(self) -> bool:
         """In this pass, compiled and eager code have each drawn a mask for this tied weight."""
         return self._shared is not None and self._seeds is not None and self._seeds.is_drawn
@@ -98,7 +104,8 @@ class MixedWeight(Mark):
                 self._passes.is_hidden = True
         else:
             self.calls += 1
-            self._passes.calls += 1
+            self.uses += torch.is_grad_enabled()
+            self._passes.uses += torch.is_grad_enabled()
         return mixed_weight(w, self.tracked.ready(w), mask, rule, is_traced=is_traced)
 
     def _draw(self, w: torch.Tensor) -> torch.Tensor | Draw:

@@ -114,7 +114,7 @@ class MixoutRegularizer(AuditedRegularizer):
         # a compiled layer may be called by a forward that is not
         eager = self._forwards.eager if any(one.is_traced for one in self.mixed) else 0
         traced = self._forwards.traced
-        return Activity((self.passes.calls, eager, id(traced), traced._version))
+        return Activity((self.passes.uses, eager, id(traced), traced._version))
 
     def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
         # not one.weight, which raises where another tool has taken it away, and this step may be another model's
@@ -124,8 +124,8 @@ class MixoutRegularizer(AuditedRegularizer):
 
     @property
     def _has_mixed(self) -> bool:
-        """A weight has been mixed, whether or not the model's own forward was called for it."""
-        return any(one.is_called for one in self.mixed)
+        """A weight has been mixed for a gradient, whether or not the model's own forward was called for it."""
+        return any(one.is_used for one in self.mixed)
 
     @property
     def has_acted(self) -> bool:
@@ -141,17 +141,17 @@ class MixoutRegularizer(AuditedRegularizer):
         }
 
     def _uncalled(self, root: nn.Module) -> tuple[str, ...]:
-        """Name the trainable weights in the model whose layers no forward has called, once there was one."""
+        """Name the trainable weights in the model whose layers no forward has called for a gradient, once one has."""
         if not self.settings.is_mixing or not (self._forwards.count or self._has_mixed):
             return ()
         modules = set(root.modules())
-        silent = [one for one in self.mixed if one.weight.requires_grad and not one.is_called]
+        silent = [one for one in self.mixed if one.weight.requires_grad and not one.is_used]
         return tuple(one.name for one in silent if not modules.isdisjoint(one.owners))
 
     def report(self) -> dict[str, Any]:
         mixed = [one for one in self.mixed if one.weight.requires_grad]
         if self._has_mixed:  # one of TRL's heads is never called, for instance
-            mixed = [one for one in mixed if one.is_called]
+            mixed = [one for one in mixed if one.is_used]
         return {"mixed": len(mixed)}
 
     def logs(self, root: nn.Module) -> dict[str, float]:

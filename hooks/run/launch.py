@@ -13,7 +13,7 @@ from surgery.exit_codes import INACTIVE
 from .command import CommandError, check_python, find_program
 from .console import say
 from .folder import RUN_DIR, run_dir
-from .options import PREFIX, Options
+from .options import Options, is_own
 from .outcome import Outcome, judge
 from .record import Record, read_records
 
@@ -50,7 +50,7 @@ def launch(command: Sequence[str], options: Options) -> int:
 
 def environment_of(options: Options, variables: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a command: the user's, the options, and the folder of the hooks before other ones."""
-    kept = {name: value for name, value in variables.items() if not name.startswith(PREFIX)}
+    kept = {name: value for name, value in variables.items() if not is_own(name)}
     folders = [folder for folder in variables.get("PYTHONPATH", "").split(os.pathsep) if folder != str(SITE)]
     path = [str(SITE), *folders] if any(folders) else [str(SITE)]
     return kept | options.variables | {"PYTHONPATH": os.pathsep.join(path)}

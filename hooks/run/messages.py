@@ -20,6 +20,9 @@ NOISE_OFF = (
     "expected weights with noise, got those from before it, written back after training had begun. Build the model "
     "anew for each fold."
 )
+FROM_SCRATCH = (
+    "no load of pretrained weights was seen: by {} it is held near its random start, which hurts training from scratch."
+)
 RESUMED_WITHOUT = (
     "expected an optimizer of a run that began with noise, got one of a run without. Start from the pretrained "
     "weights, or leave noisytune out."

@@ -1,6 +1,7 @@
 """class Options: what `surgery run` is asked for, checked, from the values of flags and from SURGERY_* variables."""
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ from ..regularizer import Settings
 from .folder import RUN_DIR
 
 PREFIX = "SURGERY_"
+_OF_KUBERNETES = re.compile(r"\w+_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)")
 NOISYTUNE = "noisytune"
 """Beside the methods of the registry: it acts once, before training."""
 
@@ -125,13 +127,18 @@ def read_options(variables: Mapping[str, str], flags: Mapping[str, Any] | None =
     Raises:
         SettingError: a value is of the wrong kind or out of range, or a SURGERY_ variable is unknown.
     """
-    given = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name != RUN_DIR}
+    given = {name: value for name, value in variables.items() if is_own(name) and name != RUN_DIR}
     known = {PREFIX + name.upper(): (name, read) for name, read in variable_readers().items()}
     for name in given.keys() - known.keys():
         raise SettingError(f"{name}: expected one of {', '.join(known)}, got an unknown variable. Correct its name.")
     values = {known[name][0]: known[name][1](name, value) for name, value in given.items() if value}
     values |= {name: value for name, value in (flags or {}).items() if not _is_empty(value)}
     return make_options(**values) if values else None
+
+
+def is_own(variable: str) -> bool:
+    """Tell whether a variable is meant for us: Kubernetes sets some of its own for a Service that is named surgery."""
+    return variable.startswith(PREFIX) and not _OF_KUBERNETES.fullmatch(variable)
 
 
 def _is_empty(value: Any) -> bool:

@@ -11,6 +11,7 @@ import seeded
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from surgery.errors import SettingError, SourceError
@@ -169,6 +170,22 @@ def test_layer_called_later_is_no_more_uncalled() -> None:
     model(torch.ones(2, 4))
     model.lm_head(torch.ones(2, 4))
     assert describe(model).uncalled == ()
+
+
+def test_layer_called_without_gradients_is_not_mixed() -> None:
+    model = patch_model(Direct())
+    model(torch.ones(2, 4)).sum().backward()
+    with torch.no_grad():
+        model.lm_head(torch.ones(2, 4))
+    assert describe(model).uncalled == ("lm_head.weight",)
+
+
+def test_layers_that_are_run_again_for_their_gradients_are_mixed(caplog: pytest.LogCaptureFixture) -> None:
+    """Reentrant checkpointing runs them under no_grad first."""
+    model = patch_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    x = torch.ones(2, 4, requires_grad=True)
+    checkpoint(model, x, use_reentrant=True).sum().backward()
+    assert (describe(model).uncalled, caplog.messages) == ((), [])
 
 
 class Stepping(nn.Module):

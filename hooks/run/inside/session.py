@@ -13,7 +13,7 @@ from surgery.live.names import unwrap
 from ...patch import find_patch
 from ...steps import watch
 from ...weights.sources import move_marks
-from ..messages import UNSEEN
+from ..messages import FROM_SCRATCH, UNSEEN
 from ..options import Options
 from .candidates import Candidates
 from .filters import Filters
@@ -179,6 +179,9 @@ class Session:
         patch = self._patcher.patch(module, root)
         self._loads.overwritten.drop(parameters)
         self._perturber.after_patch(parameters)
+        if patch is not None and patch.weights is not None and not self._reporter.record.has_loaded:
+            names = " and ".join(one.name for one in patch.settings if one.acts_on is not None)
+            self._reporter.add_note(f"{type(root).__name__}: {FROM_SCRATCH.format(names)}")
         noise, is_resumed = self._perturber.records(root), self._perturber.is_undone(root)
         model = Model(root, noise, patch, is_resumed=is_resumed)
         if model.is_patched or model.acts:

@@ -86,3 +86,25 @@ def test_a_load_of_what_was_trained_is_not_blamed(tmp_path: Path) -> None:
     ran = run(tmp_path, f"{script}    model.load_state_dict(model.state_dict())\n", "--noisytune", "0.15")
     (record,) = ran.records
     assert (record["acts"], record["faults"]) == (["noisytune"], [])
+
+
+SCRATCH = """
+import sys
+import torch
+from torch import nn
+
+model = nn.Linear(4, 2)
+if sys.argv[1:]:
+    model.load_state_dict(nn.Linear(4, 2).state_dict())
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model(torch.randn(4, 4)).sum().backward()
+optimizer.step()
+"""
+
+
+@pytest.mark.parametrize(("args", "is_warned"), [((), True), (("loaded",), False)])
+def test_model_from_scratch_is_warned_of(args: tuple[str, ...], is_warned: bool, tmp_path: Path) -> None:
+    ran = run(tmp_path, SCRATCH, "--mixout", "0.7", "--anchor", "0.01", "--noisytune", "0.1", args=args)
+    assert ran.code == 0
+    line = "Linear: no load of pretrained weights was seen: by mixout and anchor it is held near its random start"
+    assert (line in ran.err) == is_warned

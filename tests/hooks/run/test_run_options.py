@@ -9,6 +9,7 @@ import pytest
 from surgery import Anchor, Mixout, RDrop, RecAdam
 from surgery.errors import SettingError
 from surgery.hooks.run.folder import RUN_DIR
+from surgery.hooks.run.launch import environment_of
 from surgery.hooks.run.options import make_options, read_options
 
 EVERYTHING = make_options(
@@ -178,6 +179,25 @@ def test_variables_are_refused(name, value, message):
     with pytest.raises(SettingError) as raised:
         read_options({"SURGERY_MIXOUT": "0.7", f"SURGERY_{name}": value})
     assert str(raised.value) == message
+
+
+KUBERNETES = {
+    "SURGERY_SERVICE_HOST": "10.0.0.11",
+    "SURGERY_SERVICE_PORT": "80",
+    "SURGERY_SERVICE_PORT_HTTP": "80",
+    "SURGERY_PORT": "tcp://10.0.0.11:80",
+    "SURGERY_PORT_80_TCP": "tcp://10.0.0.11:80",
+    "SURGERY_PORT_80_TCP_PROTO": "tcp",
+    "SURGERY_WARD_PORT_80_TCP_ADDR": "10.0.0.11",
+}
+
+
+def test_variables_of_a_service_of_kubernetes_are_left_alone():
+    assert read_options(KUBERNETES) is None
+    assert read_options(KUBERNETES | {"SURGERY_MIXOUT": "0.7"}) == make_options(mixout=0.7)
+    left = environment_of(make_options(mixout=0.7), KUBERNETES | {"SURGERY_RDROP": "1"})
+    assert KUBERNETES.items() <= left.items()
+    assert "SURGERY_RDROP" not in left
 
 
 def test_reading_options_takes_nothing_heavy(tmp_path):
