@@ -189,6 +189,7 @@ def type_check(installed: Path, script: Path) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=script.parent, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.sweep
 def test_plain_installation_has_types(installed, tmp_path):
     (tmp_path / "right.py").write_text(TYPED)
     done = type_check(installed, tmp_path / "right.py")

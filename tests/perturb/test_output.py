@@ -81,7 +81,7 @@ def test_killed_run_resumes_to_the_same_bytes(large: Path) -> None:
     undisturbed = float((large / "seconds").read_text())
     moments = random.Random(0)
     unfinished = 0
-    for attempt in range(10):
+    for attempt in range(10 if "SURGERY_TEST_ALL" in os.environ else 4):
         out = f"killed-{attempt}"
         process = _start(large, out)
         time.sleep(moments.uniform(0.05, undisturbed))
@@ -92,7 +92,7 @@ def test_killed_run_resumes_to_the_same_bytes(large: Path) -> None:
         assert not looks_finished or (large / out / JOURNAL).exists() or (large / out / "surgery.json").exists()
         _finish(large, out)
     assert tree_digest(large / "source") == source
-    assert unfinished, "none of ten kills fell into the writing"
+    assert unfinished, "none of the kills fell into the writing"
 
 
 def test_interrupted_run_exits_130_at_once_and_resumes(large: Path) -> None:

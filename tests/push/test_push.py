@@ -688,7 +688,7 @@ def test_pushed_model_loads_from_the_hub(hub: Hub, token: str, run_cli: Callable
 # -- the token, and the terminal --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("debug", ["0", "1"], ids=["quiet", "HF_DEBUG"])
+@pytest.mark.parametrize("debug", [pytest.param("0", marks=pytest.mark.sweep), "1"], ids=["quiet", "HF_DEBUG"])
 def test_token_is_nowhere(
     debug: str, hub: Hub, token: str, finished: Path, run_cli: Callable[..., Ran], tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def minilm() -> Any:
     return AutoModelForSequenceClassification.from_pretrained(MINILM, config=config).double().train()
 
 
+@pytest.mark.sweep
 def test_thirty_steps_of_minilm_are_the_papers() -> None:
     gamma, k, t0, top = 5000.0, 0.5, 15.0, 2e-5
     model, by_hand = patch_model(minilm(), recadam=RecAdam(gamma, k, t0)), minilm()

@@ -28,7 +28,7 @@ def assert_held(found: Mapping[str, torch.Tensor], start: Mapping[str, torch.Ten
     assert all("recadam" in record["acts"] for record in ran.records if record["models"])
 
 
-@pytest.mark.parametrize("ways", [WAYS, COMPILED], ids=["eager", "compiled"])
+@pytest.mark.parametrize("ways", [WAYS, pytest.param(COMPILED, marks=pytest.mark.sweep)], ids=["eager", "compiled"])
 def test_plain_loop_is_held(ways: tuple[str, ...], nets: Any, tmp_path: Path) -> None:
     ran = run(tmp_path, "plain.py", *HOLD, args=(tmp_path / "final.pt", *ways))
     plain = run(tmp_path, "plain.py", args=(tmp_path / "plain.pt", *ways))
@@ -48,6 +48,7 @@ def test_two_ranks_are_held(nets: Any, tmp_path: Path) -> None:
             assert_held(found, nets.build().state_dict(), ran)
 
 
+@pytest.mark.sweep
 def test_lightning_is_held(nets: Any, tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="Lightning is not installed")
     ran = run(tmp_path, "with_lightning.py", *HOLD, args=(tmp_path / "final.pt",))
@@ -55,7 +56,7 @@ def test_lightning_is_held(nets: Any, tmp_path: Path) -> None:
     assert_held(torch.load(tmp_path / "final.pt"), nets.build().state_dict(), ran)
 
 
-@pytest.mark.parametrize("script", ["with_trainer.py", "with_accelerate.py"])
+@pytest.mark.parametrize("script", ["with_trainer.py", pytest.param("with_accelerate.py", marks=pytest.mark.sweep)])
 def test_transformers_model_is_held_and_its_head_learns(script: str, tmp_path: Path) -> None:
     source = seeded.bert_folder(tmp_path / "source")
     (tmp_path / "out").mkdir()

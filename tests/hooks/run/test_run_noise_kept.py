@@ -56,18 +56,16 @@ def run_on_pretrained(tmp_path: Path, script: str) -> tuple[Run, dict[str, Any]]
 
 
 def test_noise_is_on_what_was_written_after_the_optimizer_was_made(tmp_path: Path) -> None:
-    script = "".join(_LOAD.format(name=name, load=load) for name, load in IN_PLACE.items())
+    loads = IN_PLACE | {"one weight": "own['0.weight'].mul_(2)"}
+    script = "".join(_LOAD.format(name=name, load=load) for name, load in loads.items())
     ran, wanted = run_on_pretrained(tmp_path, script)
     assert (ran.code, ran.records[0]["faults"], ran.records[0]["acts"]) == (0, [], ["noisytune"]), ran.err
-    for name, left in torch.load(tmp_path / "left.pt").items():
-        assert all(torch.equal(left[one], wanted[one]) for one in wanted), name
-
-
-def test_one_weight_that_was_written_to_is_named(tmp_path: Path) -> None:
-    ran, _ = run_on_pretrained(tmp_path, _LOAD.format(name="x", load="own['0.weight'].mul_(2)"))
-    note = "1 of 4 weights have other values than the noise gave them: they were written to since."
-    assert f"noisytune: Sequential: {note}" in ran.err
-    assert ran.records[0]["acts"] == ["noisytune"]
+    left = torch.load(tmp_path / "left.pt")
+    scaled = left.pop("one weight")
+    for name, found in left.items():
+        assert all(torch.equal(found[one], wanted[one]) for one in wanted), name
+    assert ran.err.count("noisytune: Sequential: 1 of 4 weights have other values than the noise gave them") == 1
+    assert scaled.keys() == wanted.keys()
 
 
 BACK = """
@@ -147,12 +145,6 @@ def test_noisy_run_that_is_resumed_has_its_noise(folder: Path) -> None:
     assert note in ran.err
     left, wanted = torch.load(folder / "left.pt")["model"], train(folder, "SGD", "checkpoint.pt")["model"]
     assert all(torch.equal(left[name], wanted[name]) for name in wanted)
-
-
-def test_weights_loaded_over_pretrained_ones_without_a_state_are_refused(folder: Path) -> None:
-    torch.save(train(folder, "SGD", "pretrained.pt"), folder / "checkpoint.pt")
-    ran = run(folder, RESUMED, *NOISE, args=("SGD", "model"))
-    assert (ran.code, ran.records[0]["faults"]) == (3, [f"noisytune: Linear: {LOADED_OVER}"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
