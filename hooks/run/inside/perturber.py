@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim.optimizer import Optimizer
@@ -40,6 +41,7 @@ class Perturber:
         self._loads = loads
         self._reporter = reporter
         self._resumed_without = WeakSet()  # what goes on from a run that had no noise
+        self._marked: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # how many groups of each
         self._noise: Noise | None = None
         if options.noisytune is not None:
             self._noise = Noise(options.noisytune, options.seed or 0, loads.overwritten)
@@ -96,9 +98,15 @@ class Perturber:
             self._reporter.add_fault(f"noisytune: {model.name}: {NOISE_OFF}")
 
     def mark(self, optimizer: Optimizer) -> None:
-        """Have an optimizer's state_dict say which noise its weights have, for a later run to know what it resumes."""
+        """Have an optimizer's state_dict say which noise its weights have, for a later run to know what it resumes.
+
+        Not before its first step: accelerate loads an optimizer's own state_dict into it, which resumes nothing.
+        """
+        if self._noise is None or self._marked.get(optimizer) == len(optimizer.param_groups):
+            return
+        self._marked[optimizer] = len(optimizer.param_groups)
         for group in optimizer.param_groups:
-            if self._noise is not None and self._noise.has_any(group["params"]):
+            if LAM not in group and self._noise.has_any(group["params"]):
                 group.update(self._marks)
 
     def on_optimizer_state_loaded(self, optimizer: Optimizer, groups: Iterable[Mapping[str, Any]]) -> None:

@@ -68,7 +68,6 @@ class Session:
         for top, parameters in self._candidates.select([one for one in owned if not self._models.hold(one)]):
             self._perturber.perturb(top, parameters)
             self._pending.add(top, parameters)
-        self._perturber.mark(optimizer)
         self._without_pending.clear()
 
     def on_param_group_added(self, optimizer: Optimizer) -> None:
@@ -97,6 +96,7 @@ class Session:
         self._patcher.open_step = None
         if is_closure:
             self._on_gradients(optimizer)
+        self._perturber.mark(optimizer)
         self._reporter.write(self._models, is_last=False)
 
     def _on_gradients(self, optimizer: Optimizer) -> None:
