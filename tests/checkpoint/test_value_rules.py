@@ -181,26 +181,34 @@ def fresh_parameters(model: Any) -> Iterator[tuple[str, Any]]:
         if own and sum(p.numel() for p in module.parameters(recurse=False)) < 1 << 24:
             module.to_empty(device="cpu", recurse=False)
             with torch.no_grad(), zoo.quiet():
-                model._init_weights(module)
+                innermost(model, path)._init_weights(module)
             yield from ((f"{path}.{name}", getattr(module, name)) for name in own)
 
 
-def suspected(model_type: str) -> list[str]:
+def innermost(model: Any, path: str) -> Any:
+    """Return the model of transformers, within a model, that starts the module at a path."""
+    parts = path.split(".")
+    paths = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    within = (model.get_submodule(one) for one in paths)
+    return next((one for one in within if hasattr(one, "_init_weights")), model)
+
+
+def suspected(model: Any) -> list[str]:
     torch.manual_seed(0)
-    model = zoo.build_one(model_type, zoo.classes_of(model_type)[0])
     found = [(name, parameter.detach()) for name, parameter in fresh_parameters(model)]
     return [name for name, p in found if judge(p.shape, lambda i, j, p=p: p.reshape(-1)[i:j].double().numpy())]
 
 
 @pytest.mark.parametrize("model_type", ["rwkv", "mamba2", "patchtst", "beit"])
 def test_no_fresh_parameter_is_suspected(model_type: str) -> None:
-    assert suspected(model_type) == []
+    assert suspected(zoo.build_one(model_type, zoo.classes_of(model_type)[0])) == []
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("model_type", zoo.model_types())
 def test_no_fresh_parameter_of_any_model_type_is_suspected(model_type: str) -> None:
     try:
-        assert suspected(model_type) == []
-    except (IndexError, ImportError, ValueError, TypeError, AttributeError, KeyError) as error:
+        model = zoo.build_one(model_type, zoo.classes_of(model_type)[0])
+    except Exception as error:  # whatever a model's own code raises
         pytest.skip(f"cannot be built here: {error}")
+    assert suspected(model) == []
