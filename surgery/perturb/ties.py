@@ -90,7 +90,10 @@ def _grouped(members: Iterable[_Member]) -> list[list[_Member]]:
 
 
 def _sampled(groups: list[list[_Member]], open_source: Callable[[str], WeightFile]) -> Iterator[list[_Member]]:
-    """Cut groups into those that agree in a few bytes of each tensor; each shard is opened once."""
+    """Cut groups into those that agree in a few bytes of each tensor; each shard is opened once.
+
+    What is one element repeated is left out.
+    """
     by_shard: dict[str, list[_Member]] = defaultdict(list)
     for member in (member for group in groups for member in group):
         by_shard[member.shard.source].append(member)
@@ -99,7 +102,9 @@ def _sampled(groups: list[list[_Member]], open_source: Callable[[str], WeightFil
         source = open_source(name)
         try:
             for member in members:
-                alike[*member.kind, _sample(source, member.tensor)].append(member)
+                sample = _sample(source, member.tensor)
+                if not _is_flat(source, member.tensor, sample):
+                    alike[*member.kind, sample].append(member)
         finally:
             source.close()
     yield from (group for group in alike.values() if len(group) > 1)
@@ -113,16 +118,22 @@ def _sample(source: WeightFile, tensor: Tensor) -> bytes:
     return bytes(sample)
 
 
-def _are_one(one: _Member, other: _Member, open_source: Callable[[str], WeightFile]) -> bool:
-    """Tell whether two tensors are equal in every bit, and not one element repeated."""
-    width = one.tensor.nbytes // one.tensor.size
-    first, is_flat = b"", True
-    for piece, its in _pairs(one, other, open_source):
-        if piece != its:
+def _is_flat(source: WeightFile, tensor: Tensor, sample: bytes) -> bool:
+    """Tell whether a tensor is one element repeated: it gets no noise, and others are equal to it by chance."""
+    element = sample[: tensor.nbytes // tensor.size]
+    if sample != element * (len(sample) // len(element)):
+        return False
+    piece = bytearray(min(_CHUNK, tensor.nbytes))
+    for start in range(0, tensor.nbytes, _CHUNK):
+        read = memoryview(piece)[: tensor.nbytes - start]
+        source.read_into(tensor, start, read)
+        if read != element * (len(read) // len(element)):
             return False
-        first = first or bytes(piece[:width])
-        is_flat = is_flat and piece == first * (len(piece) // width)
-    return not is_flat
+    return True
+
+
+def _are_one(one: _Member, other: _Member, open_source: Callable[[str], WeightFile]) -> bool:
+    return all(piece == its for piece, its in _pairs(one, other, open_source))
 
 
 def _pairs(
