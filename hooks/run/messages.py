@@ -30,7 +30,7 @@ RESUMED_WITHOUT = (
 LOADED_OVER = (
     "expected pretrained weights, or an optimizer's state of a run that began with noise, got weights that "
     "load_state_dict has put over the pretrained ones, without such a state: whether they have noise is not known. "
-    "Load the optimizer's state too, or leave noisytune out."
+    "Load the optimizer's state too, or leave noisytune out and run `surgery perturb` on what is loaded."
 )
 UNSEEN = (
     "expected a call of the model in training mode before the optimizer's step, got none: regularized from the next "

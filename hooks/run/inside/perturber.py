@@ -127,8 +127,12 @@ class Perturber:
     def _marks(self) -> dict[str, Any]:
         return {LAM: self._options.noisytune, SEED: self._options.seed or 0}
 
-    def before_patch(self, root: nn.Module) -> None:
-        """Add noise to what came after the optimizer; take it off again if it was added to a resumed run's weights."""
+    def before_patch(self, root: nn.Module, *, has_stepped: bool) -> None:
+        """Add noise to what came after the optimizer; take it off again if it was added to a resumed run's weights.
+
+        Args:
+            has_stepped: the weights have been trained since, so that the noise cannot be looked for in them.
+        """
         parameters = list(root.parameters())
         if not self._loads.is_resumed(parameters):
             self._loads.treat_as_pretrained(parameters)
@@ -142,7 +146,7 @@ class Perturber:
             )
             if self._noise is not None:
                 self._noise.undo(parameters)
-        if self._noise is not None:
+        if self._noise is not None and not has_stepped:
             self._check_noise(self._noise, root, parameters)
 
     def _check_noise(self, noise: Noise, root: nn.Module, parameters: Sequence[nn.Parameter]) -> None:

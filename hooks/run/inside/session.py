@@ -95,16 +95,20 @@ class Session:
         """Look at a step whose closure has brought the gradients; write the record now and then, lest we be killed."""
         self._patcher.open_step = None
         if is_closure:
-            self._on_gradients(optimizer)
+            self._on_gradients(optimizer, has_stepped=True)
         self._perturber.mark(optimizer)
         self._reporter.write(self._models, is_last=False)
 
-    def _on_gradients(self, optimizer: Optimizer) -> None:
-        """Count a step, patch what has been trained unseen, and end a run that nothing is regularized in."""
+    def _on_gradients(self, optimizer: Optimizer, *, has_stepped: bool = False) -> None:
+        """Count a step, patch what has been trained unseen, and end a run that nothing is regularized in.
+
+        Args:
+            has_stepped: the optimizer has changed the weights already.
+        """
         held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
         self._models.count_step(held)
         if self._pending.parameters.has_any(held):
-            self._patch_unseen(held)
+            self._patch_unseen(held, has_stepped=has_stepped)
         self._exit_if_in_vain()
 
     # -- weights --------------------------------------------------------------------------------------------------
@@ -170,12 +174,12 @@ class Session:
         """Note that something is trained."""
         self._reporter.record.has_trained = True
 
-    def _patch(self, module: nn.Module) -> None:
+    def _patch(self, module: nn.Module, *, has_stepped: bool = False) -> None:
         """Do to a model all that is asked for."""
         root = unwrap(module)
         parameters = list(root.parameters())
         self._pending.parameters.remove(parameters)
-        self._perturber.before_patch(root)
+        self._perturber.before_patch(root, has_stepped=has_stepped)
         patch = self._patcher.patch(module, root)
         self._loads.overwritten.drop(parameters)
         self._perturber.after_patch(parameters)
@@ -188,12 +192,12 @@ class Session:
             self._models.add(model)
             self._reporter.report_model(model)
 
-    def _patch_unseen(self, held: Sequence[nn.Parameter]) -> None:
+    def _patch_unseen(self, held: Sequence[nn.Parameter], *, has_stepped: bool) -> None:
         """Patch the models of these parameters, which are trained without a call that on_forward was told of."""
         for top in self._pending.models_of(held):
             if self._patcher.is_asked:
                 self._reporter.add_fault(f"{type(top).__name__}: {UNSEEN}")
-            self._patch(top)
+            self._patch(top, has_stepped=has_stepped)
             torch.compiler.reset()
 
     # -- the end --------------------------------------------------------------------------------------------------

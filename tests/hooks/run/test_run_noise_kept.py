@@ -81,6 +81,42 @@ def test_noise_that_is_taken_off_in_training_is_not_called_active(tmp_path: Path
     assert (record["acts"], record["faults"]) == ([], [f"noisytune: Sequential: {NOISE_OFF}"])
 
 
+UNSEEN = """
+torch.manual_seed(0)
+model = nn.Linear(8, 4)
+model.load_state_dict(torch.load("linear.pt"))
+optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+
+def closure():
+    optimizer.zero_grad()
+    loss = model.forward(torch.ones(2, 8)).square().sum()
+    loss.backward()
+    return loss
+
+optimizer.step(closure)
+left = model.state_dict()
+"""
+
+
+def test_weights_trained_by_a_closure_unseen_get_no_second_noise(tmp_path: Path) -> None:
+    model = nn.Linear(8, 4)
+    torch.save(model.state_dict(), tmp_path / "linear.pt")
+    ran, _ = run_on_pretrained(tmp_path, UNSEEN)
+    assert (ran.code, ran.records[0]["acts"]) == (0, ["noisytune"]), ran.err
+    perturb_state_dict(dict(model.state_dict()), lam=0.15, seed=0)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 8)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    left = torch.load(tmp_path / "left.pt")
+    assert all(torch.equal(left[name], value) for name, value in model.state_dict().items())
+
+
 RESUMED = """
 import sys
 import torch
