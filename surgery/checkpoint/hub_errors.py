@@ -125,8 +125,8 @@ def _root_of(error: BaseException) -> BaseException:
 
 def _is_xet(error: BaseException) -> bool:
     """Tell the errors of hf_xet, RuntimeErrors and OSErrors without a frame of their own, by who called it."""
-    *_, (package, function) = _callers(error)
-    return package == "huggingface_hub" and "xet" in function
+    callers = _callers(error)  # none of one that was only made, to be the cause of another
+    return bool(callers) and callers[-1][0] == "huggingface_hub" and "xet" in callers[-1][1]
 
 
 def _callers(error: BaseException) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A number that is a part of a name of its own."""
 _SLOT = re.compile(r"(?<![^.])(?:\d+|\*)(?![^.])")
 _DEPTH = 4  # configs within configs
+_MOST_PARTS = 32  # of a name's end: more than any in the table, and a hostile name may have a million
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,8 @@ class ModelType:
 
     def _sources(self, name: str, names: Collection[str]) -> Iterator[str]:
         """Yield the tensors that a name may repeat, those of its longest known ending first."""
-        parts = name.split(".")
-        for start in range(len(parts)):
-            path, ending = ".".join(parts[:start]), ".".join(parts[start:])
+        for ending in _endings(name):
+            path = name.removesuffix(ending).removesuffix(".")
             for template in self.ties.get(as_pattern(ending), ()):
                 source = _fill(template, NUMBER.findall(ending))
                 alike = [n for n in names if n != name and (n == source or n.endswith(f".{source}"))]
@@ -80,9 +80,8 @@ def _fill(template: str, numbers: Sequence[str]) -> str:
 
 def _endings(pattern: str) -> Iterator[str]:
     """Yield what a name ends in, by its parts, the longest first."""
-    while pattern:
-        yield pattern
-        pattern = pattern.partition(".")[2]
+    parts = pattern.rsplit(".", _MOST_PARTS)[-_MOST_PARTS:]
+    return (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def as_pattern(name: str) -> str:

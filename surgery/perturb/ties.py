@@ -33,9 +33,13 @@ class _Member(NamedTuple):
         return self.tensor.name
 
     @property
+    def folder(self) -> str:
+        return self.shard.name.rpartition("/")[0]
+
+    @property
     def kind(self) -> tuple[str, str, tuple[int, ...]]:
         """What tensors have in common that may be one: tensors are only tied within one folder."""
-        return self.shard.name.rpartition("/")[0], self.tensor.dtype, self.tensor.shape
+        return self.folder, self.tensor.dtype, self.tensor.shape
 
     @property
     def is_chosen(self) -> bool:
@@ -55,31 +59,30 @@ def find_ties(shards: Sequence[ShardPlan], open_source: Callable[[str], WeightFi
     Raises:
         SettingError: one of the two is to be perturbed and the other is not.
     """
-    by_class = {name: kept for shard in shards for name, kept in shard.class_ties.items()}
-    known = by_class.keys() | set(by_class.values())
-    members = [_Member(s, t) for s in shards for t in s.header.tensors if _may_be_tied(s, t, known)]
+    members = [_Member(s, t) for s in shards for t in s.header.tensors if _may_be_tied(s, t)]
     ties: dict[str, dict[str, str]] = defaultdict(dict)
     for alike in _sampled(_grouped(members), open_source):
-        rest = sorted(alike, key=lambda member: (*order(member.name, by_class), member.name))
+        rest = sorted(alike, key=lambda member: (*order(member.name, member.shard.class_ties), member.name))
         while len(rest) > 1:
             first, *others = rest
+            # of another model in this folder, what has the same name has the same noise anyway
+            others = [other for other in others if other.name != first.name]
             equal = [other for other in others if _are_one(first, other, open_source)]
             for other in equal:
                 _refuse_half(first, other)
                 ties[other.shard.name][other.name] = first.name
             rest = [other for other in others if other not in equal]
-    found = {name: kept for names in ties.values() for name, kept in names.items()}
-    left = {name: kept for name, kept in by_class.items() if found.get(name) != found.get(kept, kept)}
-    _warn_of_untied(left, members, open_source)
+    _warn_of_untied(members, ties, open_source)
     return ties
 
 
-def _may_be_tied(shard: ShardPlan, tensor: Tensor, known: Iterable[str]) -> bool:
+def _may_be_tied(shard: ShardPlan, tensor: Tensor) -> bool:
     """Leave out what no noise is meant for, and what may be equal by chance."""
     if shard.copied.get(tensor.name) not in (None, EXCLUDED, NOT_INCLUDED):
         return False
-    is_known = tensor.name in known or is_embedding(tensor.name)
-    return tensor.size >= LEAST or (is_known and tensor.size > 1)
+    if tensor.size >= LEAST or is_embedding(tensor.name):
+        return tensor.size > 1
+    return tensor.size > 1 and (tensor.name in shard.class_ties or tensor.name in shard.class_ties.values())
 
 
 def _grouped(members: Iterable[_Member]) -> list[list[_Member]]:
@@ -161,19 +164,25 @@ def _refuse_half(first: _Member, other: _Member) -> None:
 
 
 def _warn_of_untied(
-    by_class: Mapping[str, str], members: Iterable[_Member], open_source: Callable[[str], WeightFile]
+    members: Iterable[_Member], ties: Mapping[str, Mapping[str, str]], open_source: Callable[[str], WeightFile]
 ) -> None:
-    named = {member.name: member for member in members}
-    apart = [
-        f"{name} and {kept}"
-        for name, kept in by_class.items()
-        if name in named and kept in named and _differ(named[name], named[kept], open_source)
-    ]
+    """Name what the class ties and what differs, of each model by itself."""
+    named = {(member.folder, member.name): member for member in members}
+    apart = []
+    for (folder, name), member in named.items():
+        other = named.get((folder, member.shard.class_ties.get(name, "")))
+        if other and not _share(member, other, ties) and _differ(member, other, open_source):
+            apart.append(f"{name} and {other.name}")
     if apart:
         _log.warning(
             "%s: expected equal weights, since the config ties them, got others: each gets its own noise",
             ", ".join(apart),
         )
+
+
+def _share(one: _Member, other: _Member, ties: Mapping[str, Mapping[str, str]]) -> bool:
+    kept = [ties.get(member.shard.name, {}).get(member.name, member.name) for member in (one, other)]
+    return kept[0] == kept[1]
 
 
 def _differ(one: _Member, other: _Member, open_source: Callable[[str], WeightFile]) -> bool:

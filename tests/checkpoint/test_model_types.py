@@ -1,6 +1,7 @@
 """model_types.json, what it says of names, and whether the installed transformers agrees."""
 
 import json
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -146,6 +147,15 @@ def test_tied_name_that_is_not_stored_is_known():
 def test_numbers_in_a_tie():
     kind = ModelType("x", frozenset(), frozenset(), {"b.*.*.w": ("a.0.*.w",)})
     assert kind.find_ties(["b.3.7.w", "a.0.7.w", "a.3.7.w", "b.3.8.w"]) == {"b.3.7.w": "a.0.7.w"}
+
+
+def test_name_of_a_million_parts_takes_no_time():
+    kind = find_model_type({"model_type": "d_fine"})
+    name = "a." * 1_000_000 + "class_embed.3.bias"
+    begin = time.monotonic()
+    assert ModelType("x", frozenset({"b"}), frozenset()).is_buffer(name) is None
+    assert kind.find_ties([name]) == {}
+    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,28 @@ def test_weights_that_a_config_ties_and_that_differ_are_named(
     assert (text in caplog.text) == warned
 
 
+def test_ties_are_those_of_each_component(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two models of one class, as a pipeline has them: equal names of other sizes are no pair."""
+    for seed, name in enumerate(("text_encoder", "text_encoder_2")):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(**SMALL | {"vocab_size": 64 + seed}, tie_word_embeddings=True)
+        stored_twice(transformers.LlamaForCausalLM(config), tmp_path / "source" / name)
+    recipe = perturb_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert [file.tied for file in recipe.files] == [{"lm_head.weight": "model.embed_tokens.weight"}] * 2
+    assert caplog.text == ""
+
+
+def test_copies_of_a_model_in_one_folder_are_not_called_tied(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    (tmp_path / "source").mkdir()
+    for name in ("one", "other"):
+        save_file({"x.w": torch.ones(64, 16).cumsum(0)}, tmp_path / "source" / f"{name}.safetensors")
+    recipe = perturb_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert [file.tied for file in recipe.files] == [{}, {}]
+    after = [load_file(tmp_path / "out" / f"{name}.safetensors")["x.w"] for name in ("one", "other")]
+    assert torch.equal(*after)
+
+
 @pytest.mark.parametrize("name", ["llama", "whisper"])
 def test_half_of_a_tie_cannot_be_excluded(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
