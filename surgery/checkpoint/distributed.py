@@ -5,7 +5,6 @@ to the meta device and with weights_only=True; its bytes are mapped, so that onl
 """
 
 import io
-import struct
 import sys
 import threading
 import warnings
@@ -18,13 +17,12 @@ import torch
 
 from surgery.checkpoint.boxes import Box, copy_bytes, cover_fault
 from surgery.checkpoint.distributed_metadata import Chunk, StoredTensor, read_metadata
+from surgery.checkpoint.pickle_records import LOCAL_HEADER, begin_of
 from surgery.checkpoint.pickles import DTYPES
 from surgery.checkpoint.several_files import SeveralFiles
 from surgery.checkpoint.state_dicts import find_state_dict
 from surgery.checkpoint.tensorfile import Header, Tensor, build_header
 from surgery.errors import SourceError
-
-_LOCAL_HEADER = struct.Struct("<26xHH")  # of an entry in a zip archive: lengths of its name and extra field
 
 
 class DistributedFile(SeveralFiles):
@@ -127,8 +125,9 @@ def _record(data: np.ndarray) -> np.ndarray:
         order = [name for name in archive.namelist() if name.endswith("/byteorder")]
         if entry.compress_type or any(archive.read(name).decode() != sys.byteorder for name in order):
             raise ValueError("no plain bytes")
-    begin = entry.header_offset + _LOCAL_HEADER.size
-    begin += sum(_LOCAL_HEADER.unpack(data[entry.header_offset : begin].tobytes()))
+    begin = begin_of(entry, data[entry.header_offset :][:LOCAL_HEADER].tobytes())
+    if begin is None:
+        raise ValueError("no header")
     return data[begin : begin + entry.file_size]
 
 

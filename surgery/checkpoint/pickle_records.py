@@ -18,6 +18,7 @@ import torch
 from surgery.errors import SourceError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of an entry in a zip archive: signature, lengths of name and extra field
+LOCAL_HEADER = _LOCAL_HEADER.size
 _SIGNATURE = b"PK\3\4"
 _FOLDER = 0x10  # of an entry's attributes
 _UNREADABLE = (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError)
@@ -123,11 +124,16 @@ def _sizes(path: Path) -> dict[int, int]:
     with path.open("rb") as file:
         for entry in _entries(path):
             file.seek(max(entry.header_offset, 0))  # damaged archives have it before their beginning
-            head = file.read(_LOCAL_HEADER.size).ljust(_LOCAL_HEADER.size, b"\0")
-            signature, name, extra = _LOCAL_HEADER.unpack(head)
-            if signature == _SIGNATURE:
-                sizes[entry.header_offset + _LOCAL_HEADER.size + name + extra] = entry.file_size
+            begin = begin_of(entry, file.read(LOCAL_HEADER))
+            if begin is not None:
+                sizes[begin] = entry.file_size
     return sizes
+
+
+def begin_of(entry: zipfile.ZipInfo, head: bytes) -> int | None:
+    """Return where an entry's bytes begin, by the LOCAL_HEADER bytes before them; None if these are no header."""
+    signature, name, extra = _LOCAL_HEADER.unpack(head.ljust(LOCAL_HEADER, b"\0"))
+    return entry.header_offset + LOCAL_HEADER + name + extra if signature == _SIGNATURE else None
 
 
 def _storages(value: Any, depth: int, seen: set[int]) -> Iterator[torch.UntypedStorage]:

@@ -4,6 +4,7 @@ Rules are rare and sure: none holds for values that training leaves, nor for a f
 each tensor, and the rest of those that fit a rule.
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +14,13 @@ import numpy as np
 from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile
 from surgery.dtypes import storage, to_numbers
+from surgery.errors import some
 from surgery.roles import NAME, VALUE, Role
 
 Read = Callable[[int, int], np.ndarray]
 """Return a tensor's elements from the first index to before the second, in float64."""
 
+_log = logging.getLogger(__name__)
 _LEAST, _PIECE = 32, 1 << 18
 _SAMPLE = 256
 _PARAMETERS = re.compile(
@@ -58,6 +61,13 @@ def _reader(source: WeightFile, tensor: Tensor) -> Read:
         return to_numbers(storage(memoryview(data), tensor.dtype), tensor.dtype)[0].astype(np.float64)
 
     return read
+
+
+def warn_of_suspects(roles: Mapping[str, Role]) -> None:
+    """Name what is left alone for its values: that is a guess."""
+    left = [f"{name} ({role.what})" for name, role in roles.items() if role.known == VALUE and role.is_buffer]
+    if left:
+        _log.warning("taken for buffers by their values, and left alone: %s; --include NAME overrules", some(left))
 
 
 def is_asked(name: str, shape: Sequence[int], role: Role) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from surgery.checkpoint.pickles import DTYPES, ties
 from surgery.checkpoint.tied_names import LEAST, is_embedding, order
-from surgery.checkpoint.value_rules import is_asked, judge
+from surgery.checkpoint.value_rules import is_asked, judge, warn_of_suspects
 from surgery.errors import SourceError
 from surgery.live.foreign import is_zero3_shard, packed_class
 from surgery.noisytune import FLOATS, Effect, Moments, NoisyTune
@@ -71,14 +71,16 @@ def find_targets(
         groups[first] += groups.pop(name)
     targets: list[LiveTensor] = []
     tied: dict[str, str] = {}
+    told: dict[str, Role] = {}
     for members in groups.values():
         old = [member for member in members if member not in new]
         name = min(old, key=lambda member: order(canonical[member], repeating), default=members[0])
         tensor, dtype = found[name], dtypes[name]
-        role = _by_values(canonical[name], tensor, roles[name], settings)
+        role = told[canonical[name]] = _by_values(canonical[name], tensor, roles[name], settings)
         reason = new.get(name) or settings.reason_to_copy(canonical[name], dtype, tensor.shape, role)
         targets.append(LiveTensor(canonical[name], tensor, dtype, reason, role.known))
         tied |= {canonical[other]: canonical[name] for other in members if canonical[other] != canonical[name]}
+    warn_of_suspects(told)
     return targets, tied
 
 

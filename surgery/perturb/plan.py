@@ -1,6 +1,5 @@
 """Plan: which tensor of which shard is perturbed or copied, and every file to write, settled from headers alone."""
 
-import logging
 import os
 import re
 import shlex
@@ -15,17 +14,15 @@ from surgery.checkpoint.packed_names import is_quantized
 from surgery.checkpoint.resolve import Checkpoint, resolve
 from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
-from surgery.checkpoint.value_rules import find_suspects
+from surgery.checkpoint.value_rules import find_suspects, warn_of_suspects
 from surgery.checkpoint.weight_file import open_weights
-from surgery.errors import SettingError, SourceError, some
+from surgery.errors import SettingError, SourceError
 from surgery.noisytune import FLOATS, NoisyTune
 from surgery.perturb.indexes import plan_index
 from surgery.perturb.output import refuse_output
 from surgery.perturb.shard_plan import ShardPlan
 from surgery.recipe import Recipe
-from surgery.roles import VALUE, Role
-
-_log = logging.getLogger(__name__)
+from surgery.roles import Role
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def plan_checkpoint(
         indexes |= plan_index(checkpoint, weight_set, members)
         shards += members
     if not recorded:
-        _warn_of_suspects(shards)
+        warn_of_suspects({name: role for shard in shards for name, role in shard.roles.items()})
     names = [tensor.name for shard in shards for tensor in shard.header.tensors]
     if not names:
         raise SourceError(f"{checkpoint.id}: expected tensors, got weight files without any. Fetch it again.")
@@ -183,14 +180,6 @@ def _plan_set(
         copied = _reasons_to_copy(header, settings, of_shard)
         shards.append(ShardPlan(name, _output_name(weight_set, name), header, copied, tied, of_shard, class_ties))
     return shards
-
-
-def _warn_of_suspects(shards: list[ShardPlan]) -> None:
-    """Name what is left alone for its values: that is a guess."""
-    found = {name: role for shard in shards for name, role in shard.roles.items() if role.known == VALUE}
-    left = [f"{name} ({role.what})" for name, role in found.items() if role.is_buffer]
-    if left:
-        _log.warning("taken for buffers by their values, and left alone: %s; --include NAME overrules", some(left))
 
 
 def _read_header(checkpoint: Checkpoint, name: str) -> tuple[Header, dict[str, str]]:

@@ -121,7 +121,9 @@ SUSPECTS = {
 }
 
 
-def test_suspects_are_left_alone_and_named(source: Path, tmp_path: Path, run_cli: Any) -> None:
+def test_suspects_are_left_alone_and_named(
+    source: Path, tmp_path: Path, run_cli: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     ran: Ran = run_cli("perturb", source, "-o", "out", "--json")
     assert ran.code == 0
     assert "taken for buffers by their values, and left alone: " in ran.err
@@ -135,6 +137,7 @@ def test_suspects_are_left_alone_and_named(source: Path, tmp_path: Path, run_cli
     assert {t.name for t in inspect_checkpoint(source).tensors if t.known == "value"} == SUSPECTS.keys()
     live = {name: tensor.clone() for name, tensor in before.items()}
     perturb_state_dict(live)
+    assert "taken for buffers by their values, and left alone: net." in caplog.text
     assert all(torch.equal(live[name], after[name]) for name in live)
     assert run_cli("perturb", source, "-o", "out", "--json").code == 0  # finished: done already
 
