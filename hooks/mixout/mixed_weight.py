@@ -1,5 +1,6 @@
 """Forward hooks that put W_mix in the place of a layer's weight while it runs, and how each mask is drawn."""
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..marks import Mark
 from ..weights.selection import own_weight
 from ..weights.tracked import Tracked
 from .masks import Chance, Draw, SharedSeeds, draw_mask, draw_seed
-from .mixing import Rule, mixed_weight
+from .mixing import Rule, Shadow, mixed_weight
 from .settings import Mixout
 
 MIXED = "_surgery_mixed"
@@ -134,6 +135,12 @@ class MixedWeight(Mark):
         if module.__dict__.get(MIXED) is self:
             reveal_weight(module, None, None)
         super().release(module)
+
+    def restore(self, attributes: MutableMapping[str, Any]) -> None:
+        """Leave W_mix out of a module's attributes, or of a copy of them."""
+        if isinstance(attributes.get("weight"), Shadow):
+            del attributes["weight"]
+        super().restore(attributes)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_shared": None}

@@ -1,6 +1,7 @@
 """W_mix = w_pre + (w - w_pre) * m / (1 - p) as a tensor whose gradient is exact, made again in the backward pass."""
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,8 @@ def mixed_weight(
         mask: the mask of this call, or the draw that makes it.
         is_traced: torch.compile is looking: its partitioner decides by itself to recompute W_mix.
     Returns:
-        W_mix. Eager, it is a MixedWeight: a tensor that whatever function it is passed to saves as a recipe.
+        W_mix. Eager, it is a Shadow, and where it can be a MixedWeight: a tensor that whatever function it is passed to
+        saves as a recipe.
     """
     draw = mask if isinstance(mask, Draw) else None
     drawn = mask.mask(w) if isinstance(mask, Draw) else mask
@@ -80,10 +82,14 @@ def mixed_weight(
         mixed = mix(w, pretrained(w), drawn, chance=rule.chance)
     else:
         mixed = _Mix.apply(w, pretrained(w), drawn, draw, rule)  # type: ignore[no-untyped-call]
-    if is_traced or not torch.is_grad_enabled() or not _may_hook():
+    if is_traced or torch._C._are_functorch_transforms_active():
         return mixed
-    shadow = mixed.as_subclass(MixedWeight)
-    shadow.again = _Again(w, w._version, pretrained, mask, rule.chance)
+    if not torch.is_grad_enabled() or not _may_hook():
+        shadow = mixed.as_subclass(Shadow)
+    else:
+        shadow = mixed.as_subclass(MixedWeight)
+        shadow.again = _Again(w, w._version, pretrained, mask, rule.chance)
+    shadow.own = w
     return shadow
 
 
@@ -98,14 +104,37 @@ def _may_hook() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-class MixedWeight(torch.Tensor):
-    """W_mix for one forward pass of a layer. Every function takes it as the plain tensor that it is."""
+class Shadow(torch.Tensor):
+    """W_mix for one forward pass of a layer. Every function takes it as the plain tensor that it is.
 
-    again: "_Again"
+    An interrupted forward leaves it, and another thread may copy or pickle the layer meanwhile: both get the weight
+    itself, which the layer's next forward finds before it, and takes away.
+    """
+
+    own: torch.Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        """Let a model be copied whose forward was interrupted: its next one does away with what is left here."""
-        return self.detach()
+        return deepcopy(self.own, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _itself, (self.own,)
+
+
+def _itself(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+class MixedWeight(Shadow):
+    """One that autograd does not keep for the backward pass."""
+
+    again: "_Again"
 
     @classmethod
     def __torch_function__(
