@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from surgery.errors import SettingError
 
+from ..marks import is_ours
 from .outputs import is_kv_cache, map_kv_cache, map_output
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -48,8 +50,8 @@ def is_equivalent(root: nn.Module, arguments: Arguments) -> bool:
     """Tell whether a doubled batch is known to give what two passes give.
 
     It does for an unmodified head of transformers that is given labels and tensors of one batch, and no layer of which
-    depends on the batch as a whole. A batch of one may be a row of packed sequences, and models look for those in
-    batches of one only.
+    depends on the batch as a whole, or has a hook of the script's. A batch of one may be a row of packed sequences, and
+    models look for those in batches of one only.
     """
     if not _is_head(root):
         return False
@@ -65,6 +67,7 @@ def is_equivalent(root: nn.Module, arguments: Arguments) -> bool:
         and min(sizes) > 1
         and not (_has_soft_loss(root) and tensors["labels"].dim() > 1)
         and ("position_ids" not in tensors or _shape(tensors, "position_ids") == _shape(tensors, "input_ids"))
+        and not any(map(_is_foreign, (*_global_forward_hooks.values(), *_global_forward_pre_hooks.values())))
         and not any(map(_is_batch_dependent, root.modules()))
     )
 
@@ -95,9 +98,15 @@ def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> Any:
 
 
 def _is_batch_dependent(module: nn.Module) -> bool:
-    """Tell whether a layer may depend on the batch as a whole, or draw one random number for it."""
+    """Tell whether a layer may depend on the batch as a whole, draw one random number for it, or show it to a hook."""
     kind: Any = type(module)
-    return _is_batch_dependent_class(kind) or bool(vars(module).get("layerdrop"))
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return _is_batch_dependent_class(kind) or bool(vars(module).get("layerdrop")) or any(map(_is_foreign, hooks))
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Tell a hook that may be the script's, which expects the batch that the script made."""
+    return not is_ours(hook) and not str(getattr(hook, "__module__", "")).startswith(("torch.", "transformers."))
 
 
 @cache

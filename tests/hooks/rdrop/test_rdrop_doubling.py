@@ -37,9 +37,15 @@ def rows_seen(model: Any, *args: Any, **batch: Any) -> list[int]:
     layers = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.BatchNorm2d)]
     layers += [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     layers += [module for module in model.modules() if type(module).__name__ == "T5LayerNorm"]
-    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    forward = layers[-1].forward
+
+    def note(x: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(x))
+        return forward(x, *args, **kwargs)
+
+    layers[-1].forward = note  # no hook: with one of the script's, nothing is doubled
     model(*args, **batch)
-    handle.remove()
+    del layers[-1].forward
     return seen
 
 
@@ -305,3 +311,28 @@ def test_a_cache_of_encoder_and_decoder_grows_once() -> None:
     model(input_ids=IDS, decoder_input_ids=IDS, past_key_values=cache, use_cache=True)
     assert cache.self_attention_cache.get_seq_length() == 8
     assert [layer.keys.shape[0] for layer in cache.cross_attention_cache.layers] == [4]
+
+
+def script_hook(module: Any, args: Any) -> None: ...
+
+
+def script_output_hook(module: Any, args: Any, output: Any) -> None: ...
+
+
+PLACES = {
+    "layer": lambda model: model.bert.pooler.register_forward_hook(script_output_hook),
+    "layer before": lambda model: model.bert.encoder.register_forward_pre_hook(script_hook),
+    "model": lambda model: model.register_forward_pre_hook(script_hook),
+    "every module": lambda _: nn.modules.module.register_module_forward_hook(script_output_hook),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_hooks_of_the_script_see_its_batch(place: str) -> None:
+    head = HEADS["single-label"]
+    model = patch_model(head.model(), rdrop=1.0)
+    rows = rows_seen(model, **head.batch)
+    handle = PLACES[place](model)
+    assert rows_seen(model, **head.batch) == [row // 2 for row in rows for _ in range(2)]
+    handle.remove()
+    assert rows_seen(model, **head.batch) == rows
