@@ -11,6 +11,7 @@ from surgery.errors import SettingError, SourceError
 from surgery.live.foreign import is_fsdp1
 from surgery.live.names import unwrap
 
+from .active_calls import count_active_calls
 from .marks import PATCH, Part
 
 
@@ -59,6 +60,15 @@ def take_root(model: Any, *, may_be_compiled: bool = False) -> nn.Module:
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether torch.compile was given a module, by either of its two ways."""
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
+def refuse_amid_forward(root: nn.Module) -> None:
+    """Refuse to change a patched model that one of its own hooks or layers asks for it: the forward is half done."""
+    if PATCH in root.__dict__ and count_active_calls(root):
+        raise SourceError(
+            f"{type(root).__name__}: expected a model between its forwards, got one amid a forward. Call patch_model "
+            "or unpatch_model after it."
+        )
 
 
 def refuse_others(root: nn.Module, own: object) -> None:

@@ -214,7 +214,8 @@ def stats(model: nn.Module) -> dict[str, Any]:
         on; w_pre_bytes: on this rank; distance: ||w - w_pre||_2 over all weights that a method acts on, in float64.
         With rdrop also: kl, ce: the symmetric KL, without alpha, and the mean cross-entropy of the last forward on this
         rank, as the loss has them (mean over the losses, if it has several); kl_mean, ce_mean: over all forwards since
-        they were last read; None where there were none. rdrop_fired: forwards that the KL was a part of.
+        they were last read; None where there were none. With mse_loss they are pair_mse, the mean squared difference of
+        the two outputs, and mse. rdrop_fired: forwards that the KL was a part of.
         What other methods add, their cards say.
     Raises:
         SettingError: the model is not patched.

@@ -1,5 +1,6 @@
 """class Patch: attach methods to a model, pass its forwards and optimizer steps on to them, remove them in reverse."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SourceError
 
+from .active_calls import count_active_calls
 from .marks import PATCH, Marked
 from .regularizer import Handle, Regularizer, Settings
 from .steps import forget, watch
@@ -54,6 +56,7 @@ class Patch:
         if weights is not None:
             self.forwards.traced = self.forwards.traced.to(weights.tracked[0].weight.device)
         self._handles: list[Handle] = []
+        self._thread: int | None = None  # that of the forward which is under way
 
     # -- put on, take off -----------------------------------------------------------------------------------------
 
@@ -104,6 +107,7 @@ class Patch:
             )
         is_counted = root.training and not torch.compiler.is_compiling()
         if is_counted:
+            self._enter_thread(root)
             self._look_at_weights(root)
         for regularizer in self.regularizers:
             regularizer.begin_forward(root)
@@ -126,8 +130,24 @@ class Patch:
         Args:
             output: None if forward has raised.
         """
+        if self.is_open_elsewhere(root):
+            return
         for regularizer in self.regularizers:
             regularizer.end_forward(root, output)
+
+    def _enter_thread(self, root: nn.Module) -> None:
+        if self.is_open_elsewhere(root):
+            raise SourceError(
+                f"{type(root).__name__}: expected one forward in training mode at a time, got one in each of two "
+                "threads, which would share masks and losses. Call it under a lock, or use a copy of it in each thread."
+            )
+        self._thread = threading.get_ident()
+
+    def is_open_elsewhere(self, root: nn.Module) -> bool:
+        """Tell whether another thread is amid a forward of the model."""
+        if torch.compiler.is_compiling() or self._thread in (None, threading.get_ident()):
+            return False
+        return count_active_calls(root, thread=self._thread) > 0
 
     def _look_at_weights(self, root: nn.Module) -> None:
         """See, in the first forward, that weights are here, and in the second one, that w_pre is split as they are."""

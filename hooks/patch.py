@@ -10,7 +10,7 @@ from surgery.errors import SettingError
 from surgery.noisytune import as_globs
 
 from .anchor.settings import Anchor
-from .checks import refuse_others, root_of, take_root
+from .checks import refuse_amid_forward, refuse_others, root_of, take_root
 from .lifecycle import Patch
 from .marks import PATCH, find_orphans, release
 from .mixout.settings import Mixout
@@ -93,13 +93,19 @@ def put_patch(
     w_pre_device: Literal["same", "cpu"] = "same",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    may_wait: bool = False,
 ) -> None:
-    """Do what patch_model does, to what `take_root` has let pass."""
+    """Do what patch_model does, to what `take_root` has let pass.
+
+    Args:
+        may_wait: weights that are all frozen are no error: they may be trained later.
+    """
     _refuse_idle(settings, {"w_pre": w_pre, "include": include, "exclude": exclude})
     if w_pre_device not in ("same", "cpu"):
         raise SettingError(f"w_pre_device: expected same or cpu, got {w_pre_device!r}. Choose one of them.")
     former = find_patch(root)
     refuse_others(root, former)
+    refuse_amid_forward(root)
     if former is not None:
         former.abort()
     orphans = find_orphans(root)
@@ -114,6 +120,7 @@ def put_patch(
             offload=Offload() if w_pre_device == "cpu" else None,
             include=as_globs("include", include),
             exclude=as_globs("exclude", exclude),
+            may_wait=may_wait,
         )
     patch = Patch(settings, [bind(one, weights if one.acts_on else None, settings) for one in settings], weights)
     if former is not None:
@@ -130,11 +137,12 @@ def unpatch_model(model: _Model) -> _Model:
     made plain as well.
 
     Raises:
-        SourceError: it is a part of a patched model.
+        SourceError: it is a part of a patched model, or amid a forward.
     """
     root = root_of(model)
     patch = find_patch(root)
     refuse_others(root, patch)
+    refuse_amid_forward(root)
     if patch is not None:
         patch.detach(root)
     for module in find_orphans(root):

@@ -3,13 +3,14 @@
 No torch at import: `surgery run` and its flags need the settings before the script imports it.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from surgery.errors import SettingError
+from surgery.errors import SettingError, SurgeryError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .weights.chosen import ChosenWeights
     from .weights.selection import Scope
 
+_log = logging.getLogger(__name__)
 MISSED_STEPS = "optimizer steps: no forward in training mode came before them"
 
 
@@ -118,8 +120,21 @@ class Regularizer(ABC):
         others: the settings of all methods on this model, these among them.
     """
 
+    may_step_aside: bool = False
+    """Where it cannot have an effect, the training goes on without it."""
+    is_aside: bool = False
+    """It goes on without it."""
+
     @abstractmethod
     def __init__(self, settings: Any, weights: "ChosenWeights | None", others: Sequence[Settings]) -> None: ...
+
+    def refuse(self, error: SurgeryError) -> None:
+        """Raise an error, or log it once and step aside."""
+        if not self.may_step_aside:
+            raise error
+        if not self.is_aside:
+            _log.warning("%s", error)
+        self.is_aside = True
 
     def attach(self, root: "nn.Module") -> list[Handle]:  # noqa: ARG002
         """Change the model. Each handle undoes one change; the patch removes them in reverse.

@@ -89,10 +89,11 @@ class StepRegularizer(Regularizer):
                 _PATIENCE,
             )
         if self._watch.is_missed(one.weight, self.steps):
-            raise SourceError(
+            error = SourceError(
                 f"{self._name}: expected a step of a torch.optim.Optimizer that holds {one.name}, got weights that "
                 "change without one. Use such an optimizer, built from the model's own parameters."
             )
+            self.refuse(error)
 
     @property
     def has_acted(self) -> bool:

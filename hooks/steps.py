@@ -103,10 +103,12 @@ class Activity:
     Args:
         state: changes with each forward that it takes part in; empty as long as there was none.
         is_known: False: it may have, where nobody can tell.
+        acted: how often it has acted, of a method that leaves forwards out as it was asked to.
     """
 
     state: tuple[int, ...] = ()
     is_known: bool = True
+    acted: int = 0
 
 
 class AuditedRegularizer(Regularizer):
@@ -120,8 +122,11 @@ class AuditedRegularizer(Regularizer):
     def __init__(self) -> None:
         self.missed = 0
         """Optimizer steps that the method had no part in."""
+        self.acted_steps = 0
+        """Those that it acted in."""
         self._seen = Activity()
         self._served: set[int] = set()
+        self._has_acted_since = False
 
     @abstractmethod
     def activity(self) -> Activity:
@@ -147,16 +152,18 @@ class AuditedRegularizer(Regularizer):
         if not activity.is_known or next(self.held(optimizer), None) is None:
             return
         if activity != self._seen:
+            self._has_acted_since = activity.acted > self._seen.acted
             self._seen = activity
             self._served.clear()
         if activity.state and id(optimizer) not in self._served:  # one that steps beside another
             self._served.add(id(optimizer))
+            self.acted_steps += self._has_acted_since
             return
         if not _has_gradient(list(self.held(optimizer))):
             return
         if self.is_strict and not activity.state:
-            raise SourceError(self.idle)
-        if not self.missed:
+            self.refuse(SourceError(self.idle))
+        if not self.is_aside and not self.missed:
             _log.warning("%s", self.idle)
         self.missed += 1
 

@@ -93,7 +93,20 @@ class MixoutRegularizer(AuditedRegularizer):
         trained = [one for one in self.mixed if one.weight.requires_grad and one.owners[0].training]
         if root.training and trained:
             self._is_checked = True
-            _check_calls(trained)
+            self._check_calls(trained)
+
+    def _check_calls(self, trained: Sequence[MixedWeight]) -> None:
+        """Name the weights whose layers a whole forward has not called; refuse if that is all of them."""
+        silent = [one.name for one in trained if not one.is_called]
+        what = f"{some(silent)}: expected a call of the layer in forward, got none"
+        if len(silent) == len(trained):
+            self.refuse(SourceError(f"{what} of any. Patch the model whose forward calls its layers."))
+        elif silent:
+            _log.warning(
+                "%s (%d weights): not mixed. Its layer was replaced, or something else reads the weight.",
+                what,
+                len(silent),
+            )
 
     # -- optimizer steps ------------------------------------------------------------------------------------------
 
@@ -160,16 +173,3 @@ class MixoutRegularizer(AuditedRegularizer):
             return {}
         trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
         return {"mixed_share": sum(one.weight.numel() for one in self.mixed if one.weight.requires_grad) / trainable}
-
-
-def _check_calls(trained: Sequence[MixedWeight]) -> None:
-    """Name the weights whose layers a whole forward has not called; raise if that is all of them."""
-    silent = [one.name for one in trained if not one.is_called]
-    if not silent:
-        return
-    what = f"{some(silent)}: expected a call of the layer in forward, got none"
-    if len(silent) == len(trained):
-        raise SourceError(f"{what} of any. Patch the model whose forward calls its layers.")
-    _log.warning(
-        "%s (%d weights): not mixed. Its layer was replaced, or something else reads the weight.", what, len(silent)
-    )

@@ -1,9 +1,7 @@
 """TorchFunctionMode that intercepts loss functions called inside forward, so that both passes share one loss."""
 
-import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
-from inspect import unwrap
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from surgery.errors import SettingError, SourceError
 
+from ..active_calls import count_active_calls
 from ..compiling import eagerly
 from .logprobs import PairedLogProbs, UnreducedLoss, as_log_probs
 from .loss_calls import (
@@ -51,7 +50,7 @@ class LossInterception:
         """Return the result of a loss function: torch's own in the first pass, the loss of both in the second.
 
         Raises:
-            SourceError: the first pass has called another loss here.
+            SourceError: the first pass has called another loss here, and R-Drop may not step aside.
             SettingError: the loss of a doubled batch cannot be told from that of one pass.
         """
         values = [*args, *kwargs.values()]
@@ -73,7 +72,8 @@ class LossInterception:
                 return _as_first_log_probs(func(*args, **kwargs))
             with torch.no_grad():  # the loss of both is made in the second pass
                 return func(*args, **kwargs)
-        return self.forward.loss(self._next_first_call(call), call)
+        first = self._next_first_call(call)
+        return func(*args, **kwargs) if first is None else self.forward.loss(first, call)
 
     def _doubled_batch_loss(self, call: LossCall) -> torch.Tensor:
         if call.name == "log_softmax" or call.arguments["reduction"] == "none":
@@ -82,12 +82,18 @@ class LossInterception:
             )
         return self.forward.loss(None, call)
 
-    def _next_first_call(self, call: LossCall) -> LossCall:
+    def _next_first_call(self, call: LossCall) -> LossCall | None:
         first = self._first_calls[self._position] if self._position < len(self._first_calls) else None
         self._position += 1
-        if first is None or first.name != call.name:
-            raise SourceError(f"rdrop: expected the same losses in both passes, got {call.name} in the second only.")
-        return first
+        if first is not None and first.name == call.name:
+            return first
+        self._refuse_unequal(call.name, "second")
+        return None
+
+    def _refuse_unequal(self, name: str, where: str) -> None:
+        self.forward.refuse(
+            SourceError(f"rdrop: expected the same losses in both passes, got {name} in the {where} only.")
+        )
 
     def begin_second_pass(self, first_output: Any) -> None:
         """End the first pass, whose output this is."""
@@ -95,10 +101,9 @@ class LossInterception:
         self._is_second_pass = True
 
     def check_all_matched(self) -> None:
-        """Raise if the second pass has left out a loss that the first one has called."""
+        """Refuse a second pass that has left out a loss which the first one has called."""
         if self._position < len(self._first_calls):
-            name = self._first_calls[self._position].name
-            raise SourceError(f"rdrop: expected the same losses in both passes, got {name} in the first only.")
+            self._refuse_unequal(self._first_calls[self._position].name, "first")
 
 
 def _as_first_log_probs(log_p: torch.Tensor) -> torch.Tensor:
@@ -148,14 +153,16 @@ def _intercept(mode: LossFunctionMode, func: Any, args: tuple[Any, ...], kwargs:
     return func(*args, **kwargs) if mode.interception is None else mode.interception.on_call(func, args, kwargs)
 
 
-def count_active_calls(root: nn.Module) -> int:
-    """Count the calls of a module that are on the stack: a KeyboardInterrupt ends them without running any hook."""
-    count = 0
-    frame = sys._getframe(1)
-    while frame is not None:
-        count += frame.f_code is _CALL_IMPL and frame.f_locals.get("self") is root
-        frame = frame.f_back  # type: ignore[assignment]
-    return count
-
-
-_CALL_IMPL = unwrap(nn.Module._call_impl).__code__  # `surgery run` may have wrapped it
+def find_fault(output: Any, forward: PairedForward) -> SourceError | None:
+    """Return what is wrong where the model returns a loss that R-Drop is not in."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if forward.has_loss or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        return None
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None:
+        return SourceError(
+            "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off: "
+            "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of "
+            "the logits for TRL's SFTTrainer. Or train without rdrop."
+        )
+    return SourceError(forward.unknown_loss_message())

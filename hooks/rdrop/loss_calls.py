@@ -79,10 +79,18 @@ class LossCall:
         target = self.arguments.get("target")
         return target if target is not None and target.requires_grad and not self.input.requires_grad else self.input
 
-    def torch_loss(self) -> torch.Tensor:
-        """Return torch's own loss of a doubled batch, on the scale of one pass."""
-        loss: torch.Tensor = getattr(F, self.name)(**self.arguments)
-        return loss / 2 if self.arguments["reduction"] == "sum" else loss
+    @property
+    def dim(self) -> int:
+        """The dimension of the classes, of log_softmax."""
+        dim: int | None = self.arguments["dim"]
+        chosen: int = F._get_softmax_dim("log_softmax", self.input.dim(), 5) if dim is None else dim  # type: ignore[attr-defined]
+        return chosen
+
+    def torch_loss(self, *, is_doubled: bool) -> torch.Tensor:
+        """Return what torch's own function makes of the call; of a doubled batch, on the scale of one pass."""
+        arguments = {**self.arguments, **({"dim": self.dim} if self.name == "log_softmax" else {})}
+        loss: torch.Tensor = getattr(F, self.name)(**arguments)
+        return loss / 2 if is_doubled and arguments["reduction"] == "sum" else loss
 
 
 def read_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LossCall:

@@ -1,6 +1,6 @@
 """Forward hooks that make two passes of each training forward, whose losses become R-Drop's."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,13 +11,14 @@ from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SettingError, SourceError
 
+from ..active_calls import count_active_calls
 from ..compiling import between_graphs, eagerly, run_uncompiled, trace_cross_entropy
 from ..marks import PATCH
 from ..regularizer import Handle, Regularizer, Settings
 from ..steps import Activity, AuditedRegularizer
 from ..weights.chosen import ChosenWeights
 from . import divergence, doubling
-from .interception import LossFunctionMode, LossInterception, count_active_calls
+from .interception import LossFunctionMode, LossInterception, find_fault
 from .logprobs import PairedLogProbs, UnreducedLoss, as_log_probs, as_unreduced_loss
 from .loss_calls import USE_TWO_PASSES, LossCall, check_is_doubled, doubled_batch_loss, read_call, two_pass_loss
 from .metrics import Metrics
@@ -77,15 +78,9 @@ class RDropRegularizer(AuditedRegularizer):
             The arguments of a first pass, None if there is none, and those of the forward that the script has called,
             None for those that it has.
         """
-        if not root.training or not torch.is_grad_enabled() or self._is_nested_call(root):
+        is_idle = self.is_aside or not root.training or not torch.is_grad_enabled()
+        if is_idle or self._is_nested_call(root) or self._is_refused(root):
             return None, None
-        if torch._C._are_functorch_transforms_active():
-            raise SourceError(
-                "rdrop: expected a backward pass of autograd's, got torch.func, whose tensors hide that they want a "
-                "gradient. Use loss.backward(), or train without rdrop."
-            )
-        self.abort()  # a KeyboardInterrupt has left it open
-        self.schedule.begin_forward(root)
         if not self.schedule.is_due:
             self._spared += 1
             return None, None
@@ -93,7 +88,9 @@ class RDropRegularizer(AuditedRegularizer):
         self._randomness.save_rng_states()
         is_doubled = self._is_doubled(root, arguments)
         batch_sizes = doubling.batch_sizes(root, arguments) if is_doubled else None
-        forward = PairedForward(self._make_loss, self.metrics.count_forward, self.unjoined, forwards_in(arguments))
+        forward = PairedForward(
+            self._make_loss, self.metrics.count_forward, self.refuse, self.unjoined, forwards_in(arguments)
+        )
         self._mode.start(LossInterception(root, forward, batch_sizes))
         if is_doubled:
             return None, doubling.double_batch(arguments)
@@ -120,7 +117,8 @@ class RDropRegularizer(AuditedRegularizer):
         if output is None:
             return None
         interception.check_all_matched()
-        _check_has_loss(output, interception.forward)
+        if error := find_fault(output, interception.forward):
+            self.refuse(error)
         if interception.batch_sizes is None:
             return pair_outputs(output, interception.first_output, interception.forward)
         first, second = doubling.halve_output(output, interception.batch_sizes)
@@ -133,6 +131,23 @@ class RDropRegularizer(AuditedRegularizer):
     def abort(self) -> None:
         """Intercept no more losses."""
         self._mode.stop()
+
+    def _is_refused(self, root: nn.Module) -> bool:
+        """Begin a forward in training; tell whether R-Drop cannot be in it, and steps aside."""
+        self.abort()  # a KeyboardInterrupt has left it open
+        if torch._C._are_functorch_transforms_active():
+            self.refuse(
+                SourceError(
+                    "rdrop: expected a backward pass of autograd's, got torch.func, whose tensors hide that they want "
+                    "a gradient. Use loss.backward(), or train without rdrop."
+                )
+            )
+        else:
+            try:
+                self.schedule.begin_forward(root)
+            except SourceError as error:
+                self.refuse(error)
+        return self.is_aside
 
     def _is_doubled(self, root: nn.Module, arguments: doubling.Arguments) -> bool:
         is_paired = bool(forwards_in(arguments))  # each pass has inputs of its own
@@ -156,26 +171,34 @@ class RDropRegularizer(AuditedRegularizer):
     ) -> torch.Tensor:
         if first is None:
             check_is_doubled(second, compares_labels=not self.metrics.fired)
-        if self._objective.alpha:
-            a, b = (first.prediction, second.prediction) if first is not None else second.prediction.chunk(2)
-            self._randomness.check_passes_differ(a.detach(), b.detach(), steps=self.schedule.steps)
+        if self._objective.alpha and not self._do_passes_differ(first, second):
+            return second.torch_loss(is_doubled=first is None)
         if second.name == "log_softmax":
             assert first is not None
             return self._pair_log_probs(first, second, on_loss)
         on_loss()
         if first is not None:
-            loss = self._record_terms(two_pass_loss(first, second, self._objective))
+            loss = self._record_terms(second.name, two_pass_loss(first, second, self._objective))
             return as_unreduced_loss(loss) if second.arguments["reduction"] == "none" else loss
         if self._objective.alpha:
-            return self._record_terms(doubled_batch_loss(second, self._objective))
+            return self._record_terms(second.name, doubled_batch_loss(second, self._objective))
         with torch.no_grad():
-            self._record_terms(doubled_batch_loss(second, self._objective))
-        return self._objective.factor * second.torch_loss()  # to the bit what the doubled batch gives without R-Drop
+            self._record_terms(second.name, doubled_batch_loss(second, self._objective))
+        return self._objective.factor * second.torch_loss(
+            is_doubled=True
+        )  # to the bit what the doubled batch gives without R-Drop
+
+    def _do_passes_differ(self, first: LossCall | None, second: LossCall) -> bool:
+        """Tell whether R-Drop has two predictions to compare; refuse what will stay equal."""
+        a, b = (first.prediction, second.prediction) if first is not None else second.prediction.chunk(2)
+        try:
+            self._randomness.check_passes_differ(a.detach(), b.detach(), steps=self.schedule.steps)
+        except SourceError as error:
+            self.refuse(error)
+        return not self.is_aside
 
     def _pair_log_probs(self, first: LossCall, second: LossCall, on_loss: Callable[[], None]) -> torch.Tensor:
-        dim = second.arguments["dim"]
-        if dim is None:
-            dim = F._get_softmax_dim("log_softmax", second.input.dim(), 5)  # type: ignore[attr-defined]
+        dim = second.dim
         a, b = (call.input.to(call.arguments["dtype"] or call.input.dtype) for call in (first, second))
         log_p, log_q = F.log_softmax(a, dim), F.log_softmax(b, dim)
 
@@ -192,8 +215,8 @@ class RDropRegularizer(AuditedRegularizer):
         # cached: all functions of one loss share it, so that the metrics count it once
         return as_log_probs(log_q, make_nll_loss, cache(make_combined))
 
-    def _record_terms(self, joined: RDropLoss) -> torch.Tensor:
-        self.metrics.add(joined.ce, joined.kl)
+    def _record_terms(self, name: str, joined: RDropLoss) -> torch.Tensor:
+        self.metrics.add(joined.ce, joined.kl, is_mse=name == "mse_loss")
         return joined.loss
 
     # -- training steps -------------------------------------------------------------------------------------------
@@ -220,7 +243,7 @@ class RDropRegularizer(AuditedRegularizer):
         fired = self.metrics.fired
         if not fired and (self.schedule.is_due or not self._spared):
             return Activity()
-        return Activity((fired, self._spared))
+        return Activity((fired, self._spared), acted=fired)
 
     # -- what came of it ------------------------------------------------------------------------------------------
 
@@ -235,13 +258,11 @@ class RDropRegularizer(AuditedRegularizer):
         return self.metrics.read()
 
     def report(self) -> dict[str, Any]:
-        return self.metrics.last()
+        return self.metrics.report() | {"rdrop_fired": self.acted_steps}
 
     def logs(self, root: nn.Module) -> dict[str, float]:  # noqa: ARG002
-        figures = self.metrics.read()
-        if figures["kl_mean"] is None:
-            return {}
-        return {"rdrop_kl": figures["kl_mean"], "rdrop_ce": figures["ce_mean"]}
+        means = {name: value for name, value in self.metrics.read().items() if name.endswith("_mean")}
+        return {f"rdrop_{name.removesuffix('_mean')}": value for name, value in means.items() if value is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "metrics": Metrics(), "_randomness": Randomness(), "_spared": 0}
@@ -269,25 +290,11 @@ def _begin_passes(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _end_passes(root: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
     """Pair the outputs; the first of the root's forward hooks, also called when forward raises."""
     own = _own(root)
-    return own.end(root, output) if own is not None else None
+    is_here = not root.__dict__[PATCH].is_open_elsewhere(root)
+    return own.end(root, output) if own is not None and is_here else None
 
 
 def _own(root: nn.Module) -> RDropRegularizer | None:
     """Return the R-Drop of a patched model: hooks are functions of a module, which copies of a model share."""
     at_work: tuple[Regularizer, ...] = root.__dict__[PATCH].regularizers
     return next((one for one in at_work if isinstance(one, RDropRegularizer)), None)
-
-
-def _check_has_loss(output: Any, forward: PairedForward) -> None:
-    """Raise where the model returns a loss that R-Drop is not in."""
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if forward.has_loss or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-        return
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if logits is None:
-        raise SourceError(
-            "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off: "
-            "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of "
-            "the logits for TRL's SFTTrainer. Or train without rdrop."
-        )
-    raise SourceError(forward.unknown_loss_message())

@@ -47,7 +47,7 @@ class RDrop(Settings):
     flags = (Flag("every", int, "R-Drop at each N-th optimizer step only."),)
     missing = "its KL reached no loss"
     idle_facts = {"fired": 0, "missed": 0, "unjoined": ()}
-    idle_report = {"rdrop_fired": 0, "kl": None, "ce": None}
+    idle_report = {"rdrop_fired": 0, "kl": None, "ce": None, "kl_mean": None, "ce_mean": None}
 
     alpha: float
     every: int = 1
@@ -82,7 +82,10 @@ class RDrop(Settings):
 
     @classmethod
     def summary(cls, entry: Mapping[str, Any]) -> list[str]:
-        said = [f"R-Drop fired {entry['rdrop_fired']:,}"] if entry["rdrop_fired"] else []
-        if entry["kl"] is not None:  # else the loss was that of another model, which this one feeds
+        said = [f"R-Drop in {entry['rdrop_fired']:,} of them"] if entry["rdrop_fired"] else []
+        # neither, if the loss was that of another model, which this one feeds
+        if entry["kl"] is not None:
             said.append(f"KL {entry['kl']:.4g}, CE {entry['ce']:.4g}")
+        if entry.get("mse") is not None:
+            said.append(f"MSE of the passes {entry['pair_mse']:.4g}, MSE {entry['mse']:.4g}")
         return said

@@ -16,6 +16,7 @@ from .folder import RUN_DIR, run_dir
 from .options import Options, is_own
 from .outcome import Outcome, judge
 from .record import Record, read_records
+from .report import Command, write_report
 
 SITE = Path(__file__).resolve().parents[1] / "site"
 """The folder whose sitecustomize every Python of the command runs."""
@@ -38,6 +39,7 @@ def launch(command: Sequence[str], options: Options) -> int:
             "command: expected one, got none. Write it after --, such as: surgery run --mixout 0.7 -- python train.py."
         )
     environment = environment_of(options, os.environ)
+    about = Command(command)
     try:
         program = find_program(command)
         check_python(program, command, environment)
@@ -45,7 +47,7 @@ def launch(command: Sequence[str], options: Options) -> int:
     except CommandError as error:
         say(f"error: {error}")
         return error.code
-    return _report(judge(records, options, command, has_failed=code != 0), options, code)
+    return _report(judge(records, options, command, has_failed=code != 0), options, about, code)
 
 
 def environment_of(options: Options, variables: Mapping[str, str]) -> dict[str, str]:
@@ -78,12 +80,12 @@ def _run(program: str, command: Sequence[str], environment: dict[str, str]) -> t
     return code, records
 
 
-def _report(outcome: Outcome, options: Options, code: int) -> int:
+def _report(outcome: Outcome, options: Options, command: Command, code: int) -> int:
     for line in outcome.lines:
         say(line)
     if options.report:
         try:
-            outcome.write(Path(options.report))
+            write_report(outcome, options, command)
         except OSError as error:
             say(f"error: {options.report}: expected a file that can be written, got {error.strerror}. Choose another.")
             code = code or 1

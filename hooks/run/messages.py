@@ -1,21 +1,25 @@
 """The sentences in which a process tells of its models, and the rank that it bears in them."""
 
-import os
-
 import torch
 
 from surgery.errors import some
 
 from .inside.models import Model
 from .options import Options
-
-_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK")
+from .ranks import launched_rank, launched_size
 
 NO_OPTIMIZER = (
     "optimizer: expected one of torch.optim with the parameters of a model, got none: no model is known to be trained. "
     "Call patch_model in the script."
 )
 
+NO_OPTIMIZER_YET = (
+    "expected an optimizer of torch.optim with the parameters of a model before the first backward pass, got none: so "
+    "far nothing is regularized. What changes weights in another way, by hand or as fastai and Keras do, cannot be: "
+    "call patch_model in the script."
+)
+NEW_BESIDE = "{}: new, beside a pretrained {}: left as it is."
+WAITING = "its pretrained weights are frozen: no effect of {} until they are trained."
 NOISE_OFF = (
     "expected weights with noise, got those from before it, written back after training had begun. Build the model "
     "anew for each fold."
@@ -43,17 +47,24 @@ def describe_model(options: Options, model: Model) -> str:
     """Return the line that says what was done to a model."""
     entry, done = model.entry(is_last=False), []
     if options.noisytune is not None:
-        lam = f"lam {options.noisytune:g}, seed {options.seed or 0}"
+        lam = f"lam {options.noisytune:g}, seed {options.noise_seed}"
         noise = f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})"
         done.append("no noise again" if model.is_resumed else noise)
-    if model.is_patched:
-        done += [one.announcement(entry) for one in options.methods]
+    done += [one.announcement(entry) for one in options.methods if one.name in model.methods]
     new = f"; new: {some(entry['new'])}" if entry["new"] else ""
     return f"{entry['class']}: {', '.join(done)}{new}"
 
 
 def find_rank() -> int:
     """Return the rank of this process, as torch or a launcher's environment has it; 0 where there is one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(next((os.environ[name] for name in _RANKS if os.environ.get(name, "").isdigit()), 0))
+    return torch.distributed.get_rank() if _is_initialized() else launched_rank()
+
+
+def find_speaker() -> str:
+    """Return how the lines of this process begin: with its rank, where there are several."""
+    size = torch.distributed.get_world_size() if _is_initialized() else launched_size()
+    return f"surgery: rank {find_rank()}: " if size > 1 else "surgery: "
+
+
+def _is_initialized() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,5 +1,6 @@
 """class Options: what `surgery run` is asked for, checked, from the values of flags and from SURGERY_* variables."""
 
+import logging
 import math
 import re
 import shlex
@@ -14,6 +15,8 @@ from ..regularizer import Settings
 from .folder import RUN_DIR
 
 PREFIX = "SURGERY_"
+_log = logging.getLogger(__name__)
+_FORMER = "seed"
 _OF_KUBERNETES = re.compile(r"\w+_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)")
 NOISYTUNE = "noisytune"
 """Beside the methods of the registry: it acts once, before training."""
@@ -26,22 +29,24 @@ class Options:
     Args:
         noisytune: lam of the noise, in [0, 1].
         methods: the settings of the others, in the order of the registry.
-        seed: of the noise, in [0, 2^64). Masks follow torch.manual_seed.
+        noise_seed: in [0, 2^64); of no use, and no error, without noise. Masks follow torch.manual_seed.
         include: globs of model classes or parameters; if any, only these are regularized.
         exclude: globs of model classes or parameters that are not.
         w_pre: "perturbed", what the noise has made of the weights, or "original", what they were before.
         report: the JSON file to write, an absolute path; None for none.
         allow_inactive: a regularizer that had no effect is no failure.
+        debug: show the traceback of an error.
     """
 
     noisytune: float | None = None
     methods: tuple[Settings, ...] = ()
-    seed: int | None = None
+    noise_seed: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     w_pre: Literal["perturbed", "original"] | None = None
     report: str | None = None
     allow_inactive: bool = False
+    debug: bool = False
 
     def __post_init__(self) -> None:
         if not self.asked:
@@ -53,13 +58,13 @@ class Options:
             raise SettingError(
                 f"noisytune: expected a lam above 0, up to 1, got {self.noisytune:g}. The paper uses 0.1 to 0.15."
             )
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise SettingError(f"seed: expected an integer from 0 to 2^64 - 1, got {self.seed}. Choose another.")
+        if not 0 <= self.noise_seed < 2**64:
+            raise SettingError(
+                f"noise_seed: expected an integer from 0 to 2^64 - 1, got {self.noise_seed}. Choose another."
+            )
         if self.w_pre not in (None, "perturbed", "original"):
             raise SettingError(f"w_pre: expected perturbed or original, got {self.w_pre!r}. Choose one of them.")
         acting = next((one.name for one in self.methods if one.acts_on is not None), "mixout")
-        if self.seed is not None:
-            _refuse_without("seed", (NOISYTUNE,), self.asked)
         if self.w_pre is not None:
             _refuse_without("w_pre", (NOISYTUNE, acting), self.asked)
 
@@ -70,11 +75,6 @@ class Options:
         return (*noise, *(one.name for one in self.methods))
 
     @property
-    def acts_on_weights(self) -> bool:
-        """One of the methods wants w_pre."""
-        return any(one.acts_on is not None for one in self.methods)
-
-    @property
     def variables(self) -> dict[str, str]:
         """The environment variables that say the same."""
         values: dict[str, Any] = {NOISYTUNE: self.noisytune}
@@ -83,15 +83,15 @@ class Options:
             values[one.name] = getattr(one, one.number)
             given = {flag.field: getattr(one, flag.field) for flag in one.flags}
             values |= {f"{one.name}_{name}": value for name, value in given.items() if value != defaults[name]}
-        values |= {name: getattr(self, name) for name in _OWN}
+        values |= {name: getattr(self, name) for name in _OWN if getattr(self, name) != getattr(Options, name)}
         return {PREFIX + name.upper(): _write(value) for name, value in values.items() if not _is_empty(value)}
 
 
-_OWN = ("seed", "include", "exclude", "w_pre", "report", "allow_inactive")
+_OWN = ("noise_seed", "include", "exclude", "w_pre", "report", "allow_inactive", "debug")
 
 
 def make_options(**values: Any) -> Options:
-    """Make options of the values of flags, by name: `mixout`, `rdrop_every`, `seed`; None, () and False are none.
+    """Make options of the values of flags, by name: `mixout`, `rdrop_every`, `noise_seed`; None, () and False are none.
 
     Raises:
         SettingError: a value is out of range, or of no use without another flag.
@@ -133,7 +133,16 @@ def read_options(variables: Mapping[str, str], flags: Mapping[str, Any] | None =
         raise SettingError(f"{name}: expected one of {', '.join(known)}, got an unknown variable. Correct its name.")
     values = {known[name][0]: known[name][1](name, value) for name, value in given.items() if value}
     values |= {name: value for name, value in (flags or {}).items() if not _is_empty(value)}
+    values = _rename_seed(values)
     return make_options(**values) if values else None
+
+
+def _rename_seed(values: dict[str, Any]) -> dict[str, Any]:
+    """Take `seed`, the former name of noise_seed, as that, with a line that says so."""
+    if _FORMER not in values:
+        return values
+    _log.warning("surgery: --seed and SURGERY_SEED are --noise-seed and SURGERY_NOISE_SEED now: taken as these.")
+    return {"noise_seed": values[_FORMER]} | {name: value for name, value in values.items() if name != _FORMER}
 
 
 def is_own(variable: str) -> bool:
@@ -190,5 +199,5 @@ def variable_readers() -> dict[str, Callable[[str, str], Any]]:
     flags = {f"{kind.name}_{flag.field}": flag.kind for kind in METHODS for flag in kind.flags}
     kinds = {name: _whole if kind is int else _number if kind is float else _text for name, kind in flags.items()}
     numbers = dict.fromkeys((NOISYTUNE, *(kind.name for kind in METHODS)), _number)
-    own = {"seed": _whole, "include": _globs, "exclude": _globs, "w_pre": _text, "report": _text}
-    return {**numbers, **kinds, **own, "allow_inactive": _flag}
+    own = {"noise_seed": _whole, _FORMER: _whole, "include": _globs, "exclude": _globs, "w_pre": _text, "report": _text}
+    return {**numbers, **kinds, **own, "allow_inactive": _flag, "debug": _flag}

@@ -1,20 +1,16 @@
 """Did every regularizer of a command take effect, by the records of its processes: active, or inactive and why."""
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..registry import METHODS
-from .console import say
 from .options import NOISYTUNE, Options
 from .record import Record
 
 _HELP = ("-h", "--help", "--version")
 _MISSING = {
-    NOISYTUNE: "noisytune: no pretrained weights were loaded, so that none were perturbed",
+    NOISYTUNE: "noisytune: no pretrained weights were trained, so that none were perturbed",
     **{kind.name: f"{kind.name}: {kind.missing}" for kind in METHODS},
 }
 _UNREACHED = (
@@ -27,7 +23,7 @@ _FAILED = "the command failed before it trained"
 _HELPED = "the command was asked for help or a version, and trained nothing"
 _EVALUATED = "the command loaded weights, but trained nothing"
 
-_SHOWN_FAULTS, _SHOWN_RANKS = 3, 8
+_SHOWN_FAULTS, _SHOWN_RANKS = 5, 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Outcome:
         reasons: why it is inactive, in sentences; none if it is active.
         notes: what else should be known.
         is_idle: inactive, and no failure: nothing was to be trained.
-        is_refused: surgery itself ended a process, for nothing could take effect.
+        is_refused: surgery itself refused to go on in a process.
     """
 
     ranks: tuple[Record, ...]
@@ -57,16 +53,11 @@ class Outcome:
         return f"{_few(self.reasons)}." if self.reasons else None
 
     @property
-    def report(self) -> dict[str, Any]:
-        """What --report writes."""
-        ranks = [{"rank": one.rank, "models": [_plain(model) for model in one.models]} for one in self.ranks]
-        return {"status": "active" if self.is_active else "inactive", "reason": self.reason, "ranks": ranks}
-
-    @property
     def lines(self) -> tuple[str, ...]:
         """What is said at the end of a run."""
         if not self.is_active:
-            return (f"surgery: {'nothing to do' if self.is_idle else 'INACTIVE'}: {self.reason}",)
+            acted = (f"surgery: in effect: {_models(one)}" for one in self.ranks[:_SHOWN_RANKS] if one.acts)
+            return (f"surgery: {'nothing to do' if self.is_idle else 'INACTIVE'}: {self.reason}", *acted)
         notes = (f"surgery: note: {note}" for note in self.notes[:_SHOWN_FAULTS])
         if len(self.ranks) == 1:
             return (f"surgery: active: {_models(self.ranks[0])}", *notes)
@@ -79,15 +70,6 @@ class Outcome:
         """Tell a process from the others: several trainings of one command are all rank 0."""
         is_clear = sum(one.rank == record.rank for one in self.ranks) == 1
         return f"rank {record.rank}" if is_clear else f"rank {record.rank}, process {record.pid}"
-
-    def write(self, path: Path) -> None:
-        """Write the report, whole or not at all."""
-        part = path.with_name(f".{path.name}.surgery-part")
-        try:
-            part.write_text(json.dumps(self.report, indent=1) + "\n")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def judge(
@@ -122,16 +104,6 @@ def judge(
     return Outcome(ranks, (_NO_TORCH,) if records else (_UNREACHED,))
 
 
-def print_outcome(record: Record, options: Options) -> None:
-    """Print and write the outcome of this one process, which no `surgery run` waits for."""
-    outcome = judge([record], options)
-    for line in outcome.lines:
-        say(line)
-    if options.report:
-        path = Path(options.report)
-        outcome.write(path.with_stem(f"{path.stem}-rank{record.rank}") if record.rank else path)
-
-
 def _unmatched(trained: Sequence[Record]) -> tuple[str, ...]:
     """Name the globs that matched nothing in any process: what they were for has not happened."""
     flags = set.intersection(*(set(one.unmatched) for one in trained)) if trained else set()
@@ -152,8 +124,9 @@ def _missing(trained: Sequence[Record], options: Options) -> tuple[str, ...]:
 
 
 def _is_explained(name: str, record: Record) -> bool:
-    is_patch = name != NOISYTUNE
-    return any(f"{name}:" in fault or (is_patch and fault.startswith("patch_model:")) for fault in record.faults)
+    """Tell whether a fault says why a regularizer did not act: one of it, or of all, for no model is known."""
+    of_all = ("model:", "optimizer:")
+    return name in record.refused or any(fault.startswith((f"{name}:", *of_all)) for fault in record.faults)
 
 
 def _on(some: Sequence[Record], all: Sequence[Record]) -> str:
@@ -174,7 +147,8 @@ def _few(sentences: Sequence[str]) -> str:
 
 
 def _models(record: Record) -> str:
-    return "; ".join(_model(model) for model in record.models) or "no model"
+    known = "" if record.is_final else " (not final: the process was ended before it could report)"
+    return ("; ".join(_model(model) for model in record.models) or "no model") + known
 
 
 def _model(model: dict[str, Any]) -> str:
@@ -185,8 +159,3 @@ def _model(model: dict[str, Any]) -> str:
     if model["distance"] is not None:
         figures.append(f"distance {model['distance']:.4g}")
     return ", ".join(figures)
-
-
-def _plain(model: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry that is JSON: it knows no NaN and no infinity."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in model.items()}

@@ -20,9 +20,11 @@ class Record:
         has_torch: it has imported torch.
         has_loaded: a model's weights were loaded.
         has_trained: a backward pass or an optimizer's step was made.
-        is_refused: it was ended by surgery, with exit code 3, for nothing could take effect.
+        is_refused: a regularizer could not go on, whether or not that has ended the process.
+        is_final: it was written at the end of the process, and not before one that nobody could tell of.
         acts: the regularizers that took effect.
         faults: why others did not, in sentences.
+        refused: the regularizers that these tell of.
         unmatched: options whose glob matched nothing.
         notes: what else should be known.
         models: one entry of the report for each model that was patched or perturbed.
@@ -34,8 +36,10 @@ class Record:
     has_loaded: bool = False
     has_trained: bool = False
     is_refused: bool = False
+    is_final: bool = False
     acts: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)

@@ -79,9 +79,20 @@ class ChosenWeights:
                 squares += sum(float((a.double() - b.double()).square().sum()) for a, b in pieces)
         return float(squares**0.5)
 
+    def take_late(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Take w_pre of what was frozen until now, and may have got noise since it was patched."""
+        wanted = {id(parameter) for parameter in parameters}
+        for tracked in self.tracked:
+            if id(tracked.weight) in wanted:
+                tracked.take(tracked.weight)
+
+    @property
+    def are_all_frozen(self) -> bool:
+        return not any(tracked.weight.requires_grad for tracked in self.tracked)
+
     def warn_frozen(self) -> None:
         """Warn once where every weight has been frozen since the model was patched."""
-        if self._is_told or any(tracked.weight.requires_grad for tracked in self.tracked):
+        if self._is_told or not self.are_all_frozen or all(tracked.pretrained is None for tracked in self.tracked):
             return
         self._is_told = True
         _log.warning(
@@ -101,6 +112,7 @@ def choose(
     offload: Offload | None,
     include: Sequence[str],
     exclude: Sequence[str],
+    may_wait: bool = False,
 ) -> ChosenWeights:
     """Choose the weights to act on and take their w_pre, without touching the model.
 
@@ -110,12 +122,13 @@ def choose(
         w_pre: where pretrained values come from; None: from `former`, or else from the model.
         offload: keeps w_pre in the CPU's memory.
         include, exclude: globs of parameters or modules.
+        may_wait: all of them may be frozen.
     Raises:
         SettingError, SourceError: as patch_model.
     """
     kept = former if w_pre is None else None
     origin = Kept(kept.tracked, kept.fresh, kept.label) if kept is not None else open_origin(root, w_pre)
-    selection = select(root, origin.fresh, scopes, include=include, exclude=exclude)
+    selection = select(root, origin.fresh, scopes, include=include, exclude=exclude, may_wait=may_wait)
     targets = selection.targets
     refuse_unready(targets)
     _refuse_split(targets, offload)

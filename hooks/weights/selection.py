@@ -91,6 +91,7 @@ def select(
     *,
     include: Sequence[str],
     exclude: Sequence[str],
+    may_wait: bool = False,
 ) -> Selection:
     """Choose the weights to act on.
 
@@ -98,6 +99,7 @@ def select(
         fresh: names of parameters without a pretrained value.
         scopes: "layers" for the weights of layers that can be mixed, "parameters" for all.
         include, exclude: globs that match a parameter's name or that of a module around it.
+        may_wait: all of them may be frozen, unless it was PEFT that froze them: then they are never trained.
     Raises:
         SettingError: a glob matches nothing, or no weight is left to act on.
         SourceError: a weight to mix is already swapped by another tool, or is not in memory.
@@ -128,7 +130,7 @@ def select(
             selection.targets.append(_target(members, mask))
     if "layers" in scopes:
         _refuse_swapped(model, include, exclude)
-    _refuse_nothing(selection, [*include, *exclude])
+    _refuse_nothing(selection, [*include, *exclude], may_wait=may_wait and not adapters)
     return selection
 
 
@@ -250,10 +252,10 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
         )
 
 
-def _refuse_nothing(selection: Selection, globs: Sequence[str]) -> None:
+def _refuse_nothing(selection: Selection, globs: Sequence[str], *, may_wait: bool) -> None:
     for scope, left in selection.left.items():
         targets = [one for one in selection.targets if scope == "parameters" or one.mask is not None]
-        if any(target.weight.requires_grad for target in targets):
+        if any(may_wait or target.weight.requires_grad for target in targets):
             continue
         reasons = Counter([*left.values(), *("frozen" for _ in targets)])
         told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())

@@ -23,4 +23,5 @@ def run(arguments: tuple[str, ...], **flags: Any) -> None:
     """
     from surgery.hooks.run.launch import launch
 
-    sys.exit(launch(arguments, read_options(flags)))
+    debug = click.get_current_context().params["debug"]
+    sys.exit(launch(arguments, read_options(flags | {"debug": debug})))

@@ -81,6 +81,6 @@ def _variables(flags: Sequence[str]) -> dict[str, str]:
     given: dict[str, list[str]] = {}
     rest = iter(flags)
     for flag in rest:
-        value = "1" if flag == "--allow-inactive" else next(rest)
+        value = "1" if flag in ("--allow-inactive", "--debug") else next(rest)
         given.setdefault(f"SURGERY_{flag.removeprefix('--').replace('-', '_').upper()}", []).append(value)
     return {name: shlex.join(values) if len(values) > 1 else values[0] for name, values in given.items()}

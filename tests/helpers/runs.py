@@ -31,7 +31,7 @@ def python(code: str) -> list[str]:
 
 def training(*acts: str, then: str = "", **values: object) -> list[str]:
     """A command that says that it trained, and which regularizers acted."""
-    record = {"has_torch": True, "has_trained": True, "acts": list(acts), "models": [MODEL]} | values
+    record = {"has_torch": True, "has_trained": True, "is_final": True, "acts": list(acts), "models": [MODEL]} | values
     return python(_LEAVE.format(values=record) + then)
 
 

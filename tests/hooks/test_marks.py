@@ -1,9 +1,11 @@
 """A part of a patched model that was copied, pickled or kept without it: refused in training, and made plain again."""
 
 import pickle
+import threading
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -143,3 +145,104 @@ def test_compiled_copy_of_a_part_is_refused_as_well() -> None:
     part = torch.compile(deepcopy(model[0]), backend="eager")
     with pytest.raises((SourceError, torch._dynamo.exc.TorchDynamoException), match="expected a layer of a patched"):
         part(torch.ones(1, 3))
+
+
+class Stopped(nn.Linear):
+    """Does something amid its forward."""
+
+    stop: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        Stopped.stop()
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def stopped() -> nn.Module:
+    model = patch_model(nn.Sequential(Stopped(6, 6), nn.Linear(6, 2)), mixout=0.7).train()
+    with torch.no_grad():
+        model[0].weight += 1  # else it is w_pre, and so is W_mix
+    return model
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("has_grad", [True, False])
+@COPY
+def test_no_copy_holds_what_an_interrupted_forward_has_left(
+    copied: Callable[[Any], Any], has_grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stopped()
+    monkeypatch.setattr(Stopped, "stop", interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.set_grad_enabled(has_grad):
+        model(torch.ones(2, 6))
+    own = model[0]._parameters["weight"]
+    assert not torch.equal(model[0].weight, own), "W_mix is there"
+    copy = copied(model)[0]
+    assert copy.weight is copy._parameters["weight"]
+    assert torch.equal(copy.weight, own)
+
+
+@COPY
+def test_no_copy_by_another_thread_holds_w_mix(copied: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inside, copying = stopped(), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        inside.set()
+        assert copying.wait(60)
+
+    monkeypatch.setattr(Stopped, "stop", wait)
+    training = threading.Thread(target=model, args=(torch.ones(2, 6),))
+    training.start()
+    assert inside.wait(60)
+    own = model[0]._parameters["weight"]
+    assert not torch.equal(model[0].weight, own), "W_mix is there"
+    copy = copied(model)[0]
+    copying.set()
+    training.join()
+    assert copy.weight is copy._parameters["weight"]
+    assert torch.equal(copy.weight, own)
+
+
+@pytest.mark.parametrize("settings", [{"mixout": 0.7}, {"rdrop": 1.0}], ids=["mixout", "rdrop"])
+def test_second_thread_is_refused_and_the_first_goes_on(
+    settings: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = patch_model(nn.Sequential(Stopped(6, 6), nn.Dropout(0.5), nn.Linear(6, 2)), **settings).train()
+    inside, going, found = threading.Event(), threading.Event(), []
+
+    def wait() -> None:
+        inside.set()
+        assert going.wait(60)
+
+    def train() -> None:
+        loss = nn.functional.cross_entropy(model(torch.ones(2, 6)), torch.zeros(2, dtype=torch.long))
+        loss.backward()
+        found.append(loss)
+
+    monkeypatch.setattr(Stopped, "stop", wait)
+    first = threading.Thread(target=train)
+    first.start()
+    assert inside.wait(60)
+    with pytest.raises(SourceError, match=r"^Sequential: expected one forward in training mode at a time, got one in "):
+        model(torch.ones(2, 6))
+    going.set()
+    first.join()
+    assert len(found) == 1
+    train()
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("change", [unpatch_model, partial(patch_model, mixout=0.1)], ids=["unpatch", "patch"])
+def test_a_patch_is_not_changed_amid_a_forward(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stopped()
+    monkeypatch.setattr(Stopped, "stop", lambda: change(model))
+    with pytest.raises(
+        SourceError, match=r"^Sequential: expected a model between its forwards, got one amid a forward"
+    ):
+        model(torch.ones(2, 6))
+    monkeypatch.setattr(Stopped, "stop", lambda: None)
+    model(torch.ones(2, 6))
+    assert describe(unpatch_model(model)).settings == ()

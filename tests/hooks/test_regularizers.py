@@ -334,7 +334,7 @@ def test_run_reports_what_it_did(kind: type[Settings], tmp_path: Path, run_cli: 
     assert entry["steps"] == 3
     assert (entry["distance"] is not None) is (kind.acts_on is not None)
     lines = ran.err.splitlines()
-    begun = next(line for line in lines if line.startswith("surgery: rank 0: BertForSequenceClassification"))
+    begun = next(line for line in lines if line.startswith("surgery: BertForSequenceClassification"))
     ended = next(line for line in lines if line.startswith("surgery: active: BertForSequenceClassification"))
     (settings,) = as_settings({kind.name: NUMBERS[kind.name]})
     assert settings.announcement(entry) in begun

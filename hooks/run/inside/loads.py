@@ -16,6 +16,8 @@ class Loads:
     def __init__(self) -> None:
         self.filled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         """Modules that a first load has filled."""
+        self.pretrained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        """Whole modules of pretrained weights: those, and what from_pretrained has made."""
         self.overwritten = Snapshots()
         """The pretrained weights that a later load has written over."""
         self.without_noise = WeakSet()
@@ -53,6 +55,7 @@ class Loads:
         self.overwritten.drop_equal(touched)
         if not any(map(is_loaded, parameters.values())):
             self.filled.add(module)
+            self.pretrained.add(module)
             for parameter in touched:
                 setattr(parameter, LOADED, True)
 

@@ -1,8 +1,9 @@
 """The models that a run has changed, by weak reference, and their entries of the report, which outlive them."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from surgery.recipe import TensorRecord
 from ...lifecycle import Patch
 from ...registry import METHODS
 from ..options import NOISYTUNE
+from .history import History
+from .refusals import handled
 from .weakset import WeakSet
 
 
@@ -33,10 +36,10 @@ class Model:
     ) -> None:
         self.steps = 0
         """Optimizer steps with a gradient of one of its weights."""
-        self.is_patched = patch is not None
+        self.methods = {one.name for one in patch.settings} if patch is not None else set()
+        """Those of the registry that are at work on it."""
         self.is_resumed = is_resumed
-        has_noise = is_resumed or any(tensor.copied is None for tensor in noise)
-        self.acts: set[str] = {NOISYTUNE} if has_noise else set()
+        self.acts: set[str] = {NOISYTUNE} if is_resumed else set()
         """The regularizers that have had an effect on it."""
         self.remarks: list[str] = []
         """What should be known of them at the end."""
@@ -47,20 +50,29 @@ class Model:
         if patch is not None and patch.weights is not None:
             new = patch.weights.fresh
         self.parameters = WeakSet(parameters.values())
+        self.waiting = WeakSet(one for one in parameters.values() if not one.requires_grad)
+        """Frozen parameters, which may be trained later."""
         self._entry: dict[str, Any] = {
             "class": type(root).__name__,
             "parameters": len(parameters),
-            "perturbed": sum(tensor.copied is None for tensor in noise),
+            "perturbed": 0,
             "new": sorted(new & parameters.keys()),
             "w_pre_bytes": 0,
             "steps": 0,
             **{name: idle for kind in METHODS for name, idle in kind.idle_report.items()},
             "distance": None,
         }
+        self._history = History()
+        self._take_noise(noise)
         # it keeps the layers, not the root, which may therefore go; a root that is a layer would stay
         tracked = patch.weights.tracked if patch is not None and patch.weights is not None else ()
         if patch is not None and not any(module is root for one in tracked for module in one.target.owners):
             weakref.finalize(root, self._measure, patch, is_last=True).atexit = False
+
+    def _take_noise(self, noise: Sequence[TensorRecord]) -> None:
+        self._entry["perturbed"] = sum(tensor.copied is None for tensor in noise)
+        if self._entry["perturbed"]:
+            self.acts.add(NOISYTUNE)
 
     @property
     def name(self) -> str:
@@ -79,14 +91,21 @@ class Model:
         """Tell whether one of these is the model's own."""
         return self.is_alive and self.parameters.has_any(parameters)
 
-    def is_complete(self, *, wants_patch: bool, wants_noise: bool) -> bool:
-        """Tell whether everything was done to it that is asked for."""
-        if wants_patch and not self.is_patched:
-            return False
-        return NOISYTUNE in self.acts or not wants_noise
+    def waiting_in(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Return those of its parameters that were frozen, and are trained now."""
+        return [one for one in parameters if one in self.waiting] if self.waiting else []
+
+    def stop_waiting(self, parameters: Iterable[nn.Parameter], noise: Sequence[TensorRecord]) -> None:
+        """Take in that parameters are trained, and what NoisyTune has done to its tensors by now."""
+        self.waiting.remove(parameters)
+        self._take_noise(noise)
+
+    def is_complete(self, asked: Collection[str]) -> bool:
+        """Tell whether it has all regularizers that are asked for."""
+        return {*asked} <= self.methods | ({NOISYTUNE} & self.acts)
 
     def entry(self, *, is_last: bool) -> dict[str, Any]:
-        """Return the model's entry of the report.
+        """Return the model's entry of the report, with its figures over time as `history`.
 
         Args:
             is_last: measure the distance as well, which reads all weights.
@@ -94,7 +113,14 @@ class Model:
         patch = self._patch() if self._patch is not None else None
         if patch is not None:
             self._measure(patch, is_last=is_last)
-        return self._entry | {"steps": self.steps}
+            self._add_to_history(patch)
+        return self._entry | {"steps": self.steps, "history": self._history.rows}
+
+    def _add_to_history(self, patch: Patch) -> None:
+        distance = partial(patch.weights.distance, is_whole=False) if patch.weights is not None else None
+        figures = {name: self._entry[name] for kind in METHODS for name in kind.idle_report if name in self._entry}
+        known = {name: value for name, value in figures.items() if value is not None}
+        self._history.add({"steps": self.steps, **known}, distance)
 
     def _measure(self, patch: Patch, *, is_last: bool) -> None:
         for settings, regularizer in zip(patch.settings, patch.regularizers, strict=True):
@@ -106,7 +132,7 @@ class Model:
             return
         self._entry["w_pre_bytes"] = patch.weights.nbytes
         if is_last:
-            with suppress(SurgeryError):  # another tool has taken the weights away
+            with handled(), suppress(SurgeryError):  # another tool has taken the weights away
                 self._entry["distance"] = patch.weights.distance(is_whole=False)
 
 
@@ -131,11 +157,12 @@ class Models:
         for model in self._models:
             model.steps += model.holds(changed)
 
-    def is_any_complete(self, *, wants_patch: bool, wants_noise: bool) -> bool:
-        """Tell whether everything that is asked for was done to one of them."""
-        return any(model.is_complete(wants_patch=wants_patch, wants_noise=wants_noise) for model in self._models)
+    def is_any_complete(self, asked: Collection[str]) -> bool:
+        """Tell whether one of them has all regularizers that are asked for."""
+        return any(model.is_complete(asked) for model in self._models)
 
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names."""
         for model in self._models:
             model.parameters.move(before, after)
+            model.waiting.move(before, after)

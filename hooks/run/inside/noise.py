@@ -58,10 +58,10 @@ class Noise:
         include: Sequence[str],
         exclude: Sequence[str],
     ) -> None:
-        """Perturb the pretrained parts of a model that are trained; all that is not pretrained if there is none.
+        """Perturb the pretrained parts of a model that are trained; the whole model if it has no pretrained part.
 
         Args:
-            trained: parameters; a part without any, such as a teacher, is left alone.
+            trained: parameters; a part without any, such as a teacher or a body under a new head, is left alone.
             loaded: modules that load_state_dict has filled.
             include, exclude: globs of the model's parameters.
         Raises:
@@ -70,8 +70,8 @@ class Noise:
         from surgery.live.perturb import perturb_model, refuse_flattened  # import numba, which takes half a second
 
         refuse_flattened(top)  # its parts do not show it
-        for path, part, left in _parts(top, set(map(id, trained)), loaded):
-            parameters = [one for one in part.parameters() if id(one) not in left]
+        for path, part in _parts(top, set(map(id, trained)), loaded):
+            parameters = list(part.parameters())
             if any(one.parameters.has_any(parameters) for one in self._perturbed):
                 continue
             _refuse_shared(parameters)
@@ -80,7 +80,7 @@ class Noise:
                 if self._pretrained.has(parameters):
                     self.original.drop(parameters)
                     self.original.keep(parameters)
-                names = _excluded_names(part, path, left, include, exclude)
+                names = _excluded_names(part, path, include, exclude)
                 with self.probes.taken(parameters):
                     recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
             self._perturbed.append(_NoisyPart(WeakSet(parameters), recipe))
@@ -135,14 +135,10 @@ def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def _parts(top: nn.Module, trained: Set[int], loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module, Set[int]]]:
-    """Yield what is pretrained and trained of a model, with its path, and the ids of parameters in it to leave."""
-    parts = list(pretrained_parts(top)) or _filled_parts(top, loaded)
-    held = [(path, part) for path, part in parts if not trained.isdisjoint(map(id, part.parameters()))]
-    for path, part in held:
-        yield path, part, set()
-    if not held:
-        yield "", top, {id(parameter) for _, part in parts for parameter in part.parameters()}
+def _parts(top: nn.Module, trained: Set[int], loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what is pretrained and trained of a model, with its path."""
+    parts = list(pretrained_parts(top)) or _filled_parts(top, loaded) or [("", top)]
+    yield from ((path, part) for path, part in parts if not trained.isdisjoint(map(id, part.parameters())))
 
 
 def _filled_parts(top: nn.Module, loaded: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -154,10 +150,8 @@ def _filled_parts(top: nn.Module, loaded: Sequence[nn.Module]) -> list[tuple[str
     return parts
 
 
-def _excluded_names(
-    part: nn.Module, path: str, ids: Set[int], include: Sequence[str], exclude: Sequence[str]
-) -> list[str]:
-    """Return the checkpoint's names of what is not to be perturbed, such as the parameters with these ids."""
+def _excluded_names(part: nn.Module, path: str, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Return the checkpoint's names of what is not to be perturbed."""
     parameters = dict(part.named_parameters(remove_duplicate=False))
     is_marked = any(hasattr(parameter, LOADED) for parameter in parameters.values())
     left = set()
@@ -165,7 +159,7 @@ def _excluded_names(
         live = f"{path}.{name}".lstrip(".")
         is_new = is_marked and not hasattr(parameter, LOADED)
         is_out = any(is_match(glob, live) for glob in exclude)
-        if id(parameter) in ids or is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
+        if is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
             left.add(name)
     if not left:
         return []

@@ -1,16 +1,20 @@
 """class Patcher: patch_model with the options of a run, on the weights that a model has now or had before a load."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, by_reason
 
 from ...checks import is_compiled, take_root
 from ...lifecycle import Patch
-from ...patch import find_patch, put_patch
+from ...patch import find_patch, put_patch, unpatch_model
+from ...regularizer import Settings
 from ..options import Options
 from .filters import Filters
+from .refusals import handled
 from .reporter import Reporter
 from .snapshots import Snapshots
 
@@ -39,7 +43,7 @@ class Patcher:
         return bool(self._options.methods)
 
     def patch(self, module: nn.Module, root: nn.Module) -> Patch | None:
-        """Patch a model; None if it is refused, or nothing but noise is asked for.
+        """Patch a model with what fits it; None if nothing does, or nothing but noise is asked for.
 
         Args:
             module: what the script calls, which may be compiled or a wrapper.
@@ -47,17 +51,46 @@ class Patcher:
         """
         if not self.is_asked:
             return None
-        options = self._options
-        globs = self._filters.parameter_globs(root) if options.acts_on_weights else (None, None)
-        try:
-            take_root(module, may_be_compiled=True)
-            with self._pretrained.restored(root.parameters()):
-                put_patch(root, options.methods, include=globs[0], exclude=globs[1])
-        except SurgeryError as error:
-            self._reporter.refuse("patch_model", root, error)
+        with handled():
+            try:
+                self._put(module, root, self._options.methods)
+            except SurgeryError:
+                self._put_those_that_fit(module, root)
         patch = find_patch(root)
+        for regularizer in patch.regularizers if patch is not None else ():
+            regularizer.may_step_aside = self._options.allow_inactive
         if patch is not None and self.open_step is not None:
             patch.before_step(self.open_step, is_closure=True)
         if any(map(is_compiled, module.modules())):
             torch.compiler.reset()  # graphs made before know nothing of the patch
         return patch
+
+    def _put(self, module: nn.Module, root: nn.Module, methods: tuple[Settings, ...]) -> None:
+        acts_on_weights = any(one.acts_on is not None for one in methods)
+        globs = self._filters.parameter_globs(root) if acts_on_weights else (None, None)
+        take_root(module, may_be_compiled=True)
+        with self._pretrained.restored(root.parameters()):
+            put_patch(root, methods, include=globs[0], exclude=globs[1], may_wait=True)
+
+    def _put_those_that_fit(self, module: nn.Module, root: nn.Module) -> None:
+        """Report the methods that are refused, those of one reason together; put on the others, if that is allowed."""
+        fit, reasons = [], []
+        for one in self._options.methods:
+            try:
+                self._put(module, root, (one,))
+            except SurgeryError as error:
+                reasons.append((one.name, str(error)))
+            else:
+                fit.append(one)
+                unpatch_model(root)
+        for reason, names in by_reason(reasons).items():
+            self._reporter.refuse(names, root, reason)
+        if fit and self._options.allow_inactive:
+            self._put(module, root, tuple(fit))
+
+    def take_w_pre(self, root: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Take w_pre of weights that were frozen until now."""
+        patch = find_patch(root)
+        if patch is not None and patch.weights is not None:
+            with self._pretrained.restored(parameters):
+                patch.weights.take_late(parameters)

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SourceError, SurgeryError
+from surgery.errors import SurgeryError
 from surgery.recipe import TensorRecord
 
 from ..messages import LOADED_OVER, NOISE_OFF, RESUMED_WITHOUT
@@ -17,6 +17,7 @@ from .loads import Loads
 from .models import Model
 from .noise import Noise
 from .owners import find_tops
+from .refusals import handled
 from .reporter import Reporter
 from .snapshots import Snapshots
 from .weakset import WeakSet
@@ -41,10 +42,11 @@ class Perturber:
         self._loads = loads
         self._reporter = reporter
         self._resumed_without = WeakSet()  # what goes on from a run that had no noise
+        self._deferred = WeakSet()
         self._marked: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # how many groups of each
         self._noise: Noise | None = None
         if options.noisytune is not None:
-            self._noise = Noise(options.noisytune, options.seed or 0, loads.overwritten)
+            self._noise = Noise(options.noisytune, options.noise_seed, loads.overwritten)
 
     @property
     def is_asked(self) -> bool:
@@ -55,17 +57,22 @@ class Perturber:
         """The weights from before the noise, None if none is asked for."""
         return self._noise.original if self._noise is not None else None
 
+    def defer(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add noise to these no sooner than their model is called: it may be the new head of another one."""
+        self._deferred.add(parameters)
+
     def perturb(self, top: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         """Add noise to the pretrained parts of a model that hold one of these parameters."""
         if self._noise is None:
             return
         try:
-            self._noise.add(top, trained, list(self._loads.filled), *self._filters.parameter_globs(top))
+            with handled():
+                self._noise.add(top, trained, list(self._loads.filled), *self._filters.parameter_globs(top))
         except SurgeryError as error:
-            self._reporter.refuse("noisytune", top, error)
+            self._reporter.refuse([NOISYTUNE], top, str(error))
             return
         if any(hasattr(module, "adapter_layer_names") for module in top.modules()):  # PEFT's
-            flags = f"--lam {self._options.noisytune:g} --seed {self._options.seed or 0}"
+            flags = f"--lam {self._options.noisytune:g} --seed {self._options.noise_seed}"
             self._reporter.add_note(
                 f"{type(top).__name__}: noise is on frozen weights, which an adapter is saved without: merge them, or "
                 f"load it onto what surgery perturb makes with {flags}."
@@ -125,7 +132,7 @@ class Perturber:
 
     @property
     def _marks(self) -> dict[str, Any]:
-        return {LAM: self._options.noisytune, SEED: self._options.seed or 0}
+        return {LAM: self._options.noisytune, SEED: self._options.noise_seed}
 
     def before_patch(self, root: nn.Module, *, has_stepped: bool) -> None:
         """Add noise to what came after the optimizer; take it off again if it was added to a resumed run's weights.
@@ -138,6 +145,8 @@ class Perturber:
             self._loads.treat_as_pretrained(parameters)
         if self._noise is not None and self._loads.without_noise.has_any(parameters):
             self._noise.forget(parameters)
+            self.perturb(root, parameters)
+        elif self._deferred.has_any(parameters):
             self.perturb(root, parameters)
         if self._loads.is_pretrained_unknown(parameters):
             self._reporter.add_note(
@@ -167,7 +176,7 @@ class Perturber:
 
     def _refuse(self, noise: Noise, root: nn.Module, parameters: Sequence[nn.Parameter], reason: str) -> None:
         noise.forget(parameters)
-        self._reporter.refuse(NOISYTUNE, root, SourceError(reason))
+        self._reporter.refuse([NOISYTUNE], root, reason)
 
     def after_patch(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep these weights from before the noise no longer."""

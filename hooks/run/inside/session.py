@@ -10,11 +10,12 @@ from torch.optim.optimizer import Optimizer
 from surgery.errors import SurgeryError
 from surgery.live.names import unwrap
 
+from ...lifecycle import Patch
 from ...patch import find_patch
 from ...steps import watch
 from ...weights.sources import move_marks
-from ..messages import FROM_SCRATCH, UNSEEN
-from ..options import Options
+from ..messages import FROM_SCRATCH, NO_OPTIMIZER_YET, UNSEEN, WAITING
+from ..options import NOISYTUNE, Options
 from .candidates import Candidates
 from .filters import Filters
 from .loads import Loads
@@ -40,10 +41,10 @@ class Session:
         self._options = options
         self._reporter = Reporter(options)
         filters = Filters(options.include, options.exclude)
-        self._candidates = Candidates(filters, self._reporter)
         self._pending = Pending()
         self._without_pending = WeakSet()  # modules without a parameter that is pending
         self._loads = Loads()
+        self._candidates = Candidates(filters, self._loads, self._reporter)
         self._perturber = Perturber(options, filters, self._loads, self._reporter)
         original = self._perturber.original if options.w_pre == "original" else None
         pretrained = original if original is not None else self._loads.overwritten
@@ -65,10 +66,23 @@ class Session:
             for one in _parameters(optimizer)
             if isinstance(one, nn.Parameter) and one.requires_grad and one not in self._pending.parameters
         ]
+        self._train_late(owned)
         for top, parameters in self._candidates.select([one for one in owned if not self._models.hold(one)]):
-            self._perturber.perturb(top, parameters)
+            if self._candidates.may_be_new(top):
+                self._perturber.defer(parameters)
+            else:
+                self._perturber.perturb(top, parameters)
             self._pending.add(top, parameters)
         self._without_pending.clear()
+
+    def _train_late(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Do to pretrained weights what is asked for, once they are trained that were frozen when they were patched."""
+        for model in self._models:
+            root, own = model.root, model.waiting_in(parameters)
+            if root is not None and own:
+                self._perturber.perturb(root, own)
+                self._patcher.take_w_pre(root, own)
+                model.stop_waiting(own, self._perturber.records(root))
 
     def on_param_group_added(self, optimizer: Optimizer) -> None:
         """Do the same for what an optimizer got later."""
@@ -97,7 +111,7 @@ class Session:
         if is_closure:
             self._on_gradients(optimizer, has_stepped=True)
         self._perturber.mark(optimizer)
-        self._reporter.write(self._models, is_last=False)
+        self._reporter.write_again(self._models)
 
     def _on_gradients(self, optimizer: Optimizer, *, has_stepped: bool = False) -> None:
         """Count a step, patch what has been trained unseen, and end a run that nothing is regularized in.
@@ -107,6 +121,7 @@ class Session:
         """
         held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
         self._models.count_step(held)
+        self._train_late(held)
         if self._pending.parameters.has_any(held):
             self._patch_unseen(held, has_stepped=has_stepped)
         self._exit_if_in_vain()
@@ -116,6 +131,12 @@ class Session:
     def on_from_pretrained(self) -> None:
         """Note that weights are loaded."""
         self._reporter.record.has_loaded = True
+
+    def after_from_pretrained(self, loaded: Any) -> None:
+        """Know a model as pretrained; with output_loading_info it is the first of two."""
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(model, nn.Module):
+            self._loads.pretrained.add(model)
 
     def before_load(self, module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Keep what load_state_dict is about to overwrite; return the parameters that there are."""
@@ -171,14 +192,18 @@ class Session:
         self._patch(self._pending.find_whole(module, parameters))
 
     def on_backward(self) -> None:
-        """Note that something is trained."""
+        """Note that something is trained; say if no optimizer is there that a model's weights are known by."""
         self._reporter.record.has_trained = True
+        if not self._candidates.is_any_known:
+            self._reporter.say(NO_OPTIMIZER_YET)
 
     def _patch(self, module: nn.Module, *, has_stepped: bool = False) -> None:
         """Do to a model all that is asked for."""
         root = unwrap(module)
         parameters = list(root.parameters())
         self._pending.parameters.remove(parameters)
+        if self._candidates.is_new(root):
+            return
         self._perturber.before_patch(root, has_stepped=has_stepped)
         patch = self._patcher.patch(module, root)
         self._loads.overwritten.drop(parameters)
@@ -188,9 +213,20 @@ class Session:
             self._reporter.add_note(f"{type(root).__name__}: {FROM_SCRATCH.format(names)}")
         noise, is_resumed = self._perturber.records(root), self._perturber.is_undone(root)
         model = Model(root, noise, patch, is_resumed=is_resumed)
-        if model.is_patched or model.acts:
+        if model.methods or model.acts or model.waiting:
             self._models.add(model)
             self._reporter.report_model(model)
+            self._report_waiting(model, patch)
+
+    def _report_waiting(self, model: Model, patch: Patch | None) -> None:
+        """Report the regularizers that have nothing to act on as long as weights are frozen."""
+        if not model.waiting or self._reporter.has_refused:
+            return
+        names = [NOISYTUNE] if self._perturber.is_asked and NOISYTUNE not in model.acts else []
+        if patch is not None and patch.weights is not None and patch.weights.are_all_frozen:
+            names += [one.name for one in patch.settings if one.acts_on is not None]
+        if names:
+            self._reporter.add_note(f"{model.name}: {WAITING.format(' and '.join(names))}")
 
     def _patch_unseen(self, held: Sequence[nn.Parameter], *, has_stepped: bool) -> None:
         """Patch the models of these parameters, which are trained without a call that on_forward was told of."""
@@ -208,14 +244,14 @@ class Session:
             return
         if self.is_waiting or self._options.allow_inactive:
             return
-        if self._models.is_any_complete(wants_patch=self._patcher.is_asked, wants_noise=self._perturber.is_asked):
+        if self._models.is_any_complete(self._options.asked):
             return
         self._candidates.report_missing()
         self._reporter.exit_inactive(self._models)
 
-    def on_uncaught_error(self, error: SurgeryError) -> None:
-        """Note why a regularizer has ended the script."""
-        self._reporter.refuse_process(str(error))
+    def on_error(self, error: SurgeryError) -> None:
+        """Note why a regularizer cannot go on, whoever may catch its error."""
+        self._reporter.refuse_process(str(error), self._models)
 
     def on_fork(self) -> None:
         """Begin a record anew, in a child process."""

@@ -16,6 +16,7 @@ from ..folder import run_dir
 from .imports import PRETRAINED_CLASSES, call_after_import, watch_import
 
 if TYPE_CHECKING:
+    from ..options import Options
     from .session import Session
 
 _BEFORE_OTHERS = 1000
@@ -48,6 +49,7 @@ def _start_session() -> None:
 
     from ..options import read_options
     from .instrument import instrument
+    from .refusals import watch_errors
     from .session import Session
 
     options = read_options(os.environ)
@@ -56,7 +58,8 @@ def _start_session() -> None:
     _print_warnings()
     session = Session(options)
     instrument(session)
-    _wrap_excepthook(session)
+    watch_errors(session.on_error)
+    _shorten_tracebacks(options)
     _finalize(session)
     os.register_at_fork(after_in_child=partial(_restart, session))
     util.register_after_fork(session, _finalize)
@@ -75,18 +78,29 @@ def _print_warnings() -> None:
     logger.propagate = False
 
 
-def _wrap_excepthook(session: "Session") -> None:
-    """Have an error of ours that ends the script end the run as what it is: a regularizer without effect."""
+def _shorten_tracebacks(options: "Options") -> None:
+    """Print an error of ours that ends the script, or a thread, as one line, unless --debug asks for its traceback."""
+    import threading
+
     from surgery.errors import SurgeryError
 
-    show = sys.excepthook
+    from ..console import say
+
+    show, show_in_thread = sys.excepthook, threading.excepthook
 
     def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
-        if isinstance(error, SurgeryError):
-            session.on_uncaught_error(error)
-        show(kind, error, trace)
+        if isinstance(error, SurgeryError) and not options.debug:
+            say(f"surgery: error: {error}")
+        else:
+            show(kind, error, trace)
 
-    sys.excepthook = excepthook
+    def excepthook_of_threads(args: Any) -> None:
+        if isinstance(args.exc_value, SurgeryError) and not options.debug:
+            say(f"surgery: error: {args.exc_value}")
+        else:
+            show_in_thread(args)
+
+    sys.excepthook, threading.excepthook = excepthook, excepthook_of_threads
 
 
 def _finalize(session: "Session") -> None:

@@ -36,7 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_new_head_beside_a_pretrained_model_is_left_alone(source: Path, tmp_path: Path) -> None:
     ran = run(tmp_path, APART, "--noisytune", "0.15", "--mixout", "0.5", args=(source, "train"))
     assert ran.code == 0, ran.err
-    assert "surgery: rank 0: Linear: new, beside a pretrained BertModel: left as it is.\n" in ran.err
+    assert "surgery: Linear: new, beside a pretrained BertModel: left as it is.\n" in ran.err
     assert [entry["class"] for entry in ran.models] == ["BertModel"]
     torch.manual_seed(0)
     wanted = nn.Linear(32, 2).state_dict()

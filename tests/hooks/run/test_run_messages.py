@@ -25,7 +25,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def line_of(ran: Run, name: str) -> Any:
-    lines = [line for line in ran.err.splitlines() if line.startswith(f"surgery: rank 0: {name}: ")]
+    lines = [line for line in ran.err.splitlines() if line.startswith(f"surgery: {name}: ")]
     (line,) = (line for line in lines if "noise on" in line)
     return line
 
@@ -44,7 +44,7 @@ def test_line_of_a_model_says_what_was_done_to_it(ran: Run) -> None:
 def test_line_of_a_model_that_is_not_patched_claims_no_patch(ran: Run) -> None:
     assert [(entry["class"], entry["mixed"], entry["rdrop_fired"]) for entry in ran.models[1:]] == [("Recurrent", 0, 0)]
     assert line_of(ran, "Recurrent").endswith("Recurrent: noise on 4 of 4 parameters (lam 0.15, seed 0)")
-    assert "patch_model: Recurrent: model: expected a trainable weight to mix, got none" in ran.err
+    assert "mixout: Recurrent: model: expected a trainable weight to mix, got none" in ran.err
 
 
 def test_globs_without_effect_are_reasons(ran: Run) -> None:
@@ -69,7 +69,7 @@ def test_a_run_that_leaves_all_models_out_ends_at_its_first_step(tmp_path: Path)
     globs = "--include", "Nobody", "--include", "Head*", "--exclude", "lm_head"
     ran = run(tmp_path, "odd.py", *byhand.MIXOUT, *globs, args=("Net", "Recurrent"))
     left = "model: expected one to regularize, got those that are left out (Net)."
-    assert (ran.code, ran.err) == (3, f"surgery: rank 0: {left}\n")
+    assert (ran.code, ran.err) == (3, f"surgery: {left}\n")
     (record,) = ran.records
     assert (record["is_refused"], record["faults"]) == (True, [left])
     assert judge([Record(**record)], make_options(mixout=0.5)).is_refused

@@ -175,7 +175,7 @@ def test_noisy_run_that_is_resumed_has_its_noise(folder: Path) -> None:
     checkpoint = torch.load(folder / "checkpoint.pt")
     group = checkpoint["optimizer"]["param_groups"][0]
     assert (group["surgery_lam"], group["surgery_seed"]) == (0.15, 0)
-    ran = run(folder, RESUMED, "--noisytune", "0.1", "--seed", "3", args=("SGD", "model", "state"))
+    ran = run(folder, RESUMED, "--noisytune", "0.1", "--noise-seed", "3", args=("SGD", "model", "state"))
     assert (ran.code, ran.records[0]["acts"], ran.records[0]["faults"]) == (0, ["noisytune"], [])
     note = "noisytune: resumed with lam 0.1 and seed 3, but the run began with lam 0.15 and seed 0: its noise is what"
     assert note in ran.err

@@ -19,7 +19,7 @@ EVERYTHING = make_options(
     anchor=1e-05,
     rdrop_every=3,
     mixout_granularity="element",
-    seed=2**64 - 1,
+    noise_seed=2**64 - 1,
     include=("*.layer.*", 'it\'s a "glob"', "Bert*"),
     exclude=("**.bias",),
     w_pre="original",
@@ -34,7 +34,7 @@ EVERYTHING = make_options(
         EVERYTHING,
         make_options(mixout=0.7),
         make_options(mixout=0.0, rdrop=0.0, anchor=0.0),
-        make_options(noisytune=0.1, seed=0),
+        make_options(noisytune=0.1, noise_seed=3),
         make_options(rdrop=1.0, allow_inactive=True),
         make_options(recadam=5000.0, recadam_k=0.25, recadam_t0=100.0, mixout=0.5),
         make_options(mixout=0.1 + 0.2, include=("",)),
@@ -54,11 +54,21 @@ def test_options_survive_a_shell():
 
 
 def test_options_are_written_as_plain_text():
-    assert make_options(mixout=0.7, seed=None, allow_inactive=True, include=("a", "b c")).variables == {
+    assert make_options(mixout=0.7, noise_seed=None, allow_inactive=True, include=("a", "b c")).variables == {
         "SURGERY_MIXOUT": "0.7",
         "SURGERY_INCLUDE": "a 'b c'",
         "SURGERY_ALLOW_INACTIVE": "1",
     }
+
+
+def test_seed_is_the_former_name_of_the_noise_seed(caplog):
+    read = read_options({"SURGERY_NOISYTUNE": "0.1", "SURGERY_SEED": "7"})
+    assert read == make_options(noisytune=0.1, noise_seed=7)
+    assert "are --noise-seed and SURGERY_NOISE_SEED now" in caplog.text
+
+
+def test_noise_seed_is_accepted_without_noise():
+    assert make_options(mixout=0.7, noise_seed=7).methods == (Mixout(0.7),)
 
 
 def test_no_variables_are_no_options():
@@ -112,12 +122,12 @@ def test_asked_names_what_is_asked_for():
             "granularity: expected neuron or element, got 'row'. Choose one of them.",
         ),
         (
-            {"noisytune": 0.1, "seed": -1},
-            "seed: expected an integer from 0 to 2^64 - 1, got -1. Choose another.",
+            {"noisytune": 0.1, "noise_seed": -1},
+            "noise_seed: expected an integer from 0 to 2^64 - 1, got -1. Choose another.",
         ),
         (
-            {"noisytune": 0.1, "seed": 2**64},
-            "seed: expected an integer from 0 to 2^64 - 1, got 18446744073709551616. Choose another.",
+            {"noisytune": 0.1, "noise_seed": 2**64},
+            "noise_seed: expected an integer from 0 to 2^64 - 1, got 18446744073709551616. Choose another.",
         ),
         (
             {"noisytune": 0.1, "mixout": 0.7, "w_pre": "new"},
@@ -131,7 +141,6 @@ def test_asked_names_what_is_asked_for():
             {"rdrop": 1.0, "mixout_granularity": "neuron"},
             "mixout_granularity: expected mixout with it, got none. Add it, or leave mixout_granularity out.",
         ),
-        ({"mixout": 0.7, "seed": 0}, "seed: expected noisytune with it, got none. Add it, or leave seed out."),
         (
             {"noisytune": 0.1, "w_pre": "original"},
             "w_pre: expected noisytune and mixout with it, got none. Add it, or leave w_pre out.",
@@ -170,8 +179,8 @@ def test_options_refuse(values, message):
             "0.7",
             "SURGERY_MIXUP: expected one of SURGERY_NOISYTUNE, SURGERY_MIXOUT, SURGERY_RDROP, SURGERY_ANCHOR, "
             "SURGERY_RECADAM, SURGERY_MIXOUT_GRANULARITY, SURGERY_RDROP_EVERY, SURGERY_RECADAM_K, SURGERY_RECADAM_T0, "
-            "SURGERY_SEED, SURGERY_INCLUDE, SURGERY_EXCLUDE, "
-            "SURGERY_W_PRE, SURGERY_REPORT, SURGERY_ALLOW_INACTIVE, got an unknown variable. Correct its name.",
+            "SURGERY_NOISE_SEED, SURGERY_SEED, SURGERY_INCLUDE, SURGERY_EXCLUDE, SURGERY_W_PRE, SURGERY_REPORT, "
+            "SURGERY_ALLOW_INACTIVE, SURGERY_DEBUG, got an unknown variable. Correct its name.",
         ),
     ],
 )

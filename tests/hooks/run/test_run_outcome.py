@@ -1,8 +1,5 @@
 """What is said of a run, from what its processes left."""
 
-import json
-import math
-
 import pytest
 
 from surgery.hooks.run.options import make_options
@@ -26,24 +23,21 @@ MODEL = {
 
 
 def trained(rank=0, acts=("mixout", "rdrop"), **values) -> Record:
-    values = {"pid": 100 + rank, "models": [MODEL]} | values
+    values = {"pid": 100 + rank, "models": [MODEL], "is_final": True} | values
     return Record(rank=rank, has_torch=True, has_loaded=True, has_trained=True, acts=list(acts), **values)
 
 
 def test_outcome_is_active_when_all_acted_on_all_ranks():
     outcome = judge([Record(1, has_torch=True), trained(0), trained(1)], BOTH)
     assert outcome.is_active
-    assert outcome.report == {
-        "status": "active",
-        "reason": None,
-        "ranks": [{"rank": 0, "models": [MODEL]}, {"rank": 1, "models": [MODEL]}],
-    }
+    assert [(one.rank, one.models) for one in outcome.ranks] == [(0, [MODEL]), (1, [MODEL])]
+    assert outcome.reason is None
 
 
 def test_outcome_says_in_one_line_what_one_rank_did():
     assert judge([trained()], BOTH).lines == (
-        "surgery: active: BertForSequenceClassification, 21,234 mixed, 5 steps, R-Drop fired 5, KL 0.01235, CE 0.6931, "
-        "distance 1.25",
+        "surgery: active: BertForSequenceClassification, 21,234 mixed, 5 steps, R-Drop in 5 of them, KL 0.01235, "
+        "CE 0.6931, distance 1.25",
     )
 
 
@@ -92,13 +86,13 @@ def test_a_side_process_that_only_holds_a_model_is_reported_and_not_judged():
     beside = Record(7, rank=0, has_torch=True, has_loaded=True, models=[MODEL | {"steps": 0}])
     outcome = judge([beside, trained()], BOTH)
     assert outcome.is_active
-    assert len(outcome.report["ranks"]) == 2
+    assert len(outcome.ranks) == 2
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("noisytune", "noisytune: no pretrained weights were loaded, so that none were perturbed."),
+        ("noisytune", "noisytune: no pretrained weights were trained, so that none were perturbed."),
         ("mixout", "mixout: no layer with pretrained weights was trained, so that none was mixed."),
         ("rdrop", "rdrop: its KL reached no loss."),
         ("anchor", "anchor: no optimizer's step drew a weight toward w_pre."),
@@ -108,8 +102,8 @@ def test_outcome_names_the_regularizer_without_effect(name, sentence):
     everything = make_options(noisytune=0.1, mixout=0.7, rdrop=1.0, anchor=0.01)
     outcome = judge([trained(acts=[one for one in everything.asked if one != name])], everything)
     assert outcome.reason == sentence
-    assert outcome.lines == (f"surgery: INACTIVE: {sentence}",)
-    assert (outcome.report["status"], outcome.is_idle) == ("inactive", False)
+    assert outcome.lines[0] == f"surgery: INACTIVE: {sentence}"
+    assert (outcome.is_active, outcome.is_idle) == (False, False)
 
 
 def test_outcome_names_the_ranks_without_effect():
@@ -124,14 +118,18 @@ def test_outcome_names_the_ranks_without_effect():
     "fault",
     [
         "rdrop: expected dropout in the model, got none. Add mixout.",
-        "noisytune: Bert: rdrop: expected dropout in the model, got none. Add mixout.",
-        "patch_model: Bert: expected a model that is not compiled, got one. Patch it first.",
+        "rdrop: Bert: expected a model that is not compiled, got one. Patch it first.",
     ],
-    ids=["own", "within", "patch"],
+    ids=["own", "of a model"],
 )
 def test_outcome_takes_the_reason_of_a_fault(fault):
     records = [trained(rank, ["mixout"], faults=[fault]) for rank in range(2)]
     assert judge(records, BOTH).reason == fault
+
+
+def test_outcome_takes_one_reason_for_several_regularizers():
+    fault = "mixout and rdrop: Bert: expected a model in one place, got DataParallel."
+    assert judge([trained(0, [], faults=[fault], refused=["mixout", "rdrop"])], BOTH).reason == fault
 
 
 def test_outcome_adds_what_the_faults_do_not_tell():
@@ -140,8 +138,8 @@ def test_outcome_adds_what_the_faults_do_not_tell():
 
 
 def test_outcome_shows_the_first_faults():
-    outcome = judge([trained(0, [], faults=[f"rdrop: {n}" for n in "abcde"])], make_options(rdrop=1.0))
-    assert outcome.reason == "rdrop: a; rdrop: b; rdrop: c; and 2 more."
+    outcome = judge([trained(0, [], faults=[f"rdrop: {n}" for n in "abcdefg"])], make_options(rdrop=1.0))
+    assert outcome.reason == "rdrop: a; rdrop: b; rdrop: c; rdrop: d; rdrop: e; and 2 more."
 
 
 def test_faults_of_an_active_run_are_notes():
@@ -188,7 +186,6 @@ def test_an_evaluation_is_nothing_to_do():
     outcome = judge([record], BOTH, ["python", "eval.py"])
     assert outcome.is_idle
     assert outcome.reason == "the command loaded weights, but trained nothing; mixout: idle."
-    assert outcome.report["status"] == "inactive"
 
 
 def test_a_command_that_failed_first_is_told():
@@ -202,18 +199,12 @@ def test_a_refusal_is_never_nothing_to_do():
     assert (outcome.is_refused, outcome.is_idle, outcome.reason) == (True, False, "rdrop: expected dropout.")
 
 
-def test_report_is_written_whole(tmp_path):
-    outcome = judge([trained(models=[MODEL | {"kl": math.nan, "ce": math.inf}])], BOTH)
-    (tmp_path / "report.json").write_text("older")
-    outcome.write(tmp_path / "report.json")
-    text = (tmp_path / "report.json").read_text()
-    written = json.loads(text, parse_constant=pytest.fail)
-    assert written["ranks"][0]["models"][0] == MODEL | {"kl": None, "ce": None}
-    assert [one.name for one in tmp_path.iterdir()] == ["report.json"]
+def test_an_inactive_run_says_what_was_in_effect_nevertheless():
+    lines = judge([trained(0, ["mixout"], faults=["rdrop: expected dropout."])], BOTH).lines
+    assert lines[0] == "surgery: INACTIVE: rdrop: expected dropout."
+    assert lines[1].startswith("surgery: in effect: BertForSequenceClassification, 21,234 mixed, 5 steps")
 
 
-def test_report_that_cannot_be_written_leaves_nothing(tmp_path):
-    (tmp_path / "report.json").mkdir()
-    with pytest.raises(IsADirectoryError):
-        judge([trained()], BOTH).write(tmp_path / "report.json")
-    assert [one.name for one in tmp_path.iterdir()] == ["report.json"]
+def test_figures_of_a_process_that_was_ended_are_marked():
+    (line,) = judge([trained(is_final=False)], BOTH).lines
+    assert line.endswith("distance 1.25 (not final: the process was ended before it could report)")

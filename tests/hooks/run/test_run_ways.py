@@ -69,7 +69,7 @@ def test_accelerate_with_accumulation(source: Path, tmp_path: Path) -> None:
     parts = rows(2)
     steps = [[(100 + n, *parts[2 * n]), (None, *parts[2 * n + 1])] for n in range(5)]
     byhand.assert_equal(got, train_classifier(model, steps, mixed=mixed))
-    assert (ran.models[0]["steps"], ran.models[0]["rdrop_fired"]) == (5, 10)
+    assert (ran.models[0]["steps"], ran.models[0]["rdrop_fired"]) == (5, 5)
 
     args = (source, tmp_path, "--resume", tmp_path / "checkpoint")
     again = run(tmp_path, "with_accelerate.py", *byhand.ALL, args=args)
@@ -187,7 +187,7 @@ def test_peft(way: str, source: Path, tmp_path: Path) -> None:
             "PeftModelForSequenceClassification: noise is on frozen weights, which an adapter is saved without: merge "
             "them, or load it onto what surgery perturb makes with --lam 0.15 --seed 0."
         )
-        assert ran.err.count(f"surgery: rank 0: {note}\n") == 1
+        assert ran.err.count(f"surgery: {note}\n") == 1
     else:
         model.requires_grad_(True)
         paths = [path for path, _ in model.named_modules()]
