@@ -1,7 +1,7 @@
 """Which parameters of a model methods act on, and why not the others: by layer, include and exclude, and newness."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -15,13 +15,15 @@ from surgery.globs import matches
 from surgery.live.foreign import is_flat, is_zero3_shard
 
 from .layers import Shape, is_conv1d, is_read_by_attention, mask_shape, packing
+from .peft_layers import adapter_names, is_wrapper
 
 Scope = Literal["layers", "parameters"]
 """The weights of linear, convolution and embedding layers, or every parameter."""
 
 NEW = "new: it has no pretrained value"
 EXCLUDED = "in exclude"
-ADAPTER = "PEFT's own: an adapter, or its copy of a module to save"
+ADAPTER = "PEFT's own: an adapter"
+_BESIDE_FROZEN = "PEFT trains its adapters, and keeps the weights that they are added to frozen"
 _NOT_A_WEIGHT = "bias, norm or another vector"
 _UNKNOWN = "of {}, a kind of layer that is not mixed"
 _EMBEDDING = "embedding: name it in include to mix it"
@@ -104,7 +106,7 @@ def select(
     """
     groups = _tied(model)
     _check_globs([name for names in groups.values() for name, _ in names], include=include, exclude=exclude)
-    adapters = set(_adapters(model))
+    adapters = adapter_names(model)
     selection = Selection([], {scope: {} for scope in scopes})
     for members in groups.values():
         names = tuple(name for name, _ in members)
@@ -128,7 +130,7 @@ def select(
             selection.targets.append(_target(members, mask))
     if "layers" in scopes:
         _refuse_swapped(model, include, exclude)
-    _refuse_nothing(selection, [*include, *exclude])
+    _refuse_nothing(model, selection, [*include, *exclude])
     return selection
 
 
@@ -210,15 +212,6 @@ def _unfit(members: Sequence[tuple[str, nn.Module]]) -> str | None:
     return _QUANTIZED.format(packed) if packed else None
 
 
-def _adapters(model: nn.Module) -> Iterable[str]:
-    """Yield the names of PEFT's own weights, known by the attribute that its tuner layers list them in."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute in getattr(module, "adapter_layer_names", ()):
-            adapter = getattr(module, attribute, None)
-            if isinstance(adapter, nn.Module):
-                yield from (f"{path}.{attribute}.{name}".lstrip(".") for name, _ in adapter.named_parameters())
-
-
 def _check_globs(names: Sequence[str], **globs: Sequence[str]) -> None:
     for option, given in globs.items():
         for glob in given:
@@ -235,7 +228,7 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
     for path, module in model.named_modules():
         name = f"{path}.weight".lstrip(".")
         is_linear = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_conv1d(module)
-        if not is_linear or _excluded([name], include, exclude):
+        if not is_linear or is_wrapper(module) or _excluded([name], include, exclude):
             continue
         if hasattr(module, "parametrizations") or _has_old_weight_norm(module):
             continue  # it has parameters of its own, which are named as not mixed
@@ -250,18 +243,29 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
         )
 
 
-def _refuse_nothing(selection: Selection, globs: Sequence[str]) -> None:
+def _refuse_nothing(model: nn.Module, selection: Selection, globs: Sequence[str]) -> None:
     for scope, left in selection.left.items():
         targets = [one for one in selection.targets if scope == "parameters" or one.mask is not None]
         if any(target.weight.requires_grad for target in targets):
             continue
         reasons = Counter([*left.values(), *("frozen" for _ in targets)])
         told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        verb, other = ("mix", ", or name an embedding in include") if scope == "layers" else ("recall", "")
-        remedy = "Correct include and exclude" if globs else f"Unfreeze a weight{other}"
+        verb = "mix" if scope == "layers" else "recall"
+        remedy = "Correct include and exclude" if globs else _remedy(model, left, scope)
         raise SettingError(
             f"model: expected a trainable weight to {verb}, got none ({told or 'no parameters'}). {remedy}."
         )
+
+
+def _remedy(model: nn.Module, left: Mapping[str, str], scope: Scope) -> str:
+    """Say what to do where nothing is left to act on, by what is trained instead."""
+    trained = {left.get(name) for name, w in model.named_parameters(remove_duplicate=False) if w.requires_grad}
+    if ADAPTER in trained:
+        return f"{_BESIDE_FROZEN}. Leave it out, or name pretrained layers in PEFT's modules_to_save"
+    if scope == "layers":
+        recall = ", or take recadam, which recalls biases and norms" if _NOT_A_WEIGHT in trained else ""
+        return f"Unfreeze a weight, or name an embedding in include{recall}"
+    return "Unfreeze a weight"
 
 
 class Named(Protocol):

@@ -26,7 +26,9 @@ from surgery.roles import BUFFER, CLASS, Role
 NEW = "new: not in the checkpoint"
 
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
-_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+_PEFT = re.compile(
+    r"\.(?:token_adapter|base_layer|original_module|modules_to_save\.[^.]+|ln_tuning_layers\.[^.]+)(?=\.)"
+)
 
 
 @dataclass(frozen=True)
