@@ -44,6 +44,7 @@ class Target:
         names: all of them.
         owners: the modules that hold it, as `attribute`.
         mask: shape of the mask per input feature, and the repeats of its rows; None: it is not a layer's weight to mix.
+        owner_names: its first name in each of the owners.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Target:
     owners: tuple[nn.Module, ...]
     mask: tuple[Shape, int] | None
     attribute: str = "weight"
+    owner_names: tuple[str, ...] = ()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -137,8 +139,12 @@ def select(
 def _target(members: Sequence[tuple[str, nn.Module]], mask: tuple[Shape, int] | None) -> Target:
     """Make a target of a parameter's names; of one to mix, the owners are those that call it `weight`."""
     attribute = "weight" if mask is not None else members[0][0].rpartition(".")[2]
-    owners = dict.fromkeys(module for name, module in members if name.rpartition(".")[2] == attribute)
-    return Target(members[0][0], tuple(name for name, _ in members), tuple(owners), mask, attribute)
+    owners: dict[nn.Module, str] = {}
+    for name, module in members:
+        if name.rpartition(".")[2] == attribute:
+            owners.setdefault(module, name)
+    names = tuple(name for name, _ in members)
+    return Target(names[0], names, tuple(owners), mask, attribute, tuple(owners.values()))
 
 
 def _tied(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
