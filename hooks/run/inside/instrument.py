@@ -199,6 +199,8 @@ def _wrap_from_pretrained(session: Session, module: str, name: str) -> None:
     @wraps(load)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         session.on_from_pretrained()
-        return load(cls, *args, **kwargs)
+        loaded = load(cls, *args, **kwargs)
+        session.after_from_pretrained(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     kind.from_pretrained = classmethod(from_pretrained)

@@ -12,6 +12,7 @@ from surgery.recipe import TensorRecord
 
 from ..messages import LOADED_OVER, NOISE_OFF, RESUMED_WITHOUT
 from ..options import NOISYTUNE, Options
+from .adapters import LoadedValues, advise, has_adapter, refuse_unrepeatable
 from .filters import Filters
 from .loads import Loads
 from .models import Model
@@ -42,6 +43,7 @@ class Perturber:
         self._reporter = reporter
         self._resumed_without = WeakSet()  # what goes on from a run that had no noise
         self._marked: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # how many groups of each
+        self._loaded = LoadedValues()
         self._noise: Noise | None = None
         if options.noisytune is not None:
             self._noise = Noise(options.noisytune, options.seed or 0, loads.overwritten)
@@ -60,16 +62,19 @@ class Perturber:
         if self._noise is None:
             return
         try:
+            if not self._noise.has_any(top.parameters()):
+                refuse_unrepeatable(top, self._loaded)
             self._noise.add(top, trained, list(self._loads.filled), *self._filters.parameter_globs(top))
         except SurgeryError as error:
             self._reporter.refuse("noisytune", top, error)
             return
-        if any(hasattr(module, "adapter_layer_names") for module in top.modules()):  # PEFT's
-            flags = f"--lam {self._options.noisytune:g} --seed {self._options.seed or 0}"
-            self._reporter.add_note(
-                f"{type(top).__name__}: noise is on frozen weights, which an adapter is saved without: merge them, or "
-                f"load it onto what surgery perturb makes with {flags}."
-            )
+        if has_adapter(top):
+            self._reporter.add_note(f"{type(top).__name__}: {advise(top, self._noise.recipes(top))}")
+
+    def keep_loaded(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note what was loaded into these."""
+        if self._noise is not None:
+            self._loaded.keep(parameters)
 
     def before_fully_shard(self, module: nn.Module) -> None:
         """Perturb what fully_shard is about to split, which is too late for it then."""
@@ -82,6 +87,7 @@ class Perturber:
 
     def after_load(self, loaded: Sequence[nn.Parameter], models: Iterable[Model]) -> None:
         """Report a load that has taken the noise off a model that is trained, as between the folds of a loop."""
+        self.keep_loaded(loaded)
         for model in models:
             own = [one for one in loaded if model.holds([one])]
             self._report_noise_off(model, own)

@@ -117,6 +117,10 @@ class Session:
         """Note that weights are loaded."""
         self._reporter.record.has_loaded = True
 
+    def after_from_pretrained(self, model: nn.Module) -> None:
+        """Note which they are."""
+        self._perturber.keep_loaded(model.parameters())
+
     def before_load(self, module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Keep what load_state_dict is about to overwrite; return the parameters that there are."""
         self._reporter.record.has_loaded = True

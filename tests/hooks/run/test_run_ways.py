@@ -184,7 +184,7 @@ def test_peft(way: str, source: Path, tmp_path: Path) -> None:
         wanted = train_classifier(model, steps, objective=byhand.two_passes)
         (note,) = ran.records[0]["notes"]
         assert note == (
-            "PeftModelForSequenceClassification: noise is on frozen weights, which an adapter is saved without: merge "
+            "PeftModelForSequenceClassification: noise is on base weights, which an adapter is saved without: merge "
             "them, or load it onto what surgery perturb makes with --lam 0.15 --seed 0."
         )
         assert ran.err.count(f"surgery: rank 0: {note}\n") == 1
