@@ -19,7 +19,7 @@ from surgery.recipe import Recipe
 from ...weights.peft_layers import is_wrapper
 from ...weights.pretrained import local
 
-_REPEATED = frozenset(
+REPEATED = frozenset(
     "ADALORA BEFT BOFT C3A CPT DEFT DELORA FOURIERFT GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING LOHA LOKR LORA MISS "
     "OFT PEANUT PREFIX_TUNING PROMPT_TUNING PVERA P_TUNING RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS "
     "UNILORA VBLORA VERA WAVEFT".split()
@@ -74,8 +74,8 @@ def refuse_unrepeatable(model: nn.Module, loaded: LoadedValues) -> None:
     """
     for config in _configs(model):
         kind, init = str(getattr(config.peft_type, "value", config.peft_type)), getattr(config, "init_lora_weights", "")
-        if kind not in _REPEATED or str(init).lower().startswith(_REWRITING):
-            what = kind if kind not in _REPEATED else f"{kind} with init_lora_weights={init!r}"
+        if kind not in REPEATED or str(init).lower().startswith(_REWRITING):
+            what = kind if kind not in REPEATED else f"{kind} with init_lora_weights={init!r}"
             raise SourceError(
                 f"adapter: expected one that is made without the base weights, or saved with all that it takes from "
                 f"them, got {what}: noise that is added later is not in there. {_REMEDY}"

@@ -25,11 +25,18 @@ class Model:
         root: what the script calls, as far as is known.
         noise: what NoisyTune did to its tensors.
         patch: what else was done to it.
+        noisy: its parameters that have noise, by name.
         is_resumed: it goes on from weights that NoisyTune was applied to when the run began.
     """
 
     def __init__(
-        self, root: nn.Module, noise: Sequence[TensorRecord], patch: Patch | None, *, is_resumed: bool
+        self,
+        root: nn.Module,
+        noise: Sequence[TensorRecord],
+        patch: Patch | None,
+        *,
+        noisy: Mapping[str, nn.Parameter],
+        is_resumed: bool,
     ) -> None:
         self.steps = 0
         """Optimizer steps with a gradient of one of its weights."""
@@ -40,6 +47,8 @@ class Model:
         """The regularizers that have had an effect on it."""
         self.remarks: list[str] = []
         """What should be known of them at the end."""
+        self._noisy = len(noisy)
+        self._without_gradient = {name: weakref.ref(w) for name, w in noisy.items() if w.requires_grad}
         self._root = weakref.ref(root)
         self._patch = weakref.ref(patch) if patch is not None else None
         parameters = dict(root.named_parameters())
@@ -79,6 +88,31 @@ class Model:
         """Tell whether one of these is the model's own."""
         return self.is_alive and self.parameters.has_any(parameters)
 
+    @property
+    def unread(self) -> list[str]:
+        """Names of the trainable weights that have noise, but that no gradient has come to."""
+        return list(self._without_gradient) if self.steps else []
+
+    @property
+    def has_read_noise(self) -> bool:
+        """Some of its noise has an effect, as far as is known."""
+        return len(self.unread) < self._noisy
+
+    def on_gradients(self, changed: Sequence[nn.Parameter]) -> None:
+        """Count an optimizer's step, if one of the parameters that it changes is the model's own."""
+        if self.holds(changed):
+            self.steps += 1
+            waiting = self._without_gradient.items()
+            self._without_gradient = {name: of for name, of in waiting if not _is_read_or_frozen(of())}
+
+    def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Follow parameters that were replaced by others of their names."""
+        self.parameters.move(before, after)
+        new = {id(w): after[name] for name, w in before.items() if name in after}
+        for name, of in self._without_gradient.items():
+            if id(of()) in new:
+                self._without_gradient[name] = weakref.ref(new[id(of())])
+
     def is_complete(self, *, wants_patch: bool, wants_noise: bool) -> bool:
         """Tell whether everything was done to it that is asked for."""
         if wants_patch and not self.is_patched:
@@ -94,7 +128,7 @@ class Model:
         patch = self._patch() if self._patch is not None else None
         if patch is not None:
             self._measure(patch, is_last=is_last)
-        return self._entry | {"steps": self.steps}
+        return self._entry | {"steps": self.steps, "perturbed": self._entry["perturbed"] - len(self.unread)}
 
     def _measure(self, patch: Patch, *, is_last: bool) -> None:
         for settings, regularizer in zip(patch.settings, patch.regularizers, strict=True):
@@ -108,6 +142,10 @@ class Model:
         if is_last:
             with suppress(SurgeryError):  # another tool has taken the weights away
                 self._entry["distance"] = patch.weights.distance(is_whole=False)
+
+
+def _is_read_or_frozen(w: nn.Parameter | None) -> bool:
+    return w is not None and (w.grad is not None or not w.requires_grad)
 
 
 class Models:
@@ -129,7 +167,7 @@ class Models:
     def count_step(self, changed: Sequence[nn.Parameter]) -> None:
         """Count an optimizer's step for the models of these parameters."""
         for model in self._models:
-            model.steps += model.holds(changed)
+            model.on_gradients(changed)
 
     def is_any_complete(self, *, wants_patch: bool, wants_noise: bool) -> bool:
         """Tell whether everything that is asked for was done to one of them."""
@@ -138,4 +176,4 @@ class Models:
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names."""
         for model in self._models:
-            model.parameters.move(before, after)
+            model.move(before, after)

@@ -126,8 +126,9 @@ class Noise:
         return [one.recipe for one in self._perturbed if not one.is_undone and one.parameters.has_any(parameters)]
 
     def records(self, root: nn.Module) -> list[TensorRecord]:
-        """Return what was done to the tensors of a model."""
-        return [tensor for recipe in self.recipes(root) for tensor in recipe.tensors]
+        """Return what was done to the tensors of a model; to one that PEFT keeps a copy of, once."""
+        named = ({tensor.name: tensor for tensor in recipe.tensors} for recipe in self.recipes(root))
+        return [tensor for tensors in named for tensor in tensors.values()]
 
 
 def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:

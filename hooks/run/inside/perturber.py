@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SourceError, SurgeryError
+from surgery.errors import SourceError, SurgeryError, some
 from surgery.recipe import TensorRecord
 
 from ..messages import LOADED_OVER, NOISE_OFF, RESUMED_WITHOUT
@@ -97,6 +97,18 @@ class Perturber:
         for model in models:
             if (root := model.root) is not None:
                 self._report_noise_off(model, list(root.parameters()))
+            self._report_unread(model)
+
+    def _report_unread(self, model: Model) -> None:
+        """Report noise that has no effect."""
+        if not (unread := model.unread):
+            return
+        what = f"noise on {len(unread)} weights ({some(unread)}) has no effect, for no gradient has come to them."
+        if model.has_read_noise:
+            self._reporter.add_note(f"noisytune: {model.name}: {what}")
+        else:
+            model.acts.discard(NOISYTUNE)
+            self._reporter.add_fault(f"noisytune: {model.name}: {what}")
 
     def _report_noise_off(self, model: Model, parameters: Iterable[nn.Parameter]) -> None:
         if self._noise is not None and self._noise.probes.is_any_as_before(parameters):
@@ -183,6 +195,11 @@ class Perturber:
     def records(self, root: nn.Module) -> list[TensorRecord]:
         """Return what was done to the tensors of a model."""
         return self._noise.records(root) if self._noise is not None else []
+
+    def noisy(self, root: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters of a model that have noise, by name."""
+        named = root.named_parameters()
+        return {name: w for name, w in named if self._noise is not None and self._noise.probes.has(w)}
 
     def is_undone(self, root: nn.Module) -> bool:
         """Tell whether the noise was taken off a part of a model again."""

@@ -191,7 +191,7 @@ class Session:
             names = " and ".join(one.name for one in patch.settings if one.acts_on is not None)
             self._reporter.add_note(f"{type(root).__name__}: {FROM_SCRATCH.format(names)}")
         noise, is_resumed = self._perturber.records(root), self._perturber.is_undone(root)
-        model = Model(root, noise, patch, is_resumed=is_resumed)
+        model = Model(root, noise, patch, noisy=self._perturber.noisy(root), is_resumed=is_resumed)
         if model.is_patched or model.acts:
             self._models.add(model)
             self._reporter.report_model(model)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from surgery import perturb_model
 from surgery.cli import main
-from surgery.hooks.run.inside.adapters import LoadedValues, advise, refuse_unrepeatable
+from surgery.hooks.run.inside.adapters import REPEATED, LoadedValues, advise, refuse_unrepeatable
 from surgery.hooks.run.inside.noise import Noise
 from surgery.hooks.run.inside.snapshots import Snapshots
 
@@ -85,6 +85,15 @@ def test_adapter_is_loaded_onto_what_the_printed_flags_make(
     out = tmp_path / "out"
     assert has_logits(reload(perturbed(source, tmp_path / "noisy", found[1]), out), out)
     assert not has_logits(reload(source, out), out)
+
+
+def test_copy_of_a_pretrained_head_is_mixed_and_anchored(source: Path, tmp_path: Path) -> None:
+    flags = (*NOISE, "--mixout", "0.5", "--anchor", "0.1")
+    ran = train(tmp_path, source, LORA | {"modules_to_save": ["lm_head"]}, *flags)
+    assert ran.code == 0, ran.err
+    assert ran.records[0]["acts"] == ["anchor", "mixout", "noisytune"]
+    assert [(entry["mixed"], entry["perturbed"]) for entry in ran.models] == [(1, 9)]
+    assert ran.models[0]["distance"] > 0
 
 
 def test_merged_adapter_keeps_the_noise(source: Path, tmp_path: Path) -> None:
@@ -159,6 +168,18 @@ def test_noise_is_beside_a_prompt_but_not_on_a_teacher(source: Path) -> None:
     assert torch.equal(student.lm_head.weight, plain.lm_head.weight)
 
 
+def test_noise_on_a_copy_and_its_original_counts_once(source: Path) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(source), peft.LoraConfig(**LORA, modules_to_save=["lm_head"])
+    )
+    noise = Noise(0.5, 0, Snapshots())
+    noise.add(model, [w for w in model.parameters() if w.requires_grad], (), (), ())
+    names = [record.name for record in noise.records(model) if record.copied is None]
+    assert names.count("lm_head.weight") == 1
+    head = model.base_model.model.lm_head
+    assert torch.equal(head.original_module.weight, head.modules_to_save["default"].weight)
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "AdaLora": {"total_step": 9},
     "C3A": {"block_size": 8},
@@ -167,6 +188,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Gralora": {"r": 4, "gralora_k": 2},
     "IA3": {"feedforward_modules": []},
     "LNTuning": {"target_modules": ["input_layernorm"]},
+    "Miss": {"r": 4},
     "OFT": {"oft_block_size": 4},
     "PrefixTuning": {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"},
     "PromptEncoder": {"num_virtual_tokens": 2, "encoder_hidden_size": 8, "task_type": "CAUSAL_LM"},
@@ -178,19 +200,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "WaveFT": {"n_frequency": 9},
 } | {
     name: {}
-    for name in "BOFT Beft Deft Delora Glora HRA Hira Lily LoHa LoKr Lora Miss Peanut Pvera RandLora Supertuning "
+    for name in "BOFT Beft Deft Delora Glora HRA Hira Lily LoHa LoKr Lora Peanut Pvera RandLora Supertuning "
     "TinyLora UniLora Vera".split()
 }
 """Of every type that a run adds noise under."""
 
 
+def config(kind: str) -> Any:
+    targets = {} if "virtual" in str(CONFIGS[kind]) or kind == "CPT" else {"target_modules": QV}
+    return getattr(peft, f"{kind}Config")(**targets | CONFIGS[kind])
+
+
+def test_every_type_that_is_not_refused_is_tried() -> None:
+    assert {config(kind).peft_type.value for kind in CONFIGS} == REPEATED
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_every_adapter_that_is_not_refused_is_loaded_onto_the_noise(kind: str, source: Path, tmp_path: Path) -> None:
-    made = getattr(peft, f"{kind}Config")
-    settings = ({} if "virtual" in str(CONFIGS[kind]) or kind == "CPT" else {"target_modules": QV}) | CONFIGS[kind]
     torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(source), made(**settings))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(source), config(kind))
     refuse_unrepeatable(model, LoadedValues())
     perturb_model(model, lam=0.5)
     ids = torch.arange(5, 13).reshape(1, 8)
