@@ -8,13 +8,20 @@ from typing import Literal, Protocol
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
 from surgery.live.foreign import is_flat, is_zero3_shard
 
-from .layers import Shape, is_conv1d, is_read_by_attention, mask_shape, packing
+from .layers import (
+    Shape,
+    has_old_weight_norm,
+    is_conv1d,
+    is_part_of_weight,
+    is_read_by_attention,
+    mask_shape,
+    packing,
+)
 from .peft_layers import adapter_names, is_wrapper
 
 Scope = Literal["layers", "parameters"]
@@ -173,7 +180,7 @@ def is_match(glob: str, name: str) -> bool:
 
 def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tuple[Shape, int] | str:
     """Return the mask's shape, or why a parameter is never mixed. A linear layer's view of a tied weight goes first."""
-    if all(_is_part_of_weight(module, name.rpartition(".")[2]) for name, module in members):
+    if all(is_part_of_weight(module, name.rpartition(".")[2]) for name, module in members):
         return _PARAMETRIZED
     weights = [module for name, module in members if name.rpartition(".")[2] == "weight"]
     shapes = [(module, shape) for module in weights if (shape := mask_shape(module))]
@@ -194,17 +201,6 @@ def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tu
     if not linear and not is_requested:
         return _EMBEDDING
     return _IN_ATTENTION if is_read_by_attention(module) else shape
-
-
-def _is_part_of_weight(module: nn.Module, attribute: str) -> bool:
-    if attribute in ("weight_g", "weight_v"):
-        return _has_old_weight_norm(module)
-    return isinstance(module, ParametrizationList)
-
-
-def _has_old_weight_norm(module: nn.Module) -> bool:
-    """Tell whether nn.utils.weight_norm, without parametrize, has split the weight."""
-    return {"weight_g", "weight_v"} <= module._parameters.keys()
 
 
 def _unfit(members: Sequence[tuple[str, nn.Module]]) -> str | None:
@@ -236,7 +232,7 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
         is_linear = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_conv1d(module)
         if not is_linear or is_wrapper(module) or _excluded([name], include, exclude):
             continue
-        if hasattr(module, "parametrizations") or _has_old_weight_norm(module):
+        if hasattr(module, "parametrizations") or has_old_weight_norm(module):
             continue  # it has parameters of its own, which are named as not mixed
         if module._parameters.get("weight") is None:
             fault = "one that another tool swaps in (spectral_norm, FSDP 1, pruning)"
