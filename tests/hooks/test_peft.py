@@ -10,7 +10,7 @@ import seeded
 import torch
 from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertModel
 
 from surgery import perturb_model
 from surgery.errors import SettingError
@@ -235,7 +235,10 @@ def test_model_patched_before_peft_wraps_it(thaw: bool, tmp_path: Path) -> None:
     ids=["norms", "pooler", "tokens"],
 )
 def test_noise_is_that_of_the_checkpoint_on_originals_and_copies(config: Any, tmp_path: Path) -> None:
-    source = seeded.bert_folder(tmp_path / "source")
+    pretrained = seeded.bert(BertModel)
+    for norm in (module for module in pretrained.modules() if isinstance(module, nn.LayerNorm)):
+        nn.init.normal_(norm.weight)
+    pretrained.save_pretrained(source := tmp_path / "source")
     plain = BertForSequenceClassification.from_pretrained(source)
     perturb_model(plain, lam=0.5)
     model = get_peft_model(BertForSequenceClassification.from_pretrained(source), config)
