@@ -45,10 +45,10 @@ class Description:
 
     Each method of the registry adds an attribute of its name, its settings or None, and its facts, `idle_facts` of its
     Settings. Those of Mixout are `uncalled`, weights whose layers no forward in training mode has called yet, once
-    there was one, `replaced` and `kept`, names of the dropout rates set to 0 and of those that stay, and `unmixed`,
-    optimizer steps without it; of R-Drop `fired`, forwards that its KL was a part of, `missed`, optimizer steps without
-    it after some with it, and `unjoined`, names of losses that it has no formula for; of the anchor `anchored`,
-    optimizer steps that it acted in.
+    there was one, `uncalled_ties`, names in such layers of weights that other layers are called with, `replaced` and
+    `kept`, names of the dropout rates set to 0 and of those that stay, and `unmixed`, optimizer steps without it; of
+    R-Drop `fired`, forwards that its KL was a part of, `missed`, optimizer steps without it after some with it, and
+    `unjoined`, names of losses that it has no formula for; of the anchor `anchored`, optimizer steps that it acted in.
 
     Args:
         settings: of the methods at work; none if the model is not patched.

@@ -1,6 +1,6 @@
 """Forward hooks that put W_mix in the place of a layer's weight while it runs, and how each mask is drawn."""
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,9 @@ class MixedWeight(Mark):
         assert tracked.target.mask is not None
         self.tracked = tracked
         self.settings = settings
-        self.calls = 0
-        self.uses = 0
         self.is_traced = False
+        self._called = [False] * len(self.owners)
+        self._used = [False] * len(self.owners)
         self.hidden: torch.Tensor | None = None  # under torch.compile, while a layer runs
         self._mask_shape, self._repeats = tracked.target.mask
         self._passes = passes
@@ -82,32 +82,61 @@ class MixedWeight(Mark):
     @property
     def is_called(self) -> bool:
         """A layer that has this weight has run in training mode, so that it was mixed."""
-        return self.calls > 0 or self.is_traced
+        return any(self._called) or self.is_traced
 
     @property
     def is_used(self) -> bool:
         """It was mixed for a gradient: calls under no_grad train nothing."""
-        return self.uses > 0 or self.is_traced
+        return any(self._used) or self.is_traced
+
+    @property
+    def uncalled(self) -> tuple[str, ...]:
+        """Names of the layers that have not run in training mode, of a tied weight of which another one has."""
+        return self._names_without(self._called) if any(self._called) else ()
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the layers that it was not mixed in for a gradient, of a tied weight that was in another one."""
+        return self._names_without(self._used) if any(self._used) else ()
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Names of the layers that it was mixed in for a gradient."""
+        names = zip(self.tracked.target.owner_names, self._used, strict=True)
+        return tuple(name for name, is_used in names if is_used)
+
+    def _names_without(self, seen: Sequence[bool]) -> tuple[str, ...]:
+        owners = zip(self.tracked.target.owner_names, self.owners, seen, strict=True)
+        # T5 and BART keep their tied weight in an embedding that nothing reads
+        return tuple(name for name, module, is_seen in owners if not is_seen and not isinstance(module, nn.Embedding))
 
     @property
     def is_torn(self) -> bool:
         """In this pass, compiled and eager code have each drawn a mask for this tied weight."""
         return self._shared is not None and self._seeds is not None and self._seeds.is_drawn
 
-    def mixed(self, w: torch.Tensor) -> torch.Tensor:
+    def mixed(self, w: torch.Tensor, module: nn.Module) -> torch.Tensor:
         """Return W_mix for one call of a module, with a mask of its own or that of its tied weight."""
         is_traced = torch.compiler.is_compiling()
         rule = Rule(Chance(self.settings.p), self.settings.gradient == "official")
         mask = self._draw_traced(w) if is_traced else self._draw(w)
         if is_traced:
             self.is_traced = True
+            if len(self.owners) > 1:
+                self._note_call(module, is_for_gradient=True)
             if not self._passes.is_open:
                 self._passes.is_hidden = True
         else:
-            self.calls += 1
-            self.uses += torch.is_grad_enabled()
+            self._note_call(module, is_for_gradient=torch.is_grad_enabled())
             self._passes.uses += torch.is_grad_enabled()
         return mixed_weight(w, self.tracked.ready(w), mask, rule, is_traced=is_traced)
+
+    def _note_call(self, module: nn.Module, *, is_for_gradient: bool) -> None:
+        for index, owner in enumerate(self.owners):
+            if owner is module:
+                self._called[index] = True
+                if is_for_gradient:
+                    self._used[index] = True
 
     def _draw(self, w: torch.Tensor) -> torch.Tensor | Draw:
         chance = Chance(self.settings.p)
@@ -171,7 +200,7 @@ def shadow_weight(module: nn.Module, args: Any) -> None:
             f"{own.name}: expected a layer of a patched model, got one that was copied or loaded without it. "
             "Call unpatch_model or patch_model on the model that it is in now."
         )
-    mixed = own.mixed(w)
+    mixed = own.mixed(w, module)
     if torch.compiler.is_compiling():
         own.hidden = w
         module._parameters["weight"] = mixed  # type: ignore[assignment]

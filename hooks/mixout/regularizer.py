@@ -97,6 +97,13 @@ class MixoutRegularizer(AuditedRegularizer):
 
     def _check_calls(self, trained: Sequence[MixedWeight]) -> None:
         """Name the weights whose layers a whole forward has not called; refuse if that is all of them."""
+        for tied in trained:
+            if tied.uncalled:
+                _log.warning(
+                    "%s: expected a call of the layer in forward, got none: its tied weight is mixed only in other "
+                    "layers.",
+                    some(tied.uncalled),
+                )
         silent = [one.name for one in trained if not one.is_called]
         what = f"{some(silent)}: expected a call of the layer in forward, got none"
         if len(silent) == len(trained):
@@ -148,6 +155,7 @@ class MixoutRegularizer(AuditedRegularizer):
         replaced = [rate.name for rate in self.replaced if getattr(rate.module, rate.attribute, None) == 0]
         return {
             "uncalled": self._uncalled(root),
+            "uncalled_ties": tuple(name for one in self._mixed_in_part for name in one.unused),
             "replaced": tuple(replaced),
             "kept": tuple(rate.name for rate in self.kept),
             "unmixed": self.missed,
@@ -164,8 +172,22 @@ class MixoutRegularizer(AuditedRegularizer):
     def report(self) -> dict[str, Any]:
         mixed = [one for one in self.mixed if one.weight.requires_grad]
         if self._has_mixed:  # one of TRL's heads is never called, for instance
-            mixed = [one for one in mixed if one.is_used]
+            mixed = [one for one in mixed if one.is_used and not one.unused]
         return {"mixed": len(mixed)}
+
+    @property
+    def _mixed_in_part(self) -> list[MixedWeight]:
+        """The trainable tied weights that some of their layers are called with, and others not."""
+        if not self.settings.is_mixing:
+            return []
+        return [one for one in self.mixed if one.unused and one.weight.requires_grad]
+
+    def remarks(self) -> list[str]:
+        return [
+            f"mixout: {some(one.unused)}: no forward in training calls this layer. Its weight is tied, and mixed only "
+            f"where {some(one.used)} is called."
+            for one in self._mixed_in_part
+        ]
 
     def logs(self, root: nn.Module) -> dict[str, float]:
         """Return the share of the model's trainable elements that are mixed."""

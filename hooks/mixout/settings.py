@@ -39,7 +39,7 @@ class Mixout(Settings):
     verb = "mixed"
     flags = (Flag("granularity", get_args(Granularity), "What one mask value covers."),)
     missing = "no layer with pretrained weights was trained, so that none was mixed"
-    idle_facts = {"uncalled": (), "replaced": (), "kept": (), "unmixed": 0}
+    idle_facts = {"uncalled": (), "uncalled_ties": (), "replaced": (), "kept": (), "unmixed": 0}
     idle_report = {"mixed": 0}
     counts = ("mixed",)
 
@@ -79,6 +79,10 @@ class Mixout(Settings):
         if uncalled := facts["uncalled"]:
             reached = f"{len(uncalled)} (no forward in training reached them)"
             said.append(("NOT CALLED", f"{reached}: {first_of(uncalled)}"))
+        if ties := facts["uncalled_ties"]:
+            said.append(
+                ("NOT CALLED", f"{len(ties)} (tied: mixed only where other layers are called): {first_of(ties)}")
+            )
         for what, rates in (("set to 0", facts["replaced"]), ("kept", facts["kept"])):
             if rates:
                 said.append(("dropout", f"{len(rates)} {what}: {first_of(rates)}"))

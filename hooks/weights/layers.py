@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from surgery.live.foreign import packed_class
 
@@ -46,6 +47,18 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_read_by_attention(module: nn.Module) -> bool:
     """Tell whether nn.MultiheadAttention reads this layer's weight without calling the layer, so that no hook fires."""
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def is_part_of_weight(module: nn.Module, attribute: str) -> bool:
+    """Tell whether parametrize or weight_norm computes a layer's weight from this parameter."""
+    if attribute in ("weight_g", "weight_v"):
+        return has_old_weight_norm(module)
+    return isinstance(module, ParametrizationList)
+
+
+def has_old_weight_norm(module: nn.Module) -> bool:
+    """Tell whether nn.utils.weight_norm, without parametrize, has split the weight."""
+    return {"weight_g", "weight_v"} <= module._parameters.keys()
 
 
 def packing(weight: torch.Tensor) -> str | None:

@@ -1,27 +1,36 @@
 """Which parameters of a model methods act on, and why not the others: by layer, include and exclude, and newness."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
 from surgery.live.foreign import is_flat, is_zero3_shard
 
-from .layers import Shape, is_conv1d, is_read_by_attention, mask_shape, packing
+from .layers import (
+    Shape,
+    has_old_weight_norm,
+    is_conv1d,
+    is_part_of_weight,
+    is_read_by_attention,
+    mask_shape,
+    packing,
+)
+from .peft_layers import adapter_names, is_wrapper
 
 Scope = Literal["layers", "parameters"]
 """The weights of linear, convolution and embedding layers, or every parameter."""
 
 NEW = "new: it has no pretrained value"
 EXCLUDED = "in exclude"
-ADAPTER = "PEFT's own: an adapter, or its copy of a module to save"
+ADAPTER = "PEFT's own: an adapter"
+_BESIDE_FROZEN = "PEFT trains its adapters, and keeps the weights that they are added to frozen"
 _NOT_A_WEIGHT = "bias, norm or another vector"
 _UNKNOWN = "of {}, a kind of layer that is not mixed"
 _EMBEDDING = "embedding: name it in include to mix it"
@@ -42,6 +51,7 @@ class Target:
         names: all of them.
         owners: the modules that hold it, as `attribute`.
         mask: shape of the mask per input feature, and the repeats of its rows; None: it is not a layer's weight to mix.
+        owner_names: its first name in each of the owners.
     """
 
     name: str
@@ -49,6 +59,7 @@ class Target:
     owners: tuple[nn.Module, ...]
     mask: tuple[Shape, int] | None
     attribute: str = "weight"
+    owner_names: tuple[str, ...] = ()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -106,7 +117,7 @@ def select(
     """
     groups = _tied(model)
     _check_globs([name for names in groups.values() for name, _ in names], include=include, exclude=exclude)
-    adapters = set(_adapters(model))
+    adapters = adapter_names(model)
     selection = Selection([], {scope: {} for scope in scopes})
     for members in groups.values():
         names = tuple(name for name, _ in members)
@@ -130,15 +141,19 @@ def select(
             selection.targets.append(_target(members, mask))
     if "layers" in scopes:
         _refuse_swapped(model, include, exclude)
-    _refuse_nothing(selection, [*include, *exclude], may_wait=may_wait and not adapters)
+    _refuse_nothing(model, selection, [*include, *exclude], may_wait=may_wait and not adapters)
     return selection
 
 
 def _target(members: Sequence[tuple[str, nn.Module]], mask: tuple[Shape, int] | None) -> Target:
     """Make a target of a parameter's names; of one to mix, the owners are those that call it `weight`."""
     attribute = "weight" if mask is not None else members[0][0].rpartition(".")[2]
-    owners = dict.fromkeys(module for name, module in members if name.rpartition(".")[2] == attribute)
-    return Target(members[0][0], tuple(name for name, _ in members), tuple(owners), mask, attribute)
+    owners: dict[nn.Module, str] = {}
+    for name, module in members:
+        if name.rpartition(".")[2] == attribute:
+            owners.setdefault(module, name)
+    names = tuple(name for name, _ in members)
+    return Target(names[0], names, tuple(owners), mask, attribute, tuple(owners.values()))
 
 
 def _tied(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -167,7 +182,7 @@ def is_match(glob: str, name: str) -> bool:
 
 def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tuple[Shape, int] | str:
     """Return the mask's shape, or why a parameter is never mixed. A linear layer's view of a tied weight goes first."""
-    if all(_is_part_of_weight(module, name.rpartition(".")[2]) for name, module in members):
+    if all(is_part_of_weight(module, name.rpartition(".")[2]) for name, module in members):
         return _PARAMETRIZED
     weights = [module for name, module in members if name.rpartition(".")[2] == "weight"]
     shapes = [(module, shape) for module in weights if (shape := mask_shape(module))]
@@ -190,17 +205,6 @@ def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tu
     return _IN_ATTENTION if is_read_by_attention(module) else shape
 
 
-def _is_part_of_weight(module: nn.Module, attribute: str) -> bool:
-    if attribute in ("weight_g", "weight_v"):
-        return _has_old_weight_norm(module)
-    return isinstance(module, ParametrizationList)
-
-
-def _has_old_weight_norm(module: nn.Module) -> bool:
-    """Tell whether nn.utils.weight_norm, without parametrize, has split the weight."""
-    return {"weight_g", "weight_v"} <= module._parameters.keys()
-
-
 def _unfit(members: Sequence[tuple[str, nn.Module]]) -> str | None:
     """Return why no method can act on a parameter, whatever it is for."""
     name, module = members[0]
@@ -210,15 +214,6 @@ def _unfit(members: Sequence[tuple[str, nn.Module]]) -> str | None:
         return _COMPLEX
     packed = packing(weight)
     return _QUANTIZED.format(packed) if packed else None
-
-
-def _adapters(model: nn.Module) -> Iterable[str]:
-    """Yield the names of PEFT's own weights, known by the attribute that its tuner layers list them in."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute in getattr(module, "adapter_layer_names", ()):
-            adapter = getattr(module, attribute, None)
-            if isinstance(adapter, nn.Module):
-                yield from (f"{path}.{attribute}.{name}".lstrip(".") for name, _ in adapter.named_parameters())
 
 
 def _check_globs(names: Sequence[str], **globs: Sequence[str]) -> None:
@@ -237,9 +232,9 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
     for path, module in model.named_modules():
         name = f"{path}.weight".lstrip(".")
         is_linear = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_conv1d(module)
-        if not is_linear or _excluded([name], include, exclude):
+        if not is_linear or is_wrapper(module) or _excluded([name], include, exclude):
             continue
-        if hasattr(module, "parametrizations") or _has_old_weight_norm(module):
+        if hasattr(module, "parametrizations") or has_old_weight_norm(module):
             continue  # it has parameters of its own, which are named as not mixed
         if module._parameters.get("weight") is None:
             fault = "one that another tool swaps in (spectral_norm, FSDP 1, pruning)"
@@ -252,18 +247,29 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
         )
 
 
-def _refuse_nothing(selection: Selection, globs: Sequence[str], *, may_wait: bool) -> None:
+def _refuse_nothing(model: nn.Module, selection: Selection, globs: Sequence[str], *, may_wait: bool) -> None:
     for scope, left in selection.left.items():
         targets = [one for one in selection.targets if scope == "parameters" or one.mask is not None]
         if any(may_wait or target.weight.requires_grad for target in targets):
             continue
         reasons = Counter([*left.values(), *("frozen" for _ in targets)])
         told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        verb, other = ("mix", ", or name an embedding in include") if scope == "layers" else ("recall", "")
-        remedy = "Correct include and exclude" if globs else f"Unfreeze a weight{other}"
+        verb = "mix" if scope == "layers" else "recall"
+        remedy = "Correct include and exclude" if globs else _remedy(model, left, scope)
         raise SettingError(
             f"model: expected a trainable weight to {verb}, got none ({told or 'no parameters'}). {remedy}."
         )
+
+
+def _remedy(model: nn.Module, left: Mapping[str, str], scope: Scope) -> str:
+    """Say what to do where nothing is left to act on, by what is trained instead."""
+    trained = {left.get(name) for name, w in model.named_parameters(remove_duplicate=False) if w.requires_grad}
+    if ADAPTER in trained:
+        return f"{_BESIDE_FROZEN}. Leave it out, or name pretrained layers in PEFT's modules_to_save"
+    if scope == "layers":
+        recall = ", or take recadam, which recalls biases and norms" if _NOT_A_WEIGHT in trained else ""
+        return f"Unfreeze a weight, or name an embedding in include{recall}"
+    return "Unfreeze a weight"
 
 
 class Named(Protocol):

@@ -17,6 +17,7 @@ from surgery.errors import SourceError, some
 from surgery.live.names import NEW, Names, find_names, own_weights, pretrained_parts
 from surgery.progress import bar
 
+from .peft_layers import find_copies
 from .selection import Target
 from .tracked import Tracked
 
@@ -74,6 +75,7 @@ class _Live:
         for path, part in parts:
             if not any(map(is_loaded, part.parameters())):  # deepcopy and fully_shard lose the marks
                 pretrained |= {f"{path}.{name}".lstrip(".") for name in _in_checkpoint(part)}
+        pretrained |= {copy for copy, original in find_copies(model).items() if original in pretrained}
         self.fresh = parameters.keys() - pretrained if pretrained else set()
         if parts and not pretrained:
             _log.warning(

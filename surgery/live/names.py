@@ -24,9 +24,13 @@ from surgery.live.renames import CheckpointNames, Counterparts, match_names
 from surgery.roles import BUFFER, CLASS, Role
 
 NEW = "new: not in the checkpoint"
+LIVE_NAMES = "live names"
+"""Is in each note that tells of noise which `surgery perturb` does not repeat."""
 
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
-_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+_PEFT = re.compile(
+    r"\.(?:token_adapter|base_layer|original_module|modules_to_save\.[^.]+|ln_tuning_layers\.[^.]+)(?=\.)"
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def _apply(found: Counterparts, members: Mapping[str, str], names: Names, checkp
         else:
             names.copied[name] = NEW
     faults = {
-        f"have no counterpart of their shape in {checkpoint.id}: perturbed under their live names": converted,
+        f"have no counterpart of their shape in {checkpoint.id}: perturbed under their {LIVE_NAMES}": converted,
         f"have another dtype than in {checkpoint.id}: the same noise, rounded otherwise": cast,
     }
     return [f"{len(faulty)} tensors ({_few(faulty)}) {fault}" for fault, faulty in faults.items() if faulty]
@@ -176,11 +180,11 @@ def _few(names: list[str]) -> str:
 
 def _no_checkpoint(part: Any, checkpoint: CheckpointNames | None, *, is_given: bool) -> str:
     if checkpoint is None:
-        return f"no checkpoint found for {type(part).__name__}: live names were used"
+        return f"no checkpoint found for {type(part).__name__}: {LIVE_NAMES} were used"
     fault = f"expected names of {type(part).__name__}, got none in {checkpoint.id}"
     if is_given:
         raise SourceError(f"source: {fault}. Name the checkpoint that the model was loaded from.")
-    return f"{fault}: live names were used"
+    return f"{fault}: {LIVE_NAMES} were used"
 
 
 # -- the checkpoint side ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSequenceClassification, BertModel
+from transformers import AutoModelForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
 
 from surgery.errors import SettingError, SourceError
 from surgery.hooks import Description, Mixout, describe, patch_model, stats, unpatch_model
@@ -150,6 +150,59 @@ def test_layer_that_is_not_called_is_logged_once_and_named(caplog: pytest.LogCap
     ]
     assert describe(model).uncalled == ("lm_head.weight",)
     assert "NOT CALLED   1 (no forward in training reached them): lm_head.weight" in str(describe(model)).splitlines()
+
+
+class Fused(nn.Module):
+    """Reads its tied head's weight without a call of the head, as TRL's fused loss does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.lm_head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+        self.is_fused = True
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed_tokens(ids)
+        return F.linear(x, self.lm_head.weight) if self.is_fused else self.lm_head(x)
+
+
+def test_tied_layer_that_is_not_called_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = patch_model(Fused())
+    model(torch.tensor([0, 1]))
+    assert caplog.messages == [
+        "lm_head.weight: expected a call of the layer in forward, got none: "
+        "its tied weight is mixed only in other layers."
+    ]
+    assert (describe(model).uncalled, describe(model).uncalled_ties) == ((), ("lm_head.weight",))
+    line = "NOT CALLED   1 (tied: mixed only where other layers are called): lm_head.weight"
+    assert line in str(describe(model)).splitlines()
+    (mixout,) = model.__dict__["_surgery_patch"].regularizers
+    assert mixout.report() == {"mixed": 0}
+    assert mixout.remarks() == [
+        "mixout: lm_head.weight: no forward in training calls this layer. Its weight is tied, and mixed only where "
+        "embed_tokens.weight is called."
+    ]
+    model.is_fused = False
+    model(torch.tensor([0, 1]))
+    assert (describe(model).uncalled_ties, mixout.report(), mixout.remarks()) == ((), {"mixed": 1}, [])
+
+
+def test_tied_layer_that_compiled_code_does_not_call_is_named() -> None:
+    model = patch_model(Fused())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(2):
+        compiled(torch.tensor([0, 1]))
+    assert describe(model).uncalled_ties == ("lm_head.weight",)
+
+
+def test_embedding_that_only_holds_a_tied_weight_is_no_uncalled_layer(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = patch_model(T5ForConditionalGeneration(config)).train()
+    ids = torch.tensor([[1, 2, 3]])
+    model(input_ids=ids, labels=ids)
+    assert describe(model).uncalled_ties == ()
+    assert not any("expected a call" in message for message in caplog.messages)
 
 
 def test_model_of_which_no_layer_is_called_is_refused() -> None:

@@ -1,21 +1,25 @@
-"""LoRA of the real peft: adapters are not mixed, and a base that is frozen leaves nothing to mix."""
+"""The real peft: adapters are not mixed, copies of pretrained layers are; a frozen base leaves nothing to mix."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import seeded
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertModel
 
+from surgery import perturb_model
 from surgery.errors import SettingError
 from surgery.hooks import describe, patch_model, stats, unpatch_model
 
 # peft asks transformers by a name that it is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
-ADAPTER = "PEFT's own: an adapter, or its copy of a module to save"
+ADAPTER = "PEFT's own: an adapter"
+NEW = "new: it has no pretrained value"
 LORA = {"r": 2, "target_modules": ["query", "value"]}
 
 
@@ -35,7 +39,11 @@ def left_as(model: nn.Module, reason: str) -> set[str]:
 def test_frozen_base_leaves_nothing_to_mix(tmp_path: Path) -> None:
     model = get_peft_model(base(tmp_path), LoraConfig(**LORA))
     before = seeded.fingerprint(model)
-    message = r"^model: expected a trainable weight to mix, got none \(.*13 frozen; .*8 PEFT's own.*\)\. Unfreeze"
+    message = (
+        r"^model: expected a trainable weight to mix, got none \(.*13 frozen; .*8 PEFT's own: an adapter.*\)\. "
+        r"PEFT trains its adapters, and keeps the weights that they are added to frozen\. Leave it out, or name "
+        r"pretrained layers in PEFT's modules_to_save\.$"
+    )
     with pytest.raises(SettingError, match=message):
         patch_model(model)
     assert seeded.fingerprint(model) == before
@@ -50,18 +58,91 @@ def test_trainable_base_is_mixed_and_adapters_are_not(tmp_path: Path) -> None:
     assert "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight" in describe(model).mixed
 
 
-@pytest.mark.parametrize("modules", [["classifier"], ["pooler"]], ids=["new", "pretrained"])
-def test_modules_to_save_are_named_as_pefts(modules: list[str], tmp_path: Path) -> None:
-    config = LoraConfig(**LORA, modules_to_save=modules)
-    model = patch_model(trainable(get_peft_model(base(tmp_path), config)))
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("RandLora", {"target_modules": ["query"]}),
+        ("Pvera", {"target_modules": ["query"]}),
+        ("VBLoRA", {"target_modules": ["query"], "vector_length": 16, "num_vectors": 8}),
+        ("TinyLora", {"target_modules": ["query"]}),
+        ("Gralora", {"target_modules": ["query"], "r": 4, "gralora_k": 2}),
+        ("Frod", {"target_modules": ["query"]}),
+        ("HRA", {"target_modules": ["query"]}),
+        ("IA3", {"target_modules": ["query"], "feedforward_modules": []}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_adapters_that_are_linear_layers_are_no_swapped_weights(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = get_peft_model(base(tmp_path), getattr(peft, f"{kind}Config")(**settings))
+    with pytest.raises(
+        SettingError, match=r"^model: expected a trainable weight to mix, got none .*PEFT trains its ad"
+    ):
+        patch_model(model)
+
+
+COPY = "base_model.model.bert.pooler.modules_to_save.default.dense.weight"
+
+
+def test_copy_of_a_pretrained_layer_is_mixed_with_its_values(tmp_path: Path) -> None:
+    model = get_peft_model(base(tmp_path), LoraConfig(**LORA, modules_to_save=["pooler"]))
+    patch_model(model, mixout=0.5)
+    assert describe(model).mixed == (COPY,)
+    original = model.base_model.model.bert.pooler.original_module.dense.weight
+    assert torch.equal(seeded.w_pre_of(model)[COPY], original)
+    model.train()(**seeded.batch()).loss.backward()
+    assert describe(model).uncalled == ()
+
+
+def test_copy_of_a_pretrained_layer_takes_w_pre_from_the_checkpoint(tmp_path: Path) -> None:
+    model = get_peft_model(base(tmp_path), LoraConfig(**LORA, modules_to_save=["pooler"]))
+    values = model.get_parameter(COPY).detach().clone()
+    with torch.no_grad():
+        model.get_parameter(COPY).add_(1)
+    patch_model(model, w_pre=tmp_path)
+    assert torch.equal(seeded.w_pre_of(model)[COPY], values)
+
+
+def test_copy_of_a_pretrained_layer_is_anchored(tmp_path: Path) -> None:
+    model = get_peft_model(base(tmp_path), LoraConfig(**LORA, modules_to_save=["pooler"]))
+    patch_model(model, anchor=0.5)
+    before = model.get_parameter(COPY).detach().clone()
+    with torch.no_grad():
+        model.get_parameter(COPY).add_(1)
+    optimizer = torch.optim.SGD([model.get_parameter(COPY)], lr=1.0)
+    model.get_parameter(COPY).grad = torch.zeros_like(before)
+    optimizer.step()
+    torch.testing.assert_close(model.get_parameter(COPY).detach(), before + 0.5)
+
+
+def test_copy_of_a_new_layer_is_new(tmp_path: Path) -> None:
+    model = get_peft_model(base(tmp_path), LoraConfig(**LORA, modules_to_save=["classifier"]))
+    patch_model(trainable(model))
     saved = {name for name, _ in model.named_parameters() if "modules_to_save" in name}
-    assert saved
-    assert saved <= left_as(model, ADAPTER)
+    assert len(saved) == 2
+    assert saved <= left_as(model, NEW)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning:peft")
+def test_tuned_norms_are_recalled_and_refused_by_what_acts_on_layers(tmp_path: Path) -> None:
+    model = get_peft_model(base(tmp_path), LNTuningConfig(target_modules=["LayerNorm"]))
+    tuned = {name for name, w in model.named_parameters() if w.requires_grad}
+    assert len(tuned) == 10
+    for settings in ({"mixout": 0.7}, {"anchor": 0.1}):
+        with pytest.raises(SettingError, match=r"Unfreeze .*, or take recadam, which recalls biases and norms\.$"):
+            patch_model(model, **settings)
+    patch_model(model, recadam=100.0)
+    tracked = model.__dict__["_surgery_patch"].weights.of("parameters")
+    recalled = {one.name: one.values for one in tracked if one.weight.requires_grad}
+    assert recalled.keys() == tuned
+    name = next(iter(tuned))
+    assert torch.equal(recalled[name], model.get_parameter(name.replace("ln_tuning_layers.default", "base_layer")))
 
 
 def test_bias_only_training_leaves_nothing_to_mix(tmp_path: Path) -> None:
     model = get_peft_model(base(tmp_path), LoraConfig(**LORA, bias="all", modules_to_save=["classifier"]))
-    with pytest.raises(SettingError, match=r"13 frozen"):
+    with pytest.raises(SettingError, match=r"13 frozen.*PEFT trains its adapters"):
         patch_model(model)
 
 
@@ -141,3 +222,31 @@ def test_model_patched_before_peft_wraps_it(thaw: bool, tmp_path: Path) -> None:
     assert isinstance(model, PeftModel)
     unpatch_model(plain)
     assert not any("_surgery_mixed" in vars(module) for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning:peft")
+@pytest.mark.parametrize(
+    "config",
+    [
+        LNTuningConfig(target_modules=["LayerNorm"]),
+        LoraConfig(**LORA, modules_to_save=["pooler"]),
+        LoraConfig(**LORA, trainable_token_indices={"word_embeddings": [1, 2]}),
+    ],
+    ids=["norms", "pooler", "tokens"],
+)
+def test_noise_is_that_of_the_checkpoint_on_originals_and_copies(config: Any, tmp_path: Path) -> None:
+    pretrained = seeded.bert(BertModel)
+    for norm in (module for module in pretrained.modules() if isinstance(module, nn.LayerNorm)):
+        nn.init.normal_(norm.weight)
+    pretrained.save_pretrained(source := tmp_path / "source")
+    plain = BertForSequenceClassification.from_pretrained(source)
+    perturb_model(plain, lam=0.5)
+    model = get_peft_model(BertForSequenceClassification.from_pretrained(source), config)
+    perturb_model(model, lam=0.5)
+    noisy = dict(plain.named_parameters())
+    wrappers = (
+        r"base_model\.model\.|(token_adapter|base_layer|original_module|(modules_to_save|ln_tuning_layers)\.\w+)\."
+    )
+    for name, w in model.named_parameters():
+        if not any(part in name for part in ("lora_", "delta", "classifier")):
+            assert torch.equal(w, noisy[re.sub(wrappers, "", name)]), name

@@ -28,11 +28,18 @@ class Model:
         root: what the script calls, as far as is known.
         noise: what NoisyTune did to its tensors.
         patch: what else was done to it.
+        noisy: its parameters that have noise, by name.
         is_resumed: it goes on from weights that NoisyTune was applied to when the run began.
     """
 
     def __init__(
-        self, root: nn.Module, noise: Sequence[TensorRecord], patch: Patch | None, *, is_resumed: bool
+        self,
+        root: nn.Module,
+        noise: Sequence[TensorRecord],
+        patch: Patch | None,
+        *,
+        noisy: Mapping[str, nn.Parameter],
+        is_resumed: bool,
     ) -> None:
         self.steps = 0
         """Optimizer steps with a gradient of one of its weights."""
@@ -43,6 +50,8 @@ class Model:
         """The regularizers that have had an effect on it."""
         self.remarks: list[str] = []
         """What should be known of them at the end."""
+        self._noisy: set[str] = set()
+        self._without_gradient: dict[str, weakref.ref[nn.Parameter]] = {}
         self._root = weakref.ref(root)
         self._patch = weakref.ref(patch) if patch is not None else None
         parameters = dict(root.named_parameters())
@@ -63,13 +72,16 @@ class Model:
             "distance": None,
         }
         self._history = History()
-        self._take_noise(noise)
+        self._take_noise(noise, noisy)
         # it keeps the layers, not the root, which may therefore go; a root that is a layer would stay
         tracked = patch.weights.tracked if patch is not None and patch.weights is not None else ()
         if patch is not None and not any(module is root for one in tracked for module in one.target.owners):
             weakref.finalize(root, self._measure, patch, is_last=True).atexit = False
 
-    def _take_noise(self, noise: Sequence[TensorRecord]) -> None:
+    def _take_noise(self, noise: Sequence[TensorRecord], noisy: Mapping[str, nn.Parameter]) -> None:
+        added = {name: w for name, w in noisy.items() if name not in self._noisy}
+        self._noisy |= added.keys()
+        self._without_gradient |= {name: weakref.ref(w) for name, w in added.items() if w.requires_grad}
         self._entry["perturbed"] = sum(tensor.copied is None for tensor in noise)
         if self._entry["perturbed"]:
             self.acts.add(NOISYTUNE)
@@ -95,10 +107,41 @@ class Model:
         """Return those of its parameters that were frozen, and are trained now."""
         return [one for one in parameters if one in self.waiting] if self.waiting else []
 
-    def stop_waiting(self, parameters: Iterable[nn.Parameter], noise: Sequence[TensorRecord]) -> None:
+    def stop_waiting(
+        self,
+        parameters: Iterable[nn.Parameter],
+        noise: Sequence[TensorRecord],
+        noisy: Mapping[str, nn.Parameter],
+    ) -> None:
         """Take in that parameters are trained, and what NoisyTune has done to its tensors by now."""
         self.waiting.remove(parameters)
-        self._take_noise(noise)
+        self._take_noise(noise, noisy)
+
+    @property
+    def unread(self) -> list[str]:
+        """Names of the trainable weights that have noise, but that no gradient has come to."""
+        return list(self._without_gradient) if self.steps else []
+
+    @property
+    def has_read_noise(self) -> bool:
+        """Some of its noise has an effect, as far as is known."""
+        return len(self.unread) < len(self._noisy)
+
+    def on_gradients(self, changed: Sequence[nn.Parameter]) -> None:
+        """Count an optimizer's step, if one of the parameters that it changes is the model's own."""
+        if self.holds(changed):
+            self.steps += 1
+            waiting = self._without_gradient.items()
+            self._without_gradient = {name: of for name, of in waiting if not _is_read_or_frozen(of())}
+
+    def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+        """Follow parameters that were replaced by others of their names."""
+        self.parameters.move(before, after)
+        self.waiting.move(before, after)
+        new = {id(w): after[name] for name, w in before.items() if name in after}
+        for name, of in self._without_gradient.items():
+            if id(of()) in new:
+                self._without_gradient[name] = weakref.ref(new[id(of())])
 
     def is_complete(self, asked: Collection[str]) -> bool:
         """Tell whether it has all regularizers that are asked for."""
@@ -114,7 +157,8 @@ class Model:
         if patch is not None:
             self._measure(patch, is_last=is_last)
             self._add_to_history(patch)
-        return self._entry | {"steps": self.steps, "history": self._history.rows}
+        perturbed = self._entry["perturbed"] - len(self.unread)
+        return self._entry | {"steps": self.steps, "perturbed": perturbed, "history": self._history.rows}
 
     def _add_to_history(self, patch: Patch) -> None:
         distance = partial(patch.weights.distance, is_whole=False) if patch.weights is not None else None
@@ -136,6 +180,10 @@ class Model:
                 self._entry["distance"] = patch.weights.distance(is_whole=False)
 
 
+def _is_read_or_frozen(w: nn.Parameter | None) -> bool:
+    return w is not None and (w.grad is not None or not w.requires_grad)
+
+
 class Models:
     """The models of a process that something was done to, in the order in which it was."""
 
@@ -155,7 +203,7 @@ class Models:
     def count_step(self, changed: Sequence[nn.Parameter]) -> None:
         """Count an optimizer's step for the models of these parameters."""
         for model in self._models:
-            model.steps += model.holds(changed)
+            model.on_gradients(changed)
 
     def is_any_complete(self, asked: Collection[str]) -> bool:
         """Tell whether one of them has all regularizers that are asked for."""
@@ -164,5 +212,4 @@ class Models:
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names."""
         for model in self._models:
-            model.parameters.move(before, after)
-            model.waiting.move(before, after)
+            model.move(before, after)

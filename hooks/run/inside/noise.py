@@ -10,6 +10,7 @@ from surgery.errors import SourceError
 from surgery.live.names import NEW, find_names, pretrained_parts, unwrap
 from surgery.recipe import Recipe, TensorRecord
 
+from ...weights.peft_layers import find_copies
 from ...weights.selection import is_match
 from ...weights.sources import LOADED
 from .probes import Probes
@@ -119,11 +120,15 @@ class Noise:
         """Tell whether it was taken off a part of a model again."""
         return any(one.is_undone and one.parameters.has_any(root.parameters()) for one in self._perturbed)
 
-    def records(self, root: nn.Module) -> list[TensorRecord]:
-        """Return what was done to the tensors of a model."""
+    def recipes(self, root: nn.Module) -> list[Recipe]:
+        """Return what was done to the parts of a model."""
         parameters = list(root.parameters())
-        kept = [one for one in self._perturbed if not one.is_undone and one.parameters.has_any(parameters)]
-        return [tensor for one in kept for file in one.recipe.files for tensor in file.tensors]
+        return [one.recipe for one in self._perturbed if not one.is_undone and one.parameters.has_any(parameters)]
+
+    def records(self, root: nn.Module) -> list[TensorRecord]:
+        """Return what was done to the tensors of a model; to one that PEFT keeps a copy of, once."""
+        named = ({tensor.name: tensor for tensor in recipe.tensors} for recipe in self.recipes(root))
+        return [tensor for tensors in named for tensor in tensors.values()]
 
 
 def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:
@@ -138,7 +143,18 @@ def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:
 def _parts(top: nn.Module, trained: Set[int], loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Yield what is pretrained and trained of a model, with its path."""
     parts = list(pretrained_parts(top)) or _filled_parts(top, loaded) or [("", top)]
-    yield from ((path, part) for path, part in parts if not trained.isdisjoint(map(id, part.parameters())))
+    yield from ((path, part) for path, part in parts if _is_trained(part, trained) or _has_prompt(top, path, trained))
+
+
+def _is_trained(module: nn.Module, trained: Set[int]) -> bool:
+    return not trained.isdisjoint(map(id, module.parameters()))
+
+
+def _has_prompt(top: nn.Module, path: str, trained: Set[int]) -> bool:
+    """Tell whether PEFT trains something for a part beside it, such as a prompt."""
+    names = path.split(".")
+    around = [top.get_submodule(".".join(names[:count])) for count in range(len(names))] if path else []
+    return any(hasattr(one, "peft_config") and _is_trained(one, trained) for one in around)
 
 
 def _filled_parts(top: nn.Module, loaded: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -154,10 +170,11 @@ def _excluded_names(part: nn.Module, path: str, include: Sequence[str], exclude:
     """Return the checkpoint's names of what is not to be perturbed."""
     parameters = dict(part.named_parameters(remove_duplicate=False))
     is_marked = any(hasattr(parameter, LOADED) for parameter in parameters.values())
+    originals = find_copies(part)
     left = set()
-    for name, parameter in parameters.items():
+    for name in parameters:
         live = f"{path}.{name}".lstrip(".")
-        is_new = is_marked and not hasattr(parameter, LOADED)
+        is_new = is_marked and not hasattr(parameters[originals.get(name, name)], LOADED)
         is_out = any(is_match(glob, live) for glob in exclude)
         if is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
             left.add(name)

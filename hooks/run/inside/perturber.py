@@ -7,11 +7,12 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, some
 from surgery.recipe import TensorRecord
 
 from ..messages import LOADED_OVER, NOISE_OFF, RESUMED_WITHOUT
 from ..options import NOISYTUNE, Options
+from .adapters import LoadedValues, advise, has_adapter, refuse_unrepeatable
 from .filters import Filters
 from .loads import Loads
 from .models import Model
@@ -44,6 +45,7 @@ class Perturber:
         self._resumed_without = WeakSet()  # what goes on from a run that had no noise
         self._deferred = WeakSet()
         self._marked: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # how many groups of each
+        self._loaded = LoadedValues()
         self._noise: Noise | None = None
         if options.noisytune is not None:
             self._noise = Noise(options.noisytune, options.noise_seed, loads.overwritten)
@@ -67,16 +69,19 @@ class Perturber:
             return
         try:
             with handled():
+                if not self._noise.has_any(top.parameters()):
+                    refuse_unrepeatable(top, self._loaded)
                 self._noise.add(top, trained, list(self._loads.filled), *self._filters.parameter_globs(top))
         except SurgeryError as error:
             self._reporter.refuse([NOISYTUNE], top, str(error))
             return
-        if any(hasattr(module, "adapter_layer_names") for module in top.modules()):  # PEFT's
-            flags = f"--lam {self._options.noisytune:g} --seed {self._options.noise_seed}"
-            self._reporter.add_note(
-                f"{type(top).__name__}: noise is on frozen weights, which an adapter is saved without: merge them, or "
-                f"load it onto what surgery perturb makes with {flags}."
-            )
+        if has_adapter(top):
+            self._reporter.add_note(f"{type(top).__name__}: {advise(top, self._noise.recipes(top))}")
+
+    def keep_loaded(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note what was loaded into these."""
+        if self._noise is not None:
+            self._loaded.keep(parameters)
 
     def before_fully_shard(self, module: nn.Module) -> None:
         """Perturb what fully_shard is about to split, which is too late for it then."""
@@ -89,6 +94,7 @@ class Perturber:
 
     def after_load(self, loaded: Sequence[nn.Parameter], models: Iterable[Model]) -> None:
         """Report a load that has taken the noise off a model that is trained, as between the folds of a loop."""
+        self.keep_loaded(loaded)
         for model in models:
             own = [one for one in loaded if model.holds([one])]
             self._report_noise_off(model, own)
@@ -98,6 +104,18 @@ class Perturber:
         for model in models:
             if (root := model.root) is not None:
                 self._report_noise_off(model, list(root.parameters()))
+            self._report_unread(model)
+
+    def _report_unread(self, model: Model) -> None:
+        """Report noise that has no effect."""
+        if not (unread := model.unread):
+            return
+        what = f"noise on {len(unread)} weights ({some(unread)}) has no effect, for no gradient has come to them."
+        if model.has_read_noise:
+            self._reporter.add_note(f"noisytune: {model.name}: {what}")
+        else:
+            model.acts.discard(NOISYTUNE)
+            self._reporter.add_fault(f"noisytune: {model.name}: {what}")
 
     def _report_noise_off(self, model: Model, parameters: Iterable[nn.Parameter]) -> None:
         if self._noise is not None and self._noise.probes.is_any_as_before(parameters):
@@ -186,6 +204,11 @@ class Perturber:
     def records(self, root: nn.Module) -> list[TensorRecord]:
         """Return what was done to the tensors of a model."""
         return self._noise.records(root) if self._noise is not None else []
+
+    def noisy(self, root: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters of a model that have noise, by name."""
+        named = root.named_parameters()
+        return {name: w for name, w in named if self._noise is not None and self._noise.probes.has(w)}
 
     def is_undone(self, root: nn.Module) -> bool:
         """Tell whether the noise was taken off a part of a model again."""

@@ -48,6 +48,10 @@ class Probes:
             if len(kept):
                 self._probes[one] = _Probe(places[kept], was[kept], now[kept])
 
+    def has(self, parameter: nn.Parameter) -> bool:
+        """Tell whether the noise has changed this one."""
+        return parameter in self._probes
+
     def lost(self, parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
         """Count which of these have other elements than the noise made of them, and all that have a probe."""
         probed = [one for one in parameters if one in self._probes]

@@ -82,7 +82,7 @@ class Session:
             if root is not None and own:
                 self._perturber.perturb(root, own)
                 self._patcher.take_w_pre(root, own)
-                model.stop_waiting(own, self._perturber.records(root))
+                model.stop_waiting(own, self._perturber.records(root), self._perturber.noisy(root))
 
     def on_param_group_added(self, optimizer: Optimizer) -> None:
         """Do the same for what an optimizer got later."""
@@ -120,8 +120,8 @@ class Session:
             has_stepped: the optimizer has changed the weights already.
         """
         held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
-        self._models.count_step(held)
         self._train_late(held)
+        self._models.count_step(held)
         if self._pending.parameters.has_any(held):
             self._patch_unseen(held, has_stepped=has_stepped)
         self._exit_if_in_vain()
@@ -137,6 +137,7 @@ class Session:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(model, nn.Module):
             self._loads.pretrained.add(model)
+            self._perturber.keep_loaded(model.parameters())
 
     def before_load(self, module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Keep what load_state_dict is about to overwrite; return the parameters that there are."""
@@ -212,7 +213,7 @@ class Session:
             names = " and ".join(one.name for one in patch.settings if one.acts_on is not None)
             self._reporter.add_note(f"{type(root).__name__}: {FROM_SCRATCH.format(names)}")
         noise, is_resumed = self._perturber.records(root), self._perturber.is_undone(root)
-        model = Model(root, noise, patch, is_resumed=is_resumed)
+        model = Model(root, noise, patch, noisy=self._perturber.noisy(root), is_resumed=is_resumed)
         if model.methods or model.acts or model.waiting:
             self._models.add(model)
             self._reporter.report_model(model)

@@ -108,3 +108,51 @@ def test_model_from_scratch_is_warned_of(args: tuple[str, ...], is_warned: bool,
     assert ran.code == 0
     line = "Linear: no load of pretrained weights was seen: by mixout and anchor it is held near its random start"
     assert (line in ran.err) == is_warned
+
+
+NO_GRADIENT = "has no effect, for no gradient has come to them."
+UNREAD = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.late, self.pooler = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+    def forward(self, x, step):
+        x = self.frozen(self.body(x))
+        return self.late(x) if step else x
+
+def main():
+    model = Net()
+    model.load_state_dict(Net().state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        {call}.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+main()
+"""
+
+
+def test_noise_on_weights_that_no_gradient_comes_to_is_named(tmp_path: Path) -> None:
+    ran = run(tmp_path, UNREAD.replace("{call}", "model(torch.ones(2, 4), step)"), "--noisytune", "0.15")
+    assert ran.code == 0, ran.err
+    (note,) = ran.records[0]["notes"]
+    assert note == f"noisytune: Net: noise on 2 weights (pooler.weight, pooler.bias) {NO_GRADIENT}"
+    assert [(entry["perturbed"], entry["steps"]) for entry in ran.models] == [(6, 2)]
+
+
+def test_noise_that_no_gradient_comes_to_at_all_has_not_acted(tmp_path: Path) -> None:
+    script = UNREAD.replace(
+        "self.frozen = nn.Linear(4, 4).requires_grad_(False)", "self.scale = nn.Parameter(torch.ones(1))"
+    )
+    script = script.replace("x = self.frozen(self.body(x))", "return self.scale * x")
+    ran = run(tmp_path, script.replace("{call}", "model(torch.ones(2, 4), step)"), "--noisytune", "0.15")
+    assert ran.code == 0, ran.err
+    assert ran.records[0]["acts"] == []
+    assert ran.records[0]["faults"] == [
+        f"noisytune: Net: noise on 6 weights (body.weight, body.bias, ...) {NO_GRADIENT}"
+    ]

@@ -184,7 +184,7 @@ def test_peft(way: str, source: Path, tmp_path: Path) -> None:
         wanted = train_classifier(model, steps, objective=byhand.two_passes)
         (note,) = ran.records[0]["notes"]
         assert note == (
-            "PeftModelForSequenceClassification: noise is on frozen weights, which an adapter is saved without: merge "
+            "PeftModelForSequenceClassification: noise is on base weights, which an adapter is saved without: merge "
             "them, or load it onto what surgery perturb makes with --lam 0.15 --seed 0."
         )
         assert ran.err.count(f"surgery: {note}\n") == 1
@@ -201,6 +201,7 @@ def test_mixout_is_refused_for_lora(source: Path, tmp_path: Path) -> None:
     ran = run(tmp_path, "with_peft.py", *byhand.MIXOUT, args=("lora", source, tmp_path / "final.pt"))
     assert ran.code == 3
     assert "expected a trainable weight to mix, got none" in ran.err
+    assert "PEFT trains its adapters, and keeps the weights that they are added to frozen. Leave it out" in ran.err
     assert "noise" not in ran.err
 
 
