@@ -24,7 +24,7 @@ from surgery.live.renames import CheckpointNames, Counterparts, match_names
 from surgery.roles import BUFFER, CLASS, Role
 
 NEW = "new: not in the checkpoint"
-LIVE_NAMES = "live names"
+LIVE_NAMES = "the names in the model"
 """Is in each note that tells of noise which `surgery perturb` does not repeat."""
 
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
@@ -168,7 +168,7 @@ def _apply(found: Counterparts, members: Mapping[str, str], names: Names, checkp
         else:
             names.copied[name] = NEW
     faults = {
-        f"have no counterpart of their shape in {checkpoint.id}: perturbed under their {LIVE_NAMES}": converted,
+        f"have no counterpart of their shape in {checkpoint.id}: perturbed under {LIVE_NAMES}": converted,
         f"have another dtype than in {checkpoint.id}: the same noise, rounded otherwise": cast,
     }
     return [f"{len(faulty)} tensors ({_few(faulty)}) {fault}" for fault, faulty in faults.items() if faulty]

@@ -195,7 +195,7 @@ def test_perturb_model_reports_fused_experts(kind: Any, config: Any, tmp_path: P
     assert all(not torch.equal(before[name], live.state_dict()[name]) for name in fused)
     assert len(recipe.notes) == 1
     assert recipe.notes[0].startswith("4 tensors (model.layers.0.mlp.experts.")
-    assert recipe.notes[0].endswith(f"no counterpart of their shape in {source}: perturbed under their live names")
+    assert recipe.notes[0].endswith(f"no counterpart of their shape in {source}: perturbed under the names in the model")
     assert recipe.notes == Recipe.from_json(recipe.to_json()).notes
 
 
@@ -296,10 +296,10 @@ def test_perturb_model_perturbs_both_parts_of_a_two_tower_model(tmp_path: Path) 
 
 def test_perturb_model_without_a_checkpoint_uses_live_names() -> None:
     recipe = perturb_model(make(auto.BertModel, BERT))
-    assert recipe.notes == ("no checkpoint found for BertModel: live names were used",)
+    assert recipe.notes == ("no checkpoint found for BertModel: the names in the model were used",)
     assert recipe.source == "BertModel"
     recipe = perturb_model(torch.nn.DataParallel(torch.nn.Linear(4, 4)))
-    assert recipe.notes == ("no checkpoint found for Linear: live names were used",)
+    assert recipe.notes == ("no checkpoint found for Linear: the names in the model were used",)
     assert [tensor.name for tensor in recipe.tensors] == ["weight", "bias"]
 
 
@@ -357,7 +357,7 @@ def test_perturb_model_reads_the_hubs_cache_and_not_the_network(
     recipe = perturb_model(live)
     assert (recipe.source, recipe.commit, recipe.notes) == ("us/tiny", sha, ())
     live.config._name_or_path = "us/absent"
-    assert perturb_model(live).notes == ("no checkpoint found for BertModel: live names were used",)
+    assert perturb_model(live).notes == ("no checkpoint found for BertModel: the names in the model were used",)
 
 
 def test_perturb_model_reads_sharded_names(tmp_path: Path) -> None:

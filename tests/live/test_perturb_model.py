@@ -248,7 +248,7 @@ def test_one_glob_may_be_a_string() -> None:
 
 def test_names_that_cannot_be_mapped_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     perturb_model(torch.nn.Linear(5, 5))
-    assert caplog.messages == ["no checkpoint found for Linear: live names were used"]
+    assert caplog.messages == ["no checkpoint found for Linear: the names in the model were used"]
 
 
 def test_noise_lost_in_rounding_is_logged(caplog: pytest.LogCaptureFixture) -> None:

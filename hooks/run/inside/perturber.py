@@ -138,6 +138,9 @@ class Perturber:
         """Take in which noise the run had that an optimizer goes on with."""
         if self._noise is None:
             return
+        late = [one for group in optimizer.param_groups for one in group["params"] if one in self._deferred]
+        for top, parameters in find_tops(late):
+            self.perturb(top, parameters)  # to be taken off again, as from all that had it when it was saved
         for group, saved in zip(optimizer.param_groups, groups, strict=False):
             marks = {name: saved.get(name) for name in self._marks}
             if marks[LAM] is None:
