@@ -54,8 +54,9 @@ class Candidates:
         if _is_pretrained(top):
             return False
         size = sum(parameter.numel() for parameter in top.parameters())
-        bodies = [one for one in self._loads.pretrained if _is_head_of(size, one)]
-        beside = next(iter([*self._pretrained, *bodies]), None)
+        trained = [one for one in self._pretrained if type(one) is not type(top)]  # not that of another fold
+        loaded = [one for one in self._loads.pretrained if _is_head_of(size, one)]
+        beside = next(iter([*trained, *loaded]), None)
         if beside is not None:
             self._reporter.add_note(NEW_BESIDE.format(type(top).__name__, type(beside).__name__))
         return beside is not None
