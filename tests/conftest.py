@@ -88,7 +88,7 @@ def run_cli(tmp_path: Path) -> Callable[..., Ran]:
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Have this very process use a Hub of `tests/helpers/hub.py`, which otherwise the environment decides at import."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     def use(hub: Any) -> None:
         home = tmp_path / "hf-home"
@@ -98,6 +98,8 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any
         paths = {"HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token")}
         for name, value in (settings | paths).items():
             monkeypatch.setattr(constants, name, value)
+        if hasattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE"):  # huggingface_hub 0
+            monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
