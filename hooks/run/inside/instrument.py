@@ -198,7 +198,7 @@ def _wrap_from_pretrained(session: Session, module: str, name: str) -> None:
 
     @wraps(load)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        session.on_from_pretrained()
-        return load(cls, *args, **kwargs)
+        with session.from_pretrained():
+            return load(cls, *args, **kwargs)
 
     kind.from_pretrained = classmethod(from_pretrained)
