@@ -1,6 +1,7 @@
 # make demo   install, and perturb a real checkpoint
 # make test   install, and run the tests
 # make test-all  the same, with the sweeps over every model type of transformers, and more mutated files
+# make test-transformers-4  run those that are about transformers or the Hub's client with transformers 4
 # make check  install, and run formatter, linter and type checker
 # make bench  install, and run the benchmarks
 # make model-types  sweep the installed transformers and diffusers, and write surgery/checkpoint/model_types.json again
@@ -8,8 +9,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_4 := .venv-transformers-4
+SITE := from site import getsitepackages; print(getsitepackages()[0])
 
-.PHONY: demo test test-all check bench model-types clean
+.PHONY: demo test test-all test-transformers-4 check bench model-types clean
 
 demo: $(VENV)/.installed
 	rm -rf demo-out
@@ -21,6 +24,9 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	SURGERY_TEST_ALL=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
+
+test-transformers-4: $(VENV_4)/.installed
+	$(VENV_4)/bin/python -m pytest -n logical --maxprocesses 8 -m transformers $$(grep -rl --include='test_*.py' mark.transformers tests)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -42,5 +48,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,test,check]'
 	touch $@
 
+# all but transformers and its dependencies is that of $(VENV): torch alone would take minutes
+$(VENV_4)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV_4)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" > "$$($(VENV_4)/bin/python -c '$(SITE)')/base.pth"
+	$(VENV_4)/bin/python -m pip install --quiet --no-warn-conflicts transformers==4.57.6
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out
+	rm -rf $(VENV) $(VENV_4) build dist *.egg-info demo-out

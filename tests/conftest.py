@@ -1,5 +1,6 @@
 """Shared helpers: seeded tiny checkpoints, the real command line in a subprocess, digests of whole folders."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core already; read 
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
@@ -88,7 +90,7 @@ def run_cli(tmp_path: Path) -> Callable[..., Ran]:
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Have this very process use a Hub of `tests/helpers/hub.py`, which otherwise the environment decides at import."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     def use(hub: Any) -> None:
         home = tmp_path / "hf-home"
@@ -98,6 +100,8 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any
         paths = {"HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token")}
         for name, value in (settings | paths).items():
             monkeypatch.setattr(constants, name, value)
+        if hasattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE"):  # huggingface_hub 0
+            monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -105,12 +109,30 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any
 
 
 @pytest.fixture
-def refuses(run_cli: Callable[..., Ran], tmp_path: Path) -> Callable[..., None]:
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Run `surgery ARGS` in tmp_path, without a Hub, in this very process: one of its own takes a second to import."""
+    from huggingface_hub import constants
+
+    from surgery.cli import main
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-home/hub"))
+
+    def run(*args: object) -> Ran:
+        with contextlib.chdir(tmp_path):
+            done = CliRunner().invoke(main, [*map(str, args)])
+        return Ran(done.exit_code, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def refuses(run_here: Callable[..., Ran], tmp_path: Path) -> Callable[..., None]:
     """Assert that `surgery perturb ARGS` prints this one line, exits 1, and changes nothing on the disk."""
 
-    def check(message: str, *args: object, **kwargs: Any) -> None:
+    def check(message: str, *args: object) -> None:
         before = tree_digest(tmp_path, skip="hf-home")
-        ran = run_cli("perturb", *args, **kwargs)
+        ran = run_here("perturb", *args)
         assert ran.err == f"error: {message}\n"
         assert (ran.code, ran.out) == (1, "")
         assert tree_digest(tmp_path, skip="hf-home") == before

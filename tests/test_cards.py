@@ -33,6 +33,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ NOT_RUN = {
     "README-1": _INSTALLS,
 }
 """Why a block is not run, by its id."""
+OF_TRANSFORMERS_5 = {"hooks/mixout-3": "transformers 4 has more dropout in BERT"}
 
 TRAIN = """\
 import torch
@@ -285,6 +287,8 @@ def test_block_runs(
 ) -> None:
     if block.not_run:
         pytest.skip(block.not_run)  # test_only_these_blocks_are_not_run holds them to a list
+    if block.id in OF_TRANSFORMERS_5 and version("transformers").startswith("4."):
+        pytest.skip(OF_TRANSFORMERS_5[block.id])
     page = pages(name)
     if page.hub is not None:
         in_process(page.hub)

@@ -52,7 +52,11 @@ def quiet() -> Iterator[None]:
 def build(kind: Any, config: Any) -> Any:
     """Build a model without memory for its weights. Raises whatever its own code does."""
     import torch
-    from transformers.initialization import no_init_weights
+
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined, no-redef]
 
     with quiet(), no_init_weights(), torch.device("meta"):
         return kind(config)
@@ -124,12 +128,12 @@ def _saved_names(model: Any) -> dict[str, list[str]]:
 
 
 def _saved_as(model: Any, name: str, tensor: Any) -> list[str]:
-    from transformers.core_model_loading import revert_weight_conversion
-
     try:
+        from transformers.core_model_loading import revert_weight_conversion
+
         with quiet():
             return list(revert_weight_conversion(model, {name: tensor}))
-    except Exception:  # what is made of several tensors
+    except Exception:  # what is made of several tensors; transformers 4 converts nothing
         return [name]
 
 
@@ -137,7 +141,7 @@ def _ties(model: Any) -> dict[str, str]:
     """Return which names stand for another tensor, under live names and those that are saved."""
     tensors = model.state_dict(keep_vars=True)
     ties = {}
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+    for target, source in _tied_names(model).items():
         if target in tensors and source in tensors:
             ties[target] = source
             pairs = zip(
@@ -145,6 +149,16 @@ def _ties(model: Any) -> dict[str, str]:
             )
             ties |= {one: other for one, other in pairs if one != other}
     return ties
+
+
+def _tied_names(model: Any) -> dict[str, str]:
+    """Return what transformers ties: as it says itself, or, in transformers 4, which names are of one parameter."""
+    if (known := getattr(model, "all_tied_weights_keys", None)) is not None:
+        return dict(known)
+    model.tie_weights()  # left out with the initialization
+    first: dict[int, str] = {}
+    named = [(name, first.setdefault(id(w), name)) for name, w in model.named_parameters(remove_duplicate=False)]
+    return {name: source for name, source in named if name != source}
 
 
 def transient(model: Any) -> set[str]:

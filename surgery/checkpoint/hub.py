@@ -7,11 +7,11 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import HfApi, ModelInfo, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils.tqdm import tqdm
 
 from surgery.checkpoint.digests import sha256_of_all
-from surgery.checkpoint.hub_errors import FETCH, HttpLibraryError, one_line
+from surgery.checkpoint.hub_errors import BAD_ANSWER, FETCH, HttpLibraryError, one_line
 from surgery.checkpoint.layout import RECIPE, Layout, arrange
 from surgery.errors import SourceError
 
@@ -44,7 +44,7 @@ def _download(
 ) -> tuple[Path, str, list[str] | None]:
     try:
         info = HfApi().model_info(repo_id, revision=revision, token=token, files_metadata=True)
-    except HfHubHTTPError:
+    except BAD_ANSWER:
         raise
     except (OfflineModeIsEnabled, HttpLibraryError):
         return _cached(repo_id, revision=revision, variant=variant)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from traceback import walk_tb
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -22,14 +22,18 @@ from huggingface_hub.errors import (
 
 from surgery.errors import OutputError, SourceError, SurgeryError
 
-HttpLibraryError: Any = HfHubHTTPError.__mro__[1]
+HttpLibraryError: Any = [kind for kind in HfHubHTTPError.__mro__ if kind.__module__ != "builtins"][-1]
 """What huggingface_hub raises when there is no connection: its HTTP library's own errors; which library depends on its
 version. HTTP errors, an answer from the Hub, have the same base."""
+
+BAD_ANSWER = (HfHubHTTPError, json.JSONDecodeError)
+"""An answer, if another than was asked for. In requests, errors of JSON are HttpLibraryErrors, too."""
 
 NO_ANSWER = (OfflineModeIsEnabled, LocalEntryNotFoundError, HttpLibraryError, ConnectionError)
 _NOT_THE_HUB = (FileMetadataError, json.JSONDecodeError, UnicodeDecodeError)
 _PASSING = (412, 429, 500, 502, 503, 504)
 _MAX_WAIT = 60.0  # seconds
+_CUT = "ChunkedEncodingError"  # of requests: a transfer that ended early, which huggingface_hub 0 does not try again
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def wait_before_retry(error: BaseException, attempt: int) -> float | None:
     """
     error = _root_of(error)
     backoff = float(2**attempt)
-    if isinstance(error, HfHubHTTPError):
+    if _is_status(error):
         asked = _retry_after(error)
         wait = backoff if asked is None else asked
         return wait if error.response.status_code in _PASSING and wait <= _MAX_WAIT else None
@@ -154,6 +158,11 @@ def wait_before_retry(error: BaseException, attempt: int) -> float | None:
         error, OfflineModeIsEnabled
     )
     return backoff if is_passing else None
+
+
+def _is_status(error: BaseException) -> TypeGuard[HfHubHTTPError]:
+    """Tell an answer of the Hub from huggingface_hub 0's error of a file that is not in the cache, which has none."""
+    return isinstance(error, HfHubHTTPError) and error.response is not None
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:
@@ -176,7 +185,7 @@ def _explain(error: BaseException, repo_id: str, wording: Wording) -> str:
         return f"expected a branch, tag or commit, got none of that name. See {url}/commits."
     if isinstance(error, HFValidationError):
         return wording.malformed
-    if isinstance(error, HfHubHTTPError):
+    if _is_status(error):
         status, said = error.response.status_code, error.server_message
         wanted = f"a token that {hub} accepts" if status == 401 else f"an answer from {hub}"
         seconds = _retry_after(error)
@@ -187,7 +196,7 @@ def _explain(error: BaseException, repo_id: str, wording: Wording) -> str:
         return wording.xet.format(error=said.rstrip("."))
     if isinstance(error, _NOT_THE_HUB) or isinstance(error.__cause__, _NOT_THE_HUB):
         return wording.garbled.format(hub=hub)
-    if isinstance(error, NO_ANSWER):
+    if isinstance(error, NO_ANSWER) and type(error).__name__ != _CUT:
         return wording.offline.format(hub=hub)
     first_line = str(error).strip().partition("\n")[0]
     return wording.broken.format(error=first_line.rstrip("."))

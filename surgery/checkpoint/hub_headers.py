@@ -2,15 +2,18 @@
 
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
-from huggingface_hub import HfApi, constants, get_session, hf_hub_download, hf_hub_url, hf_raise_for_status
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from surgery.checkpoint.hub import another_commit, commit_of, refuse_escaping
-from surgery.checkpoint.hub_errors import FETCH, HttpLibraryError, one_line
+from surgery.checkpoint.hub_errors import BAD_ANSWER, FETCH, HttpLibraryError, one_line
 from surgery.checkpoint.layout import RECIPE, arrange
 from surgery.checkpoint.resolve import Checkpoint, from_listing
 from surgery.checkpoint.tensorfile import MAX_HEADER, Header, parse_header, read_header
@@ -18,6 +21,7 @@ from surgery.errors import SourceError
 
 _REQUESTS = 8  # at once
 _FIRST = 100_000  # bytes; most headers are shorter, and take one request
+_PIECE = 65_536  # bytes at once
 
 
 def read_remote_headers(
@@ -36,7 +40,7 @@ def read_remote_headers(
     with one_line(what, repo_id, FETCH):
         try:
             info = HfApi().model_info(repo_id, revision=revision, token=token)
-        except HfHubHTTPError:
+        except BAD_ANSWER:
             raise
         except (OfflineModeIsEnabled, HttpLibraryError):
             return None
@@ -98,9 +102,9 @@ def _read_first(checkpoint: Checkpoint, name: str, token: str | None, size: int,
     url = hf_hub_url(checkpoint.id, name, revision=checkpoint.commit)
     headers = build_hf_headers(token=token) | {"Range": f"bytes=0-{size - 1}", "Accept-Encoding": "identity"}
     found = bytearray()
-    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+    with _stream(url, headers) as response:
         hf_raise_for_status(response)
-        for piece in response.iter_bytes():
+        for piece in response.iter_bytes() if hasattr(response, "iter_bytes") else response.iter_content(_PIECE):
             found += piece
             if len(found) > size:
                 raise SourceError(
@@ -108,3 +112,10 @@ def _read_first(checkpoint: Checkpoint, name: str, token: str | None, size: int,
                     f"Run `hf download {checkpoint.id}`, and inspect the folder it prints."
                 )
     return bytes(found)
+
+
+def _stream(url: str, headers: dict[str, str]) -> AbstractContextManager[Any]:
+    """Begin a GET, in httpx or, before huggingface_hub 1, in requests, whose `stream` is a setting."""
+    session: Any = get_session()
+    get = partial(session.stream, "GET") if callable(session.stream) else partial(session.get, stream=True)
+    return cast(AbstractContextManager[Any], get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT))

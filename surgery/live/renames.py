@@ -56,8 +56,8 @@ class Counterparts:
 def match_names(part: Any, tensors: Mapping[str, torch.Tensor], checkpoint: CheckpointNames) -> Counterparts:
     """Send every name of the checkpoint forward; of several ways to do so, take the one that reaches most tensors.
 
-    The ways: with what the model was loaded with; with what transformers would load it with now; by plain rules. The
-    first two use what is private to transformers and differs between its versions, so they may be missing.
+    The ways: with what the model was loaded with; with what transformers would load it with now; by plain rules. All
+    but the last use what is private to transformers and differs between its versions, so they may be missing.
 
     Args:
         part: the model that the checkpoint belongs to.
@@ -70,6 +70,8 @@ def match_names(part: Any, tensors: Mapping[str, torch.Tensor], checkpoint: Chec
             found.append(_match(_with_transformers(conversions, prefix, tensors), tensors, checkpoint))
         except (ImportError, AttributeError, TypeError):
             continue
+    if hasattr(part, "_get_key_renaming_mapping"):
+        found.append(_match(_with_transformers_4(part, prefix, checkpoint.written), tensors, checkpoint))
     found.append(_match(lambda name: (_plain(name, prefix, tensors), []), tensors, checkpoint))
     return max(found, key=len)
 
@@ -124,6 +126,19 @@ def _with_transformers(conversions: list[Any], prefix: str | None, tensors: Mapp
         return live, [live.replace(targets[0], target) for target in targets]
 
     return rename
+
+
+def _with_transformers_4(part: Any, prefix: str | None, names: Iterable[str]) -> _Rename:
+    """Rename as _load_pretrained_model of transformers 4 does; nothing where it would refuse to load."""
+    names = list(names)
+    is_prefixed = any(name.startswith(prefix) for name in names) if prefix else False
+    is_expected = hasattr(part, prefix) if prefix else False
+    ways = (is_prefixed and not is_expected, is_expected and not is_prefixed)
+    try:
+        live = part._get_key_renaming_mapping(names, part._checkpoint_conversion_mapping, *ways)
+    except ValueError:
+        live = {}
+    return lambda name: (live.get(name, ""), [])
 
 
 def _plain(name: str, prefix: str | None, tensors: Mapping[str, torch.Tensor]) -> str:

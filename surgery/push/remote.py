@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -119,7 +120,8 @@ def read_revision(api: HfApi, repo_id: str, *, revision: str | None, private: bo
 def _user(api: HfApi, what: str) -> str:
     if not (api.token or get_token()):
         raise OutputError(f"{what}: expected name/model while not logged in, got no name. Add it, or `hf auth login`.")
-    return str(api.whoami(cache=True)["name"])  # the Hub limits how often one may ask
+    caching = {"cache": True} if "cache" in signature(api.whoami).parameters else {}  # not before huggingface_hub 1
+    return str(api.whoami(**caching)["name"])  # the Hub limits how often one may ask
 
 
 def _branch(api: HfApi, remote: RemoteRevision) -> str | None:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from conftest import Ran, tensors, tree_digest
 from hub import FLIPPED, Hub
@@ -25,6 +26,8 @@ _COMPANIONS = {
     "tokenizer[1].json": b"{}",
     "1_Pooling/config.json": b'{"dim": 8}',
 }
+_KNOWS_TREE = hasattr(huggingface_hub, "get_cached_repo_tree")
+_NOT_KNOWN = "" if _KNOWS_TREE else "surgery.json"  # says what was left out, as far as is known
 _WEIGHTS = {"model.safetensors": save(tensors(), {"format": "pt"})}
 _NOT_NEEDED = {
     "pytorch_model.bin": b"x" * 2000,
@@ -97,14 +100,15 @@ def test_offline_uses_the_cached_copy(
     ran = perturb(MODEL, *which, "-o", "offline", HF_HUB_OFFLINE="1")
     assert (ran.code, ran.err) == (0, "")
     assert hub.requests == []
-    assert tree_digest(tmp_path / "offline") == tree_digest(tmp_path / "online")
+    assert tree_digest(tmp_path / "offline", skip=_NOT_KNOWN) == tree_digest(tmp_path / "online", skip=_NOT_KNOWN)
 
 
+@pytest.mark.transformers
 def test_unreachable_hub_uses_the_cached_copy(perturb: Callable[..., Ran], tmp_path: Path) -> None:
     assert perturb(MODEL, "-o", "online").code == 0
     ran = perturb(MODEL, "-o", "offline", HF_ENDPOINT=f"http://127.0.0.1:{_free_port()}")
     assert (ran.code, ran.err) == (0, "")
-    assert tree_digest(tmp_path / "offline") == tree_digest(tmp_path / "online")
+    assert tree_digest(tmp_path / "offline", skip=_NOT_KNOWN) == tree_digest(tmp_path / "online", skip=_NOT_KNOWN)
 
 
 def test_second_run_downloads_nothing(hub: Hub, perturb: Callable[..., Ran]) -> None:
@@ -114,6 +118,7 @@ def test_second_run_downloads_nothing(hub: Hub, perturb: Callable[..., Ran]) -> 
     assert hub.downloaded(MODEL) == set()
 
 
+@pytest.mark.skipif(not _KNOWS_TREE, reason="the cache does not know all files before huggingface_hub 2")
 def test_partly_cached_copy_is_refused_offline(hub: Hub, perturb: Callable[..., Ran], tmp_path: Path) -> None:
     assert perturb(MODEL, "-o", "online").code == 0
     snapshot = next((tmp_path / "hf-home/hub").glob(f"models--*/snapshots/{hub.repos[MODEL].commit}"))
@@ -148,9 +153,15 @@ def test_token_is_not_in_the_journal(hub: Hub, perturb: Callable[..., Ran], tmp_
     assert "surgery perturb org/private" in journal
 
 
+@pytest.mark.transformers
 def test_broken_download_is_tried_again(hub: Hub, perturb: Callable[..., Ran], tmp_path: Path) -> None:
     hub.breaks_after = 600
-    assert perturb(MODEL, "-o", "broken").code == 0
+    ran = perturb(MODEL, "-o", "broken")
+    if "Connection broken: IncompleteRead" in ran.err:  # huggingface_hub 0 leaves that to the user
+        assert ran.err.startswith(f"error: {MODEL}: expected a complete download, got ")
+        assert ran.err.endswith(". Try again.\n")
+        ran = perturb(MODEL, "-o", "broken")
+    assert ran.code == 0
     weights = [r for r in hub.requests if r.method == "GET" and r.path.endswith("/model.safetensors")]
     assert (len(weights), hub.breaks_after) == (2, None)
     assert perturb(MODEL, "-o", "whole").code == 0
@@ -281,6 +292,7 @@ _ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize(("args", "env", "message"), _ERRORS.values(), ids=_ERRORS)
 def test_hub_error_is_one_line(
     args: list[str], env: dict[str, str], message: str, hub: Hub, perturb: Callable[..., Ran], tmp_path: Path

@@ -14,6 +14,8 @@ from surgery.checkpoint.hub import fetch
 from surgery.checkpoint.hub_headers import read_remote_headers
 from surgery.errors import SourceError
 
+pytestmark = pytest.mark.transformers
+
 MODEL = "org/model"
 WEIGHTS = "model.safetensors"
 _PAGE = b"<!DOCTYPE html><html>Log in to this network</html>"

@@ -11,6 +11,8 @@ from surgery.checkpoint.hub_headers import read_remote_headers
 from surgery.checkpoint.tensorfile import Header
 from surgery.errors import SourceError
 
+pytestmark = pytest.mark.transformers
+
 MODEL = "org/model"
 TOKEN = "hf_" + "s3cret" * 5
 

@@ -189,6 +189,14 @@ def test_class_that_the_table_lacks_is_built():
     assert built.buffers
 
 
+@pytest.mark.transformers
+def test_class_that_is_built_says_what_it_ties():
+    config = json.loads(zoo.make_config("bert").to_json_string(use_diff=False)) | {"architectures": ["BertForMaskedLM"]}
+    ties = build_model_type(config).ties
+    assert ties[f"{_DECODER}.weight"] == ("embeddings.word_embeddings.weight",)
+    assert ties[f"{_DECODER}.bias"] == ("cls.predictions.bias",)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -140,7 +140,7 @@ def _tiny_model(kind: str) -> Any:
     return transformers.AutoModel.from_config(config)
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2", marks=pytest.mark.sweep)])
 def test_bin_gives_the_bytes_of_safetensors_and_loads(kind: str, run_cli: Callable[..., Ran], tmp_path: Path) -> None:
     model = _tiny_model(kind)
     model.save_pretrained(tmp_path / "safe")

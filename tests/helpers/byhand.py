@@ -46,6 +46,8 @@ class Mixed:
                 module.forward = partial(_mixed_linear, module, values)  # type: ignore[method-assign]
             if isinstance(module, nn.Dropout) and path not in kept:
                 module.p = 0.0
+            if hasattr(module, "dropout_prob"):  # of attention in transformers 4
+                module.dropout_prob = 0.0
 
     def anchor(self, lr: float) -> None:
         """w <- w - lr * weight * (w - w_pre)."""

@@ -78,7 +78,7 @@ def make_config(model_type: str, *, layers: int | None = 2, backbone: str | None
 def _parts(config: Any) -> Iterator[Any]:
     yield config
     for value in list(vars(config).values()):
-        if isinstance(value, transformers.PreTrainedConfig):
+        if isinstance(value, transformers.PretrainedConfig):
             yield from _parts(value)
 
 

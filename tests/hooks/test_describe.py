@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ w_pre        the model's weights when it was patched; 43.1 MB on cpu
 not mixed    3 (embedding: name it in include to mix it): bert.embeddings.word_embeddings.weight, ...
 not mixed    63 (bias, norm or another vector): bert.embeddings.LayerNorm.weight, ...
 not mixed    2 (new: it has no pretrained value): classifier.weight, ...
-dropout      19 set to 0: bert.embeddings.dropout, ...
+dropout      {rates} set to 0: bert.embeddings.dropout, ...
 dropout      1 kept: dropout"""
 
 
@@ -47,7 +48,8 @@ class Blind(Direct):
 
 def test_describe_of_a_real_model() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(MINILM)
-    assert str(describe(patch_model(model))) == TEXT
+    rates = 25 if version("transformers").startswith("4.") else 19
+    assert str(describe(patch_model(model))) == TEXT.format(rates=rates)
 
 
 def test_describe_accounts_for_every_parameter(tmp_path: Path) -> None:

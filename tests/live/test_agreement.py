@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from transformers.core_model_loading import revert_weight_conversion
 
 from surgery.checkpoint.pickles import DTYPES
 from surgery.live.names import NEW, find_names
 from surgery.noisytune import FLOATS, NoisyTune
 from surgery.perturb.plan import make_plan
+
+
+def as_saved(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 saves weights as they are
+        return state_dict
+    with zoo.quiet():
+        return revert_weight_conversion(model, state_dict)
 
 
 def write_headers(model: Any, folder: Path) -> None:
@@ -24,8 +32,7 @@ def write_headers(model: Any, folder: Path) -> None:
         if id(tensor) not in seen:  # tied weights are written once
             state_dict[name] = tensor
         seen.add(id(tensor))
-    with zoo.quiet():
-        state_dict = revert_weight_conversion(model, state_dict)
+    state_dict = as_saved(model, state_dict)
     entries, end = {}, 0
     for name, tensor in state_dict.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()

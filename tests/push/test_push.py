@@ -107,6 +107,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 # -- what is pushed ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.transformers
 def test_push_sends_what_the_recipe_names_in_one_commit(hub: Hub, push: Push, out: Path) -> None:
     (out / "notes.txt").write_text("of the user")
     (out / "checkpoint-1").mkdir()
@@ -453,6 +454,7 @@ _ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize(("args", "message"), _ERRORS.values(), ids=_ERRORS)
 def test_hub_error_is_one_line(args: list[str], message: str, hub: Hub, push: Push, out: Path) -> None:
     hub.add("other/model", {})
@@ -460,6 +462,7 @@ def test_hub_error_is_one_line(args: list[str], message: str, hub: Hub, push: Pu
     assert uploads(hub) == []
 
 
+@pytest.mark.transformers
 def test_push_offline_is_one_line(hub: Hub, token: str, out: Path, run_cli: Callable[..., Ran]) -> None:
     ran = run_cli("push", out, REPO, env={"HF_ENDPOINT": hub.url, "HF_TOKEN": token})
     assert ran.err.startswith(
@@ -517,6 +520,7 @@ def test_pull_request_is_never_opened_twice(kind: int | str, hub: Hub, push: Pus
     assert len(hub.repos["other/model"].commits) == 2
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("kind", [503, DROPPED, 412])
 def test_upload_that_fails_is_tried_again(kind: int | str, hub: Hub, push: Push, waits: list[float]) -> None:
     hub.fail("PUT", "/lfs/", kind)

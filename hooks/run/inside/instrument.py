@@ -198,8 +198,8 @@ def _wrap_from_pretrained(session: Session, module: str, name: str) -> None:
 
     @wraps(load)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        session.on_from_pretrained()
-        loaded = load(cls, *args, **kwargs)
+        with session.from_pretrained():
+            loaded = load(cls, *args, **kwargs)
         session.after_from_pretrained(loaded)
         return loaded
 

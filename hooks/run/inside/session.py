@@ -1,6 +1,7 @@
 """What a process does at each event that instrument.py reports from torch, from the first optimizer to its exit."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Session:
         pretrained = original if original is not None else self._loads.overwritten
         self._patcher = Patcher(options, filters, pretrained, self._reporter)
         self._models = Models()
+        self._loaders = 0  # calls of from_pretrained that have not returned
 
     @property
     def is_waiting(self) -> bool:
@@ -128,9 +130,15 @@ class Session:
 
     # -- weights --------------------------------------------------------------------------------------------------
 
-    def on_from_pretrained(self) -> None:
-        """Note that weights are loaded."""
+    @contextmanager
+    def from_pretrained(self) -> Iterator[None]:
+        """Note that weights are loaded, by the body of a `with`, which itself marks those that are no new ones."""
         self._reporter.record.has_loaded = True
+        self._loaders += 1
+        try:
+            yield
+        finally:
+            self._loaders -= 1
 
     def after_from_pretrained(self, loaded: Any) -> None:
         """Know a model as pretrained; with output_loading_info it is the first of two."""
@@ -143,6 +151,8 @@ class Session:
         """Keep what load_state_dict is about to overwrite; return the parameters that there are."""
         self._reporter.record.has_loaded = True
         parameters = dict(module.named_parameters(remove_duplicate=False))
+        if self._loaders:
+            return parameters
         touched = (parameters[name] for name in names if name in parameters)
         self._loads.before_load(
             parameters, [one for one in touched if not self._models.hold(one)], self._pending.parameters
@@ -158,6 +168,8 @@ class Session:
         """
         after = dict(module.named_parameters(remove_duplicate=False))
         self._follow(before, after)
+        if self._loaders:  # transformers 4 gives new layers their memory by load_state_dict, too
+            return
         self._loads.after_load(module, after, names)
         self._perturber.after_load([after[name] for name in names if name in after], self._models)
 

@@ -1,6 +1,7 @@
 """Which dropout Mixout replaces, which is kept, and how all of it comes back."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from transformers import (
 from surgery.hooks import Mixout, describe, patch_model, patched, unpatch_model
 
 BERT_LAYER = ("attention.self.dropout", "attention.output.dropout", "output.dropout")
+if version("transformers").startswith("4."):
+    BERT_LAYER = (*BERT_LAYER, "attention.self.dropout_prob")
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 48}
 
 

@@ -71,6 +71,7 @@ def test_each_trained_model_has_an_entry(ran: Run) -> None:
     assert all(entry["distance"] > 0 for entry in ran.models)
 
 
+@pytest.mark.transformers
 def test_teacher_from_pretrained_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = seeded.bert_folder(tmp_path / "source")
     ran = run(tmp_path, "with_teacher.py", *byhand.NOISE, *byhand.MIXOUT, args=(source, tmp_path / "final.pt"))

@@ -42,6 +42,7 @@ def train_classifier(model: nn.Module, steps: list[byhand.Step], **settings: Any
     )
 
 
+@pytest.mark.transformers
 def test_trainer(source: Path, tmp_path: Path) -> None:
     ran = run(tmp_path, "with_trainer.py", *byhand.ALL, args=(source, tmp_path / "out"))
     assert ran.code == 0, ran.err

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import (
 
 from surgery.errors import SettingError, SourceError
 from surgery.hooks import describe, patch_model, unpatch_model
+
+pytestmark = pytest.mark.transformers
 
 NEW = "new: it has no pretrained value"
 
@@ -80,7 +83,10 @@ def test_resized_embedding_is_pulled_to_what_it_was_at_patch_time(tmp_path: Path
     ):
         patch_model(model, w_pre=tmp_path)
     patch_model(model)
-    assert torch.equal(seeded.w_pre_of(model)["transformer.wte.weight"], model.lm_head.weight)
+    if version("transformers").startswith("4."):  # it leaves no marks: of another shape than in the checkpoint is new
+        assert new_of(model) == {"transformer.wte.weight", "lm_head.weight"}
+    else:
+        assert torch.equal(seeded.w_pre_of(model)["transformer.wte.weight"], model.lm_head.weight)
 
 
 class Siamese(nn.Module):
