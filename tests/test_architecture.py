@@ -35,7 +35,7 @@ HOOKS = (
     ("steps",),
     ("regularizer",),
     ("weights",),
-    ("marks", "compiling"),
+    ("marks", "compiling", "imports"),
 )
 TO_HOOKS = ("surgery", "surgery.cli.run", "surgery.cli.env", "surgery.cli.run_options")
 """The front door hands on patch_model and its siblings; these commands start what hooks/run does."""

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...imports import PRETRAINED_CLASSES, call_after_import, watch_import
 from ..folder import run_dir
-from .imports import PRETRAINED_CLASSES, call_after_import, watch_import
 
 if TYPE_CHECKING:
     from .session import Session
