@@ -1,12 +1,14 @@
 """class Noise: what perturb_model has been applied to, so that it is once on each weight, and can be undone."""
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 
 from torch import nn
 
 from surgery.errors import SourceError
+from surgery.live.applied import forget_noise, note_noise
 from surgery.live.names import NEW, find_names, pretrained_parts, unwrap
 from surgery.recipe import Recipe, TensorRecord
 
@@ -24,11 +26,13 @@ class _NoisyPart:
     Args:
         parameters: its own.
         recipe: what was done to them.
+        module: that has them.
         is_undone: the noise was taken off again.
     """
 
     parameters: WeakSet
     recipe: Recipe
+    module: "weakref.ref[nn.Module]"
     is_undone: bool = False
 
 
@@ -83,7 +87,7 @@ class Noise:
                 names = _excluded_names(part, path, left, include, exclude)
                 with self.probes.taken(parameters):
                     recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
-            self._perturbed.append(_NoisyPart(WeakSet(parameters), recipe))
+            self._perturbed.append(_NoisyPart(WeakSet(parameters), recipe, weakref.ref(part)))
 
     def has_any(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Tell whether one of these is in a part that was perturbed."""
@@ -104,9 +108,22 @@ class Noise:
         """Let noise be added to these once more: they have got other values."""
         self.original.drop(parameters)
         self.probes.drop(parameters)
+        self.note_off(parameters)
         for one in self._perturbed:
             if one.parameters.has_any(parameters):
                 one.parameters.clear()
+
+    def note_off(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Have trackers told of no noise on these: it is not in them any more."""
+        for one in self._perturbed:
+            if one.parameters.has_any(parameters) and (module := one.module()) is not None:
+                forget_noise(module)
+
+    def note_other(self, parameters: Sequence[nn.Parameter], lam: float, seed: int) -> None:
+        """Have trackers told of the noise that these have from the run that they go on from."""
+        for one in self._perturbed:
+            if one.parameters.has_any(parameters) and (module := one.module()) is not None:
+                note_noise(module, replace(one.recipe.settings, lam=lam, seed=seed))
 
     def undo(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take the noise off again."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...imports import PRETRAINED_CLASSES, call_after_import, watch_import
+from ...trackers.install import install
 from ..folder import run_dir
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def start() -> None:
     call_after_import("torch", _start_session)
     for module in PRETRAINED_CLASSES:  # which may be the first that imports torch
         watch_import(module)
+    install()
     if folder := run_dir():
         with suppress(OSError):  # of a full disk, `surgery run` says what it knows
             _write_first_record(folder / f"{os.getpid()}.json")
@@ -46,6 +48,7 @@ def _start_session() -> None:
     """
     from multiprocessing import util
 
+    from ...trackers.figures import announce
     from ..options import read_options
     from .instrument import instrument
     from .session import Session
@@ -54,6 +57,7 @@ def _start_session() -> None:
     if options is None:
         return
     _print_warnings()
+    announce(options.methods, **options.others)
     session = Session(options)
     instrument(session)
     _wrap_excepthook(session)
