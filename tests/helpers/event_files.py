@@ -26,3 +26,12 @@ def _read(folder: Path):
     events = module.EventAccumulator(str(file))
     events.Reload()
     return events
+
+
+def hyperparameters(folder: Path) -> set[str]:
+    """Return the names of those that TensorBoard shows of a run: of the first session that was started."""
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    content = _read(folder).PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    data = plugin_data_pb2.HParamsPluginData.FromString(content)
+    return set(data.session_start_info.hparams)
