@@ -1,15 +1,18 @@
 """class Patch: attach methods to a model, pass its forwards and optimizer steps on to them, remove them in reverse."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.errors import SourceError
+from surgery.live.applied import find_related
+from surgery.live.names import unwrap
 
 from .active_calls import count_active_calls
 from .marks import PATCH, Marked
@@ -18,6 +21,9 @@ from .steps import forget, watch
 from .weights.chosen import ChosenWeights
 from .weights.selection import refuse_unready
 from .weights.sharding import is_sharded, shard_pretrained
+
+_patched: Any = WeakIdKeyDictionary()
+"""The models that a patch was attached to, by weak reference."""
 
 
 @dataclass
@@ -63,6 +69,7 @@ class Patch:
     def attach(self, root: nn.Module) -> None:
         """Put the patch on the model: an attribute, marks on its parts, and what each method changes."""
         root.__dict__[PATCH] = self
+        _patched[root] = True
         self._handles = [root.register_forward_pre_hook(_begin)]
         if self.weights is not None:
             self._handles += self.weights.attach()
@@ -79,6 +86,7 @@ class Patch:
             handle.remove()
         self._handles = []
         del root.__dict__[PATCH]
+        _patched.pop(root, None)
 
     def abort(self) -> None:
         """Do away with what an interrupted forward has left."""
@@ -180,6 +188,13 @@ class Patch:
         """Go on as after so many optimizer steps of a run that is resumed."""
         for regularizer in self.regularizers:
             regularizer.resume(steps)
+
+
+def find_patched(models: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the patched models that are, or are in, one of these; or else those that hold one of them."""
+    models = list(models)
+    parts = (module for model in models for module in unwrap(model).modules())
+    return list(dict.fromkeys(one for one in parts if PATCH in one.__dict__)) or find_related(models, _patched)
 
 
 def _begin(root: nn.Module, args: Any) -> None:  # noqa: ARG001

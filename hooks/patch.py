@@ -18,6 +18,7 @@ from .rdrop.settings import RDrop
 from .recadam.settings import RecAdam
 from .registry import METHODS, as_settings, bind
 from .regularizer import Settings
+from .trackers.install import install
 from .weights.chosen import choose
 from .weights.offload import Offload
 from .weights.sources import Source
@@ -128,6 +129,7 @@ def put_patch(
     for module in orphans:
         release(module)
     patch.attach(root)
+    install()
 
 
 def unpatch_model(model: _Model) -> _Model:

@@ -29,13 +29,14 @@ HOOKS = (
     ("trainer",),
     ("description",),
     ("patch",),
-    ("checks", "lifecycle", "registry"),
+    ("trackers", "checks"),
+    ("lifecycle", "registry"),
     METHODS,
     ("step_methods",),
     ("steps",),
     ("regularizer",),
     ("weights",),
-    ("marks", "compiling", "active_calls"),
+    ("marks", "compiling", "imports", "active_calls"),
 )
 TO_HOOKS = ("surgery", "surgery.cli.run", "surgery.cli.env", "surgery.cli.run_options")
 """The front door hands on patch_model and its siblings; these commands start what hooks/run does."""

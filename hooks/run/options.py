@@ -75,6 +75,11 @@ class Options:
         return (*noise, *(one.name for one in self.methods))
 
     @property
+    def others(self) -> dict[str, Any]:
+        """What is asked for beside the settings of methods and the report, by the names of flags."""
+        return {name: getattr(self, name) for name in (NOISYTUNE, "noise_seed", "include", "exclude", "w_pre")}
+
+    @property
     def variables(self) -> dict[str, str]:
         """The environment variables that say the same."""
         values: dict[str, Any] = {NOISYTUNE: self.noisytune}

@@ -1,6 +1,7 @@
 """ChosenWeights: the parameters that were selected, each with its w_pre, their bytes and their distance from it."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from surgery.errors import SettingError, some
 
 from ..marks import Marked, Part, put
+from .distance import squares_of_difference, total
 from .offload import Offload
 from .pretrained import is_distributed, local, refuse_not_finite
 from .selection import Scope, Target, refuse_unready, select
@@ -18,8 +20,6 @@ from .sources import Kept, Source, open_origin
 from .tracked import Tracked
 
 _log = logging.getLogger(__name__)
-_CHUNK = 1 << 22
-"""Elements whose distance is taken at once, so that no float64 copy of a large weight is made."""
 
 
 class ChosenWeights:
@@ -66,18 +66,22 @@ class ChosenWeights:
         Args:
             is_whole: False takes of sharded weights the shards of this rank, and asks no other one.
         """
-        squares = 0.0
+        squares: list[torch.Tensor] = []
         for tracked in self.tracked:
             w = tracked.weight.detach()
             if tracked.pretrained is None or tracked.values is None or not tracked.weight.requires_grad:
                 continue
             part = tracked.pretrained.part(w)
             if is_distributed(w) and is_whole:
-                squares += _square_of_shards(w, part)
+                squares.append(_square_of_shards(w, part))
             else:
-                pieces = zip(*(torch.split(t.flatten(), _CHUNK) for t in (local(w), part)), strict=True)
-                squares += sum(float((a.double() - b.double()).square().sum()) for a, b in pieces)
-        return float(squares**0.5)
+                squares += squares_of_difference(local(w), part)
+        return math.sqrt(total(squares))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Tell whether fully_shard has split one of them over the ranks."""
+        return any(is_distributed(tracked.weight) for tracked in self.tracked)
 
     def take_late(self, parameters: Sequence[torch.Tensor]) -> None:
         """Take w_pre of what was frozen until now, and may have got noise since it was patched."""
@@ -154,7 +158,7 @@ def _refuse_split(targets: Sequence[Target], offload: Offload | None) -> None:
         )
 
 
-def _square_of_shards(w: Any, part: torch.Tensor) -> float:
+def _square_of_shards(w: Any, part: torch.Tensor) -> torch.Tensor:
     """Sum over the ranks that hold a part of `w`; where it is replicated, every rank has all of it."""
     from torch.distributed.tensor import DTensor
 
@@ -162,5 +166,5 @@ def _square_of_shards(w: Any, part: torch.Tensor) -> float:
     whole = DTensor.from_local(
         difference, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride()
     )
-    total: Any = whole.square().sum()
-    return float(total.full_tensor())
+    squares: Any = whole.square().sum()
+    return squares.full_tensor()  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ import torch
 from surgery.checkpoint.roles import find_roles
 from surgery.errors import SettingError, SourceError
 from surgery.kernels import tensors as kernels
+from surgery.live.applied import note_noise
 from surgery.live.foreign import is_flat, is_fsdp1
 from surgery.live.names import NEW, find_names
 from surgery.live.targets import LiveTensor, find_targets, tie_equal
@@ -102,7 +103,7 @@ def perturb_model(
     roles = {name: settings.overrule(names.canonical[name], role) for name, role in names.roles.items()}
     new = {name: reason for name, reason in names.copied.items() if reason == NEW}
     targets, tied = find_targets(names.tensors, names.canonical, new, roles, settings, names.repeating)
-    return _perturb(
+    recipe = _perturb(
         targets,
         tied,
         settings,
@@ -111,6 +112,8 @@ def perturb_model(
         notes=names.notes,
         repeating=names.repeating,
     )
+    note_noise(model, settings)
+    return recipe
 
 
 def _refuse_quantized(model: torch.nn.Module) -> None:

@@ -27,10 +27,9 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 
 def trainer(model: nn.Module, folder: Path, *, callbacks: Any = (), data: Any = None, **settings: Any) -> Trainer:
-    given = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3, "seed": 1} | settings
-    args = TrainingArguments(
-        folder, use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=4, **given
-    )
+    given = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3, "seed": 1}
+    given |= {"report_to": "none"} | settings
+    args = TrainingArguments(folder, use_cpu=True, disable_tqdm=True, per_device_train_batch_size=4, **given)
     data = data or rows(32)
     return Trainer(model, args, train_dataset=data, eval_dataset=data[:8], callbacks=list(callbacks))
 

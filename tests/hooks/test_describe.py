@@ -301,6 +301,18 @@ def test_distance_is_taken_in_float64_and_in_pieces() -> None:
     assert stats(model)["distance"] == pytest.approx(float(expected), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_distance_of_any_dtype_is_measured_without_a_trace(dtype: torch.dtype) -> None:
+    model = patch_model(nn.Linear(300, 400, bias=False).to(dtype))
+    with torch.no_grad():
+        model.weight.add_(0.5)
+    before, w_pre = model.weight.detach().clone(), seeded.w_pre_of(model)["weight"].clone()
+    expected = float((before.double() - w_pre.double()).norm())
+    assert [stats(model)["distance"] for _ in range(2)] == pytest.approx([expected] * 2, rel=1e-12)
+    assert torch.equal(model.weight, before)
+    assert torch.equal(seeded.w_pre_of(model)["weight"], w_pre)
+
+
 def test_distance_leaves_frozen_weights_out(tmp_path: Path) -> None:
     model = seeded.bert(BertModel, seed=2)
     for name, parameter in model.named_parameters():

@@ -13,10 +13,8 @@ from ...weights.sources import is_loaded
 from ..messages import NEW_BESIDE, NO_OPTIMIZER
 from .filters import Filters
 from .loads import Loads
-from .owners import find_tops
+from .owners import find_tops, is_head
 from .reporter import Reporter
-
-_HEAD = 0.1  # of the parameters of a body: more may be a student beside its teacher
 
 
 class Candidates:
@@ -53,9 +51,8 @@ class Candidates:
         """Tell whether a model is a new head of a pretrained one, which may have an optimizer or a phase of its own."""
         if _is_pretrained(top):
             return False
-        size = sum(parameter.numel() for parameter in top.parameters())
         trained = [one for one in self._pretrained if type(one) is not type(top)]  # not that of another fold
-        loaded = [one for one in self._loads.pretrained if _is_head_of(size, one)]
+        loaded = [one for one in self._loads.pretrained if is_head(top.parameters(), one.parameters())]
         beside = next(iter([*trained, *loaded]), None)
         if beside is not None:
             self._reporter.add_note(NEW_BESIDE.format(type(top).__name__, type(beside).__name__))
@@ -89,7 +86,3 @@ class Candidates:
 def _is_pretrained(top: nn.Module) -> bool:
     """Tell whether a model has a part of transformers or diffusers, or one that a load has filled."""
     return next(iter(pretrained_parts(top)), None) is not None or any(map(is_loaded, top.parameters()))
-
-
-def _is_head_of(size: int, body: nn.Module) -> bool:
-    return size < _HEAD * sum(parameter.numel() for parameter in body.parameters())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from .imports import PRETRAINED_CLASSES, call_after_import
+from ...imports import PRETRAINED_CLASSES, call_after_import
 from .owners import find_modules
 from .saving import plain_pickle
 from .session import Session

@@ -1,18 +1,21 @@
 """class Noise: what perturb_model has been applied to, so that it is once on each weight, and can be undone."""
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 
 from torch import nn
 
 from surgery.errors import SourceError
+from surgery.live.applied import forget_noise, note_noise
 from surgery.live.names import NEW, find_names, pretrained_parts, unwrap
 from surgery.recipe import Recipe, TensorRecord
 
 from ...weights.peft_layers import find_copies
 from ...weights.selection import is_match
 from ...weights.sources import LOADED
+from .owners import is_head
 from .probes import Probes
 from .snapshots import Snapshots
 from .weakset import WeakSet
@@ -25,11 +28,13 @@ class _NoisyPart:
     Args:
         parameters: its own.
         recipe: what was done to them.
+        module: that has them.
         is_undone: the noise was taken off again.
     """
 
     parameters: WeakSet
     recipe: Recipe
+    module: "weakref.ref[nn.Module]"
     is_undone: bool = False
 
 
@@ -71,8 +76,8 @@ class Noise:
         from surgery.live.perturb import perturb_model, refuse_flattened  # import numba, which takes half a second
 
         refuse_flattened(top)  # its parts do not show it
-        for path, part in _parts(top, set(map(id, trained)), loaded):
-            parameters = list(part.parameters())
+        for path, part, left in _parts(top, set(map(id, trained)), loaded):
+            parameters = [one for one in part.parameters() if id(one) not in left]
             if any(one.parameters.has_any(parameters) for one in self._perturbed):
                 continue
             _refuse_shared(parameters)
@@ -81,10 +86,10 @@ class Noise:
                 if self._pretrained.has(parameters):
                     self.original.drop(parameters)
                     self.original.keep(parameters)
-                names = _excluded_names(part, path, include, exclude)
+                names = _excluded_names(part, path, left, include, exclude)
                 with self.probes.taken(parameters):
                     recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
-            self._perturbed.append(_NoisyPart(WeakSet(parameters), recipe))
+            self._perturbed.append(_NoisyPart(WeakSet(parameters), recipe, weakref.ref(part)))
 
     def has_any(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Tell whether one of these is in a part that was perturbed."""
@@ -105,9 +110,22 @@ class Noise:
         """Let noise be added to these once more: they have got other values."""
         self.original.drop(parameters)
         self.probes.drop(parameters)
+        self.note_off(parameters)
         for one in self._perturbed:
             if one.parameters.has_any(parameters):
                 one.parameters.clear()
+
+    def note_off(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Have trackers told of no noise on these: it is not in them any more."""
+        for one in self._perturbed:
+            if one.parameters.has_any(parameters) and (module := one.module()) is not None:
+                forget_noise(module)
+
+    def note_other(self, parameters: Sequence[nn.Parameter], lam: float, seed: int) -> None:
+        """Have trackers told of the noise that these have from the run that they go on from."""
+        for one in self._perturbed:
+            if one.parameters.has_any(parameters) and (module := one.module()) is not None:
+                note_noise(module, replace(one.recipe.settings, lam=lam, seed=seed))
 
     def undo(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take the noise off again."""
@@ -140,10 +158,19 @@ def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def _parts(top: nn.Module, trained: Set[int], loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what is pretrained and trained of a model, with its path."""
-    parts = list(pretrained_parts(top)) or _filled_parts(top, loaded) or [("", top)]
-    yield from ((path, part) for path, part in parts if _is_trained(part, trained) or _has_prompt(top, path, trained))
+def _parts(top: nn.Module, trained: Set[int], loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module, Set[int]]]:
+    """Yield what is pretrained and trained of a model, with its path, and the ids of parameters in it to leave.
+
+    Beside what is pretrained and not trained, a new head waits; a student of its teacher's size does not.
+    """
+    parts = list(pretrained_parts(top)) or _filled_parts(top, loaded)
+    held = [(path, part) for path, part in parts if _is_trained(part, trained) or _has_prompt(top, path, trained)]
+    for path, part in held:
+        yield path, part, set()
+    within = {id(parameter): parameter for _, part in parts for parameter in part.parameters()}
+    new = [parameter for parameter in top.parameters() if id(parameter) in trained]
+    if not held and not is_head(new, within.values()):
+        yield "", top, within.keys()
 
 
 def _is_trained(module: nn.Module, trained: Set[int]) -> bool:
@@ -166,17 +193,19 @@ def _filled_parts(top: nn.Module, loaded: Sequence[nn.Module]) -> list[tuple[str
     return parts
 
 
-def _excluded_names(part: nn.Module, path: str, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """Return the checkpoint's names of what is not to be perturbed."""
+def _excluded_names(
+    part: nn.Module, path: str, ids: Set[int], include: Sequence[str], exclude: Sequence[str]
+) -> list[str]:
+    """Return the checkpoint's names of what is not to be perturbed, such as the parameters with these ids."""
     parameters = dict(part.named_parameters(remove_duplicate=False))
     is_marked = any(hasattr(parameter, LOADED) for parameter in parameters.values())
     originals = find_copies(part)
     left = set()
-    for name in parameters:
+    for name, parameter in parameters.items():
         live = f"{path}.{name}".lstrip(".")
         is_new = is_marked and not hasattr(parameters[originals.get(name, name)], LOADED)
         is_out = any(is_match(glob, live) for glob in exclude)
-        if is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
+        if id(parameter) in ids or is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
             left.add(name)
     if not left:
         return []

@@ -117,9 +117,10 @@ class Perturber:
             model.acts.discard(NOISYTUNE)
             self._reporter.add_fault(f"noisytune: {model.name}: {what}")
 
-    def _report_noise_off(self, model: Model, parameters: Iterable[nn.Parameter]) -> None:
+    def _report_noise_off(self, model: Model, parameters: Sequence[nn.Parameter]) -> None:
         if self._noise is not None and self._noise.probes.is_any_as_before(parameters):
             model.acts.discard(NOISYTUNE)
+            self._noise.note_off(parameters)
             self._reporter.add_fault(f"noisytune: {model.name}: {NOISE_OFF}")
 
     def mark(self, optimizer: Optimizer) -> None:
@@ -146,6 +147,7 @@ class Perturber:
             if marks[LAM] is None:
                 self._resumed_without.add(group["params"])
             elif marks != self._marks and self._noise.has_any(group["params"]):
+                self._noise.note_other(group["params"], saved[LAM], saved[SEED])
                 self._reporter.add_note(
                     f"noisytune: resumed with lam {self._marks[LAM]:g} and seed {self._marks[SEED]}, but the run began "
                     f"with lam {marks[LAM]:g} and seed {marks[SEED]}: its noise is what the weights have."

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...imports import PRETRAINED_CLASSES, call_after_import, watch_import
+from ...trackers.install import install
 from ..folder import run_dir
-from .imports import PRETRAINED_CLASSES, call_after_import, watch_import
 
 if TYPE_CHECKING:
     from ..options import Options
@@ -28,6 +29,7 @@ def start() -> None:
     call_after_import("torch", _start_session)
     for module in PRETRAINED_CLASSES:  # which may be the first that imports torch
         watch_import(module)
+    install()
     if folder := run_dir():
         with suppress(OSError):  # of a full disk, `surgery run` says what it knows
             _write_first_record(folder / f"{os.getpid()}.json")
@@ -47,6 +49,7 @@ def _start_session() -> None:
     """
     from multiprocessing import util
 
+    from ...trackers.figures import announce
     from ..options import read_options
     from .instrument import instrument
     from .refusals import watch_errors
@@ -56,6 +59,7 @@ def _start_session() -> None:
     if options is None:
         return
     _print_warnings()
+    announce(options.methods, **options.others)
     session = Session(options)
     instrument(session)
     watch_errors(session.on_error)

@@ -44,7 +44,7 @@ def test_line_of_a_model_says_what_was_done_to_it(ran: Run) -> None:
 def test_line_of_a_model_that_is_not_patched_claims_no_patch(ran: Run) -> None:
     assert [(entry["class"], entry["mixed"], entry["rdrop_fired"]) for entry in ran.models[1:]] == [("Recurrent", 0, 0)]
     assert line_of(ran, "Recurrent").endswith("Recurrent: noise on 4 of 4 parameters (lam 0.15, seed 0)")
-    assert "mixout: Recurrent: model: expected a trainable weight to mix, got none" in ran.err
+    assert "mixout and anchor: Recurrent: model: expected a trainable weight to mix, got none" in ran.err
 
 
 def test_globs_without_effect_are_reasons(ran: Run) -> None:

@@ -55,12 +55,12 @@ def test_rdrop_steps_aside_if_allowed_and_the_others_go_on(tmp_path: Path) -> No
 
 
 def test_methods_that_fit_are_put_on_if_the_others_may_be_missing(tmp_path: Path) -> None:
-    flags = (*byhand.MIXOUT, "--anchor", "0.01", "--recadam", "10", "--allow-inactive")
+    flags = (*byhand.MIXOUT, "--recadam", "10", "--allow-inactive")
     ran = run(tmp_path, "odd.py", *flags, args=("Recurrent",))
     assert ran.code == 0, ran.err
-    assert "surgery: mixout and anchor: Recurrent: model: expected a trainable weight to mix, got none" in ran.err
+    assert "surgery: mixout: Recurrent: model: expected a trainable weight to mix, got none" in ran.err
     assert ran.records[0]["acts"] == ["recadam"]
-    assert ran.records[0]["refused"] == ["anchor", "mixout"]
+    assert ran.records[0]["refused"] == ["mixout"]
 
 
 def test_refusals_for_one_reason_are_one_line(tmp_path: Path) -> None:

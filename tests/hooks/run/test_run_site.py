@@ -16,7 +16,7 @@ RUN = ("run", "--mixout", "0.7", "--allow-inactive", "--")
 CHECK = """
 import os, sys
 from pathlib import Path
-from surgery.hooks.run.inside.imports import _waiting
+from surgery.hooks.imports import _waiting
 def check():
     record = Path(os.environ["SURGERY_RUN_DIR"], f"{os.getpid()}.json")
     print(record.is_file(), list(_waiting)[:1], flush=True)
@@ -159,7 +159,7 @@ def test_start_up_costs_at_most_a_fifth_of_a_second():
 def test_call_after_import_calls_when_the_module_has_run_and_leaves_its_loader_as_it_is(tmp_path):
     (tmp_path / "late.py").write_text("done = 1\n")
     code = (
-        "import importlib.util, sys\nfrom surgery.hooks.run.inside.imports import call_after_import\n"
+        "import importlib.util, sys\nfrom surgery.hooks.imports import call_after_import\n"
         "call_after_import('late', lambda: print('called', sys.modules['late'].done))\n"
         "assert importlib.util.find_spec('late') and 'late' not in sys.modules\n"
         "print('now')\nimport late\nprint(type(late.__loader__).__name__, vars(late.__loader__).keys())\n"
@@ -174,7 +174,7 @@ def test_call_after_import_calls_when_the_module_has_run_and_leaves_its_loader_a
 def test_call_after_import_waits_on_when_an_import_fails(tmp_path):
     (tmp_path / "late.py").write_text("import sys\nif not hasattr(sys, 'ready'): raise ImportError('not yet')\n")
     code = (
-        "import sys\nfrom surgery.hooks.run.inside.imports import call_after_import\n"
+        "import sys\nfrom surgery.hooks.imports import call_after_import\n"
         "call_after_import('late', lambda: print('called'))\n"
         "try: import late\nexcept ImportError as error: print(error)\nsys.ready = 1\nimport late\n"
     )
@@ -184,7 +184,7 @@ def test_call_after_import_waits_on_when_an_import_fails(tmp_path):
 
 def test_call_after_import_waits_for_a_package_that_is_half_run(tmp_path):
     (tmp_path / "late").mkdir()
-    inner = "from surgery.hooks.run.inside.imports import call_after_import\nimport sys\n"
+    inner = "from surgery.hooks.imports import call_after_import\nimport sys\n"
     (tmp_path / "late" / "inner.py").write_text(
         inner + "call_after_import('late', lambda: print('called', sys.modules['late'].done))\n"
     )
@@ -192,7 +192,7 @@ def test_call_after_import_waits_for_a_package_that_is_half_run(tmp_path):
         "import sys\nfrom . import inner\nprint('half')\nsys.ready\ndone = 1\n"
     )
     code = (
-        "import sys\nfrom surgery.hooks.run.inside.imports import watch_import\nwatch_import('late')\n"
+        "import sys\nfrom surgery.hooks.imports import watch_import\nwatch_import('late')\n"
         "try: import late\nexcept AttributeError: sys.ready = 1\nimport late\n"
     )
     code, out, err = ran_with([tmp_path, ROOT], sys.executable, "-c", code)
@@ -201,7 +201,7 @@ def test_call_after_import_waits_for_a_package_that_is_half_run(tmp_path):
 
 FINDERS = """
 import importlib.machinery as machinery, importlib.util, sys
-from surgery.hooks.run.inside.imports import call_after_import
+from surgery.hooks.imports import call_after_import
 
 class Own:  # finds modules, and is the only loader of all of them
     def find_spec(self, name, path, target=None):
