@@ -36,7 +36,7 @@ HOOKS = (
     ("steps",),
     ("regularizer",),
     ("weights",),
-    ("marks", "compiling", "imports", "active_calls"),
+    ("marks", "compiling", "imports", "active_calls", "refusals"),
 )
 TO_HOOKS = ("surgery", "surgery.cli.run", "surgery.cli.env", "surgery.cli.run_options")
 """The front door hands on patch_model and its siblings; these commands start what hooks/run does."""

@@ -77,7 +77,8 @@ class Options:
     @property
     def others(self) -> dict[str, Any]:
         """What is asked for beside the settings of methods and the report, by the names of flags."""
-        return {name: getattr(self, name) for name in (NOISYTUNE, "noise_seed", "include", "exclude", "w_pre")}
+        noise = (NOISYTUNE, "noise_seed") if self.noisytune is not None else ()
+        return {name: getattr(self, name) for name in (*noise, "include", "exclude", "w_pre")}
 
     @property
     def variables(self) -> dict[str, str]:

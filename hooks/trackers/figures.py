@@ -15,6 +15,7 @@ from surgery.live.applied import find_noise
 
 from ..lifecycle import Patch, find_patched
 from ..marks import PATCH
+from ..refusals import handled
 from ..regularizer import Settings
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def settings_of(models: Sequence[nn.Module]) -> dict[str, Any]:
     """Return what was asked for, flat, for a tracker's config: `surgery_mixout`, `surgery_mixout_granularity`."""
     found = dict(_of_run)
     for noise in find_noise(models):
-        found |= {"surgery_noisytune": noise.lam, "surgery_seed": noise.seed}
+        found |= {"surgery_noisytune": noise.lam, "surgery_noise_seed": noise.seed}
     for number, root in enumerate(find_patched(models), 1):
         patch: Patch = root.__dict__[PATCH]
         found |= {_numbered(name, number): value for name, value in _flatten(patch.settings).items()}
@@ -80,7 +81,8 @@ def lenient() -> Iterator[None]:
     """Let nothing that fails in here end the training; warn of the first failure."""
     global _is_told
     try:
-        yield
+        with handled():
+            yield
     except Exception as error:
         if not _is_told:
             _log.warning(

@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 
-from .refusals import handled
+from ...refusals import handled
 
 _ROWS = 512
 _SHARE = 0.002

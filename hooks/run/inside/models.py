@@ -14,10 +14,10 @@ from surgery.live.names import NEW
 from surgery.recipe import TensorRecord
 
 from ...lifecycle import Patch
+from ...refusals import handled
 from ...registry import METHODS
 from ..options import NOISYTUNE
 from .history import History
-from .refusals import handled
 from .weakset import WeakSet
 
 

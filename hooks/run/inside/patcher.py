@@ -11,10 +11,10 @@ from surgery.errors import SurgeryError, by_reason
 from ...checks import is_compiled, take_root
 from ...lifecycle import Patch
 from ...patch import find_patch, put_patch, unpatch_model
+from ...refusals import handled
 from ...regularizer import Settings
 from ..options import Options
 from .filters import Filters
-from .refusals import handled
 from .reporter import Reporter
 from .snapshots import Snapshots
 

@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer
 from surgery.errors import SurgeryError, some
 from surgery.recipe import TensorRecord
 
+from ...refusals import handled
 from ..messages import LOADED_OVER, NOISE_OFF, RESUMED_WITHOUT
 from ..options import NOISYTUNE, Options
 from .adapters import LoadedValues, advise, has_adapter, refuse_unrepeatable
@@ -18,7 +19,6 @@ from .loads import Loads
 from .models import Model
 from .noise import Noise
 from .owners import find_tops
-from .refusals import handled
 from .reporter import Reporter
 from .snapshots import Snapshots
 from .weakset import WeakSet

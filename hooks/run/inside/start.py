@@ -49,10 +49,10 @@ def _start_session() -> None:
     """
     from multiprocessing import util
 
+    from ...refusals import watch_errors
     from ...trackers.figures import announce
     from ..options import read_options
     from .instrument import instrument
-    from .refusals import watch_errors
     from .session import Session
 
     options = read_options(os.environ)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def told(model: Any) -> tuple[Any, Any]:
     """What trackers get: lam beside the loss, and the settings."""
     settings = settings_of([model])
-    return figures_of([model]).get("noise_lam"), (settings.get("surgery_noisytune"), settings.get("surgery_seed"))
+    return figures_of([model]).get("noise_lam"), (settings.get("surgery_noisytune"), settings.get("surgery_noise_seed"))
 
 
 def noisy_run() -> tuple[Any, Noise]:

@@ -50,11 +50,11 @@ def test_trainer_in_tensorboard(way: str, source: Path, tmp_path: Path) -> None:
 
 def test_noise_alone_in_tensorboard(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
-    logged("trainer", source, tmp_path, *byhand.NOISE, "--seed", "3")
+    logged("trainer", source, tmp_path, *byhand.NOISE, "--noise-seed", "3")
     found = event_files.scalars(tmp_path / "out")
     assert found["train/noise_lam"] == pytest.approx([byhand.LAM] * 4)
     assert not {f"train/{name}" for name in FIGURES - {"noise_lam"}} & found.keys()
-    assert json.loads(event_files.text(tmp_path / "out", "args"))["surgery_seed"] == 3
+    assert json.loads(event_files.text(tmp_path / "out", "args"))["surgery_noise_seed"] == 3
 
 
 def test_script_without_a_run_logs_as_ever(source: Path, tmp_path: Path) -> None:

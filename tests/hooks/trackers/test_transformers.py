@@ -126,7 +126,7 @@ def test_noise_is_logged_beside_a_patch(tmp_path: Path) -> None:
     run = trained(model, tmp_path)
     assert [log["noise_lam"] for log in with_loss(run.state.log_history)] == [0.25] * 4
     found = figures.settings_of([model])
-    assert (found["surgery_noisytune"], found["surgery_seed"], found["surgery_anchor"]) == (0.25, 3, 0.1)
+    assert (found["surgery_noisytune"], found["surgery_noise_seed"], found["surgery_anchor"]) == (0.25, 3, 0.1)
 
 
 def test_copied_model_has_its_own_figures(tmp_path: Path) -> None:
