@@ -19,8 +19,8 @@ from .marks import PATCH, Marked
 from .regularizer import Handle, Regularizer, Settings
 from .steps import forget, watch
 from .weights.chosen import ChosenWeights
-from .weights.selection import refuse_unready
 from .weights.sharding import is_sharded, shard_pretrained
+from .weights.unready import refuse_unready
 
 _patched: Any = WeakIdKeyDictionary()
 """The models that a patch was attached to, by weak reference."""

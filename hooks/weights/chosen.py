@@ -15,9 +15,10 @@ from ..marks import Marked, Part, put
 from .distance import squares_of_difference, total
 from .offload import Offload
 from .pretrained import is_distributed, local, refuse_not_finite
-from .selection import Scope, Target, refuse_unready, select
+from .selection import Scope, Target, select
 from .sources import Kept, Source, open_origin
 from .tracked import Tracked
+from .unready import refuse_unready
 
 _log = logging.getLogger(__name__)
 

@@ -4,14 +4,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import nn
 
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
-from surgery.live.foreign import is_flat, is_zero3_shard
+from surgery.live.foreign import is_flat
 
 from .layers import (
     Shape,
@@ -23,6 +23,7 @@ from .layers import (
     packing,
 )
 from .peft_layers import adapter_names, is_wrapper
+from .unready import refuse_sharded
 
 Scope = Literal["layers", "parameters"]
 """The weights of linear, convolution and embedding layers, or every parameter."""
@@ -116,6 +117,7 @@ def select(
         SourceError: a weight to mix is already swapped by another tool, or is not in memory.
     """
     groups = _tied(model)
+    refuse_sharded((name, w) for name, w in model.named_parameters() if not _excluded([name], include, exclude))
     _check_globs([name for names in groups.values() for name, _ in names], include=include, exclude=exclude)
     adapters = adapter_names(model)
     selection = Selection([], {scope: {} for scope in scopes})
@@ -270,32 +272,3 @@ def _remedy(model: nn.Module, left: Mapping[str, str], scope: Scope) -> str:
         recall = ", or take recadam, which recalls biases and norms" if _NOT_A_WEIGHT in trained else ""
         return f"Unfreeze a weight, or name an embedding in include{recall}"
     return "Unfreeze a weight"
-
-
-class Named(Protocol):
-    """A weight and its name."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def weight(self) -> torch.Tensor: ...
-
-
-def refuse_unready(targets: Iterable[Named]) -> None:
-    """Refuse weights whose values are not here to be copied.
-
-    Raises:
-        SourceError: on the meta device, or split by DeepSpeed's ZeRO-3 or FSDP 1.
-    """
-    for target in targets:
-        weight = target.weight
-        if weight.is_meta:
-            fault, remedy = "one on the meta device", "Load the model without offloading, and patch it then."
-        elif is_zero3_shard(weight):
-            fault, remedy = "one split by DeepSpeed's ZeRO-3", "Use ZeRO 1 or 2, or FSDP 2."
-        elif is_flat(weight):
-            fault, remedy = "one flattened by FSDP 1", "Use fully_shard, that is FSDP 2."
-        else:
-            continue
-        raise SourceError(f"{target.name}: expected a weight in memory, got {fault}. {remedy}")

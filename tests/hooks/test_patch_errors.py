@@ -349,8 +349,9 @@ def test_fsdp_1_is_refused_before_noise(use_orig_params: bool) -> None:
 
 def test_weight_split_by_zero_3_is_refused() -> None:
     model = two()
-    # how DeepSpeed marks the parameters that ZeRO-3 has split
+    # how DeepSpeed marks the parameters that ZeRO-3 has split, and what it leaves of them
     model[1].weight.ds_id = 1  # type: ignore[attr-defined]
+    model[1].weight.data = torch.empty(0)
     message = "1.weight: expected a weight in memory, got one split by DeepSpeed's ZeRO-3. Use ZeRO 1 or 2, or FSDP 2."
     refuses(message, SourceError, model)
 
