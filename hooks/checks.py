@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from surgery.errors import SettingError, SourceError
 from surgery.live.foreign import is_fsdp1
-from surgery.live.names import unwrap
+from surgery.live.parts import unwrap
 
 from .active_calls import count_active_calls
 from .marks import PATCH, Part

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SettingError, by_reason, some
-from surgery.live.names import unwrap
+from surgery.live.parts import unwrap
 
 from .lifecycle import Patch
 from .marks import PATCH, Part, find_orphans

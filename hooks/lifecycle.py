@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.errors import SourceError
 from surgery.live.applied import find_related
-from surgery.live.names import unwrap
+from surgery.live.parts import unwrap
 
 from .active_calls import count_active_calls
 from .marks import PATCH, Marked

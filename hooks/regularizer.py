@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from surgery.errors import SettingError, SurgeryError
+from surgery.errors import SettingError, SourceError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,12 +128,14 @@ class Regularizer(ABC):
     @abstractmethod
     def __init__(self, settings: Any, weights: "ChosenWeights | None", others: Sequence[Settings]) -> None: ...
 
-    def refuse(self, error: SurgeryError) -> None:
-        """Raise an error, or log it once and step aside."""
+    def refuse(self, reason: str) -> None:
+        """Raise a SourceError, or log it once and step aside."""
+        if self.is_aside:
+            return
+        error = SourceError(reason)
         if not self.may_step_aside:
             raise error
-        if not self.is_aside:
-            _log.warning("%s", error)
+        _log.warning("%s", error)
         self.is_aside = True
 
     def attach(self, root: "nn.Module") -> list[Handle]:  # noqa: ARG002

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SettingError, SourceError
+from surgery.errors import SettingError
 
 from .regularizer import Regularizer
 from .steps import StepWatch, count_open_steps
@@ -89,11 +89,10 @@ class StepRegularizer(Regularizer):
                 _PATIENCE,
             )
         if self._watch.is_missed(one.weight, self.steps):
-            error = SourceError(
+            self.refuse(
                 f"{self._name}: expected a step of a torch.optim.Optimizer that holds {one.name}, got weights that "
                 "change without one. Use such an optimizer, built from the model's own parameters."
             )
-            self.refuse(error)
 
     @property
     def has_acted(self) -> bool:

@@ -15,8 +15,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from surgery.errors import SourceError
-
 from .compiling import eagerly
 from .regularizer import Regularizer
 from .weights.pretrained import local
@@ -162,7 +160,7 @@ class AuditedRegularizer(Regularizer):
         if not _has_gradient(list(self.held(optimizer))):
             return
         if self.is_strict and not activity.state:
-            self.refuse(SourceError(self.idle))
+            self.refuse(self.idle)
         if not self.is_aside and not self.missed:
             _log.warning("%s", self.idle)
         self.missed += 1

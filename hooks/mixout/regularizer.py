@@ -107,7 +107,7 @@ class MixoutRegularizer(AuditedRegularizer):
         silent = [one.name for one in trained if not one.is_called]
         what = f"{some(silent)}: expected a call of the layer in forward, got none"
         if len(silent) == len(trained):
-            self.refuse(SourceError(f"{what} of any. Patch the model whose forward calls its layers."))
+            self.refuse(f"{what} of any. Patch the model whose forward calls its layers.")
         elif silent:
             _log.warning(
                 "%s (%d weights): not mixed. Its layer was replaced, or something else reads the weight.",
@@ -183,11 +183,16 @@ class MixoutRegularizer(AuditedRegularizer):
         return [one for one in self.mixed if one.unused and one.weight.requires_grad]
 
     def remarks(self) -> list[str]:
-        return [
+        tied = [
             f"mixout: {some(one.unused)}: no forward in training calls this layer. Its weight is tied, and mixed only "
             f"where {some(one.used)} is called."
             for one in self._mixed_in_part
         ]
+        silent = [one.name for one in self.mixed if one.weight.requires_grad and not one.is_used]
+        if not (silent and self._has_mixed):
+            return tied
+        why = "not mixed, for no call of the layer in training mode came."
+        return [*tied, f"mixout: {some(silent)} ({len(silent)} in all): {why}"]
 
     def logs(self, root: nn.Module) -> dict[str, float]:
         """Return the share of the model's trainable elements that are mixed."""

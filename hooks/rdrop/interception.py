@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from surgery.errors import SettingError, SourceError
+from surgery.errors import SettingError
 
 from ..active_calls import count_active_calls
 from ..compiling import eagerly
@@ -91,9 +91,7 @@ class LossInterception:
         return None
 
     def _refuse_unequal(self, name: str, where: str) -> None:
-        self.forward.refuse(
-            SourceError(f"rdrop: expected the same losses in both passes, got {name} in the {where} only.")
-        )
+        self.forward.refuse(f"rdrop: expected the same losses in both passes, got {name} in the {where} only.")
 
     def begin_second_pass(self, first_output: Any) -> None:
         """End the first pass, whose output this is."""
@@ -153,16 +151,16 @@ def _intercept(mode: LossFunctionMode, func: Any, args: tuple[Any, ...], kwargs:
     return func(*args, **kwargs) if mode.interception is None else mode.interception.on_call(func, args, kwargs)
 
 
-def find_fault(output: Any, forward: PairedForward) -> SourceError | None:
+def find_fault(output: Any, forward: PairedForward) -> str | None:
     """Return what is wrong where the model returns a loss that R-Drop is not in."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if forward.has_loss or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
         return None
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if logits is None:
-        return SourceError(
-            "rdrop: expected logits, got a model that makes its loss without them. Turn the fused loss off: "
-            "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of "
-            "the logits for TRL's SFTTrainer. Or train without rdrop."
-        )
-    return SourceError(forward.unknown_loss_message())
+    if logits is not None:
+        return forward.unknown_loss_message()
+    return (
+        "rdrop: expected logits, got a model that makes its loss without them. If that is a fused loss, turn it off: "
+        "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of the "
+        "logits for TRL's SFTTrainer. Else train without rdrop."
+    )

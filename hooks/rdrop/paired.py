@@ -13,8 +13,6 @@ import torch
 from torch.nn.parallel.distributed import _DDPSink
 from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
-from surgery.errors import SourceError, SurgeryError
-
 from ..compiling import eagerly
 from .loss_calls import SUPPORTED, UNSUPPORTED, LossCall, any_requires_grad, read_call
 from .outputs import map_output
@@ -32,7 +30,7 @@ class PairedForward:
     Args:
         make_loss: makes one loss of the calls of both passes, or of one call on a doubled batch.
         on_first_loss: is called once, with the first such loss.
-        refuse: is called with the error where the outputs have no loss of R-Drop; raises it, or lets the loss be.
+        refuse: is called with the reason where the outputs have no loss of R-Drop; raises it, or lets the loss be.
         unjoined: names of the losses that R-Drop has no formula for, over all forwards of the model.
         upstream: the forwards whose outputs this one was given, such as a hidden state.
         has_loss: a loss of R-Drop was made.
@@ -41,7 +39,7 @@ class PairedForward:
 
     make_loss: MakeLoss
     on_first_loss: Callable[[], None]
-    refuse: Callable[[SurgeryError], None]
+    refuse: Callable[[str], None]
     unjoined: set[str]
     upstream: frozenset["PairedForward"] = frozenset()
     has_loss: bool = False
@@ -72,7 +70,7 @@ class PairedForward:
     def check_gradient(self, grad: torch.Tensor) -> None:  # noqa: ARG002
         """Refuse a gradient that does not come from a loss of R-Drop; a hook of the outputs."""
         if not self.has_loss:
-            self.refuse(SourceError(self.unknown_loss_message()))
+            self.refuse(self.unknown_loss_message())
 
     def unknown_loss_message(self) -> str:
         """Say which losses were called, none of which has a formula."""

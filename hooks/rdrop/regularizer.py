@@ -25,7 +25,7 @@ from .metrics import Metrics
 from .objective import Objective, RDropLoss
 from .outputs import copy_containers
 from .paired import PairedForward, PairedTensor, forwards_in, pair_outputs, split_passes
-from .randomness import Randomness
+from .randomness import HostStates, Randomness, restore_host_states, save_host_states
 from .schedule import Schedule
 from .settings import RDrop
 
@@ -56,6 +56,7 @@ class RDropRegularizer(AuditedRegularizer):
         self._is_drawn_per_batch = any(one.is_per_batch for one in others)
         self._mode = LossFunctionMode()
         self._randomness = Randomness()
+        self._host_states: HostStates = ()
 
     def attach(self, root: nn.Module) -> list[Handle]:
         """Put R-Drop on the model; return the handles of its hooks."""
@@ -94,6 +95,7 @@ class RDropRegularizer(AuditedRegularizer):
         self._mode.start(LossInterception(root, forward, batch_sizes))
         if is_doubled:
             return None, doubling.double_batch(arguments)
+        self._host_states = save_host_states()
         first, second = split_passes(arguments)
         return copy_containers(first), second
 
@@ -102,6 +104,7 @@ class RDropRegularizer(AuditedRegularizer):
         """Go from the first pass to the second."""
         assert self._mode.interception is not None
         self._mode.interception.begin_second_pass(output)
+        restore_host_states(self._host_states)
 
     @eagerly
     def end(self, root: nn.Module, output: Any) -> Any:
@@ -117,8 +120,8 @@ class RDropRegularizer(AuditedRegularizer):
         if output is None:
             return None
         interception.check_all_matched()
-        if error := find_fault(output, interception.forward):
-            self.refuse(error)
+        if fault := find_fault(output, interception.forward):
+            self.refuse(fault)
         if interception.batch_sizes is None:
             return pair_outputs(output, interception.first_output, interception.forward)
         first, second = doubling.halve_output(output, interception.batch_sizes)
@@ -137,16 +140,14 @@ class RDropRegularizer(AuditedRegularizer):
         self.abort()  # a KeyboardInterrupt has left it open
         if torch._C._are_functorch_transforms_active():
             self.refuse(
-                SourceError(
-                    "rdrop: expected a backward pass of autograd's, got torch.func, whose tensors hide that they want "
-                    "a gradient. Use loss.backward(), or train without rdrop."
-                )
+                "rdrop: expected a backward pass of autograd's, got torch.func, whose tensors hide that they want a "
+                "gradient. Use loss.backward(), or train without rdrop."
             )
         else:
             try:
                 self.schedule.begin_forward(root)
             except SourceError as error:
-                self.refuse(error)
+                self.refuse(str(error))
         return self.is_aside
 
     def _is_doubled(self, root: nn.Module, arguments: doubling.Arguments) -> bool:
@@ -194,7 +195,7 @@ class RDropRegularizer(AuditedRegularizer):
         try:
             self._randomness.check_passes_differ(a.detach(), b.detach(), steps=self.schedule.steps)
         except SourceError as error:
-            self.refuse(error)
+            self.refuse(str(error))
         return not self.is_aside
 
     def _pair_log_probs(self, first: LossCall, second: LossCall, on_loss: Callable[[], None]) -> torch.Tensor:
@@ -249,7 +250,7 @@ class RDropRegularizer(AuditedRegularizer):
 
     @property
     def has_acted(self) -> bool:
-        return self.metrics.fired > 0
+        return self.metrics.fired > 0 and (self._randomness.has_differed or not self._objective.alpha)
 
     def facts(self, root: nn.Module) -> dict[str, Any]:  # noqa: ARG002
         return {"fired": self.metrics.fired, "missed": self.missed, "unjoined": tuple(sorted(self.unjoined))}
@@ -265,7 +266,7 @@ class RDropRegularizer(AuditedRegularizer):
         return {f"rdrop_{name.removesuffix('_mean')}": value for name, value in means.items() if value is not None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "metrics": Metrics(), "_randomness": Randomness(), "_spared": 0}
+        return {**self.__dict__, "metrics": Metrics(), "_randomness": Randomness(), "_host_states": (), "_spared": 0}
 
 
 # torch.compile skips this frame and ours within it, and compiles the two passes

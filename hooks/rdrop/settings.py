@@ -45,7 +45,7 @@ class RDrop(Settings):
     help = "Two passes; the loss holds their outputs together."
     acts_on = None
     flags = (Flag("every", int, "R-Drop at each N-th optimizer step only."),)
-    missing = "its KL reached no loss"
+    missing = "its KL reached no loss, or was 0 in all steps"
     idle_facts = {"fired": 0, "missed": 0, "unjoined": ()}
     idle_report = {"rdrop_fired": 0, "kl": None, "ce": None, "kl_mean": None, "ce_mean": None}
 

@@ -18,7 +18,7 @@ _UNREACHED = (
     "-I or -E within a script is reached, nor a container or another machine: there, use surgery env"
 )
 _NO_TORCH = "command: expected a Python that imports torch, got none"
-_UNTRAINED = "command: expected a training, got neither a backward pass nor an optimizer's step"
+_UNTRAINED = "command: expected a training, got neither a backward pass of torch.autograd nor an optimizer's step"
 _FAILED = "the command failed before it trained"
 _HELPED = "the command was asked for help or a version, and trained nothing"
 _EVALUATED = "the command loaded weights, but trained nothing"

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +57,16 @@ def print_outcome(record: Record, options: Options, command: Command) -> None:
 
 def make_report(outcome: Outcome, options: Options, command: Command) -> dict[str, Any]:
     """Return what --report writes."""
+    versions = dict(_versions())
     return {
         "status": "active" if outcome.is_active else "inactive",
         "reason": outcome.reason,
         "notes": list(outcome.notes),
-        "version": version("model-surgery"),
+        "version": versions["model-surgery"],
         "command": shlex.join(command.words),
         "settings": _settings(options),
         "noise_seed": options.noise_seed if options.noisytune is not None else None,
-        "versions": {"python": sys.version.split()[0], **dict(_versions())},
+        "versions": {"python": sys.version.split()[0], **versions},
         "begun": datetime.fromtimestamp(command.begun, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - command.begun, 1),
         "ranks": [_rank(one) for one in outcome.ranks],
@@ -81,6 +81,8 @@ def _settings(options: Options) -> dict[str, Any]:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
+    from importlib.metadata import PackageNotFoundError, version  # takes longer than a run without a report
+
     for name in _PACKAGES:
         try:
             yield name, version(name)

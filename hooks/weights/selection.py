@@ -257,18 +257,21 @@ def _refuse_nothing(model: nn.Module, selection: Selection, globs: Sequence[str]
         reasons = Counter([*left.values(), *("frozen" for _ in targets)])
         told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         verb = "mix" if scope == "layers" else "recall"
-        remedy = "Correct include and exclude" if globs else _remedy(model, left, scope)
+        remedy = "Correct include and exclude" if globs else _remedy(model, left, scope, is_any_frozen=bool(targets))
         raise SettingError(
             f"model: expected a trainable weight to {verb}, got none ({told or 'no parameters'}). {remedy}."
         )
 
 
-def _remedy(model: nn.Module, left: Mapping[str, str], scope: Scope) -> str:
+def _remedy(model: nn.Module, left: Mapping[str, str], scope: Scope, *, is_any_frozen: bool) -> str:
     """Say what to do where nothing is left to act on, by what is trained instead."""
     trained = {left.get(name) for name, w in model.named_parameters(remove_duplicate=False) if w.requires_grad}
     if ADAPTER in trained:
         return f"{_BESIDE_FROZEN}. Leave it out, or name pretrained layers in PEFT's modules_to_save"
-    if scope == "layers":
-        recall = ", or take recadam, which recalls biases and norms" if _NOT_A_WEIGHT in trained else ""
-        return f"Unfreeze a weight, or name an embedding in include{recall}"
-    return "Unfreeze a weight"
+    ways = ["unfreeze a weight"] if is_any_frozen else []
+    if scope == "layers" and _EMBEDDING in left.values():
+        ways.append("name an embedding in include")
+    if scope == "layers" and trained - {NEW, EXCLUDED, NOT_INCLUDED, _EMBEDDING}:
+        ways.append("take recadam, which acts on all kinds of weights")
+    said = ", or ".join(ways or ["unfreeze a weight"])
+    return said[0].upper() + said[1:]

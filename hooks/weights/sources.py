@@ -1,28 +1,21 @@
 """Where w_pre comes from: the model itself, a state_dict or a checkpoint, each read one tensor at a time."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from surgery.checkpoint.config_files import quantized
-from surgery.checkpoint.pickles import DTYPES
-from surgery.checkpoint.resolve import Checkpoint, resolve
-from surgery.checkpoint.tensorfile import Tensor
-from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError, some
-from surgery.live.names import NEW, Names, find_names, own_weights, pretrained_parts
-from surgery.progress import bar
+from surgery.live.parts import pretrained_parts
 
 from .peft_layers import find_copies
 from .selection import Target
 from .tracked import Tracked
 
 _log = logging.getLogger(__name__)
-_TORCH = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 
 Source = str | Path | Mapping[str, torch.Tensor]
 
@@ -56,7 +49,9 @@ def open_origin(model: nn.Module, w_pre: Source | None) -> Origin:
     if isinstance(w_pre, Mapping):
         return _StateDict(model, w_pre)
     if isinstance(w_pre, str | Path):
-        return _Files(model, w_pre)
+        from .checkpoint_source import Files  # most patches read no file
+
+        return Files(model, w_pre)
     raise SourceError(
         f"w_pre: expected a Hub id, a folder, a file or a state_dict, got {type(w_pre).__name__}. Give one of them."
     )
@@ -74,7 +69,9 @@ class _Live:
         parts = list(pretrained_parts(model))
         for path, part in parts:
             if not any(map(is_loaded, part.parameters())):  # deepcopy and fully_shard lose the marks
-                pretrained |= {f"{path}.{name}".lstrip(".") for name in _in_checkpoint(part)}
+                from .checkpoint_source import names_in_checkpoint
+
+                pretrained |= {f"{path}.{name}".lstrip(".") for name in names_in_checkpoint(part)}
         pretrained |= {copy for copy, original in find_copies(model).items() if original in pretrained}
         self.fresh = parameters.keys() - pretrained if pretrained else set()
         if parts and not pretrained:
@@ -105,15 +102,6 @@ def move_marks(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Ten
         for mark in _MARKS:
             if hasattr(w, mark) and not hasattr(after[name], mark):
                 setattr(after[name], mark, getattr(w, mark))
-
-
-def _in_checkpoint(part: nn.Module) -> set[str]:
-    """Return the names of what the checkpoint that `part` was loaded from has, if it is on this machine."""
-    names = find_names(part, None)
-    if names.source == type(part).__name__:
-        return set()
-    new = {name for name, reason in names.copied.items() if reason == NEW}
-    return names.tensors.keys() - new - {name for name, shape in names.converted.items() if shape is not None}
 
 
 class Kept:
@@ -170,74 +158,6 @@ class _StateDict:
             if values.is_meta:
                 raise SourceError(f"w_pre: {name}: expected values, got a tensor on the meta device. Load it first.")
             yield target, values
-
-
-class _Files:
-    """A checkpoint: names are mapped as transformers does, and values cast as from_pretrained does."""
-
-    is_own = True
-
-    def __init__(self, model: nn.Module, source: str | Path) -> None:
-        checkpoint = resolve(source)
-        for config, method in quantized(checkpoint).items():
-            raise SourceError(
-                f"w_pre: {checkpoint.path(config)}: expected unquantized weights, got quantization_config ({method}). "
-                "Give the checkpoint it was made from."
-            )
-        self.label = checkpoint.id
-        self._checkpoint = checkpoint
-        try:
-            self._names: Names = find_names(model, checkpoint)
-        except SourceError as error:
-            raise SourceError(str(error).replace("source:", "w_pre:", 1)) from error
-        self.fresh = {name for name, reason in self._names.copied.items() if reason == NEW}
-
-    def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
-        wanted: dict[str, list[Target]] = {}
-        for target in targets:
-            wanted.setdefault(self._written(target), []).append(target)
-        with bar(sum(target.weight.nbytes for target in targets), "w_pre") as advance:
-            for written, values in _stream(self._checkpoint, wanted.keys()):
-                for target in wanted.pop(written):
-                    yield target, values
-                    advance(target.weight.nbytes)
-
-    def _written(self, target: Target) -> str:
-        """Return the name of the target's values in the checkpoint."""
-        for name in target.names:
-            if name not in self._names.converted and name not in self._names.copied:
-                return self._names.canonical[name]
-        shape = self._names.converted[target.name]
-        got = f"{shape}" if shape is not None else "one that transformers makes from others when it loads them"
-        raise SourceError(
-            f"w_pre: {target.name}: expected shape {tuple(target.weight.shape)}, got {got}. "
-            f"Name it in exclude, or give a state_dict."
-        )
-
-
-def _stream(checkpoint: Checkpoint, wanted: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the wanted tensors of a checkpoint by name, one in memory at a time."""
-    names = set(wanted)
-    for file_name in (name for weights in own_weights(checkpoint) for name in weights.files):
-        file = open_weights(checkpoint, file_name)
-        try:
-            for tensor in file.header.tensors:
-                if tensor.name in names:
-                    names.remove(tensor.name)
-                    yield tensor.name, _read(file, tensor, checkpoint.path(file_name))
-            file.refuse_changed()
-        finally:
-            file.close()
-    if names:
-        raise SourceError(f"w_pre: {some(sorted(names))}: expected in {checkpoint.id}, got none. Fetch it again.")
-
-
-def _read(file: WeightFile, tensor: Tensor, path: Path) -> torch.Tensor:
-    if tensor.dtype not in _TORCH:
-        raise SourceError(f"w_pre: {tensor.name}: expected floating point, got {tensor.dtype} in {path}. Exclude it.")
-    values = torch.empty(tensor.shape, dtype=_TORCH[tensor.dtype])
-    file.read_into(tensor, 0, memoryview(values.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return values
 
 
 def _refuse_other_shape(name: str, w: torch.Tensor, shape: torch.Size) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from surgery.live.names import unwrap
+from surgery.live.parts import unwrap
 from surgery.noisytune import NoisyTune
 
 _noise: Any = WeakIdKeyDictionary()

@@ -5,13 +5,12 @@ with a checkpoint; what is in none of them is new.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from surgery.checkpoint.layout import WeightSet
 from surgery.checkpoint.pickles import DTYPES
@@ -20,12 +19,9 @@ from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SourceError
+from surgery.live.parts import LIVE_NAMES, NEW, pretrained_parts, unwrap
 from surgery.live.renames import CheckpointNames, Counterparts, match_names
 from surgery.roles import BUFFER, CLASS, Role
-
-NEW = "new: not in the checkpoint"
-LIVE_NAMES = "the names in the model"
-"""Is in each note that tells of noise which `surgery perturb` does not repeat."""
 
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
 _PEFT = re.compile(
@@ -101,13 +97,6 @@ def find_names(model: torch.nn.Module, source: str | Path | Checkpoint | None) -
 # -- the live side ------------------------------------------------------------------------------------------------
 
 
-def unwrap(model: Any) -> Any:
-    """Take off torch.compile, DataParallel and DistributedDataParallel."""
-    while hasattr(model, "_orig_mod") or isinstance(model, DataParallel | DistributedDataParallel):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
-
-
 def _tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Return what state_dict would hold, by name, and which of these are buffers."""
     transient = {
@@ -118,17 +107,6 @@ def _tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in transient}
     return tensors | buffers, set(buffers)
-
-
-def pretrained_parts(model: torch.nn.Module) -> Iterable[tuple[str, Any]]:
-    """Yield the outermost modules that transformers or diffusers loads, with their paths."""
-    kinds = {kind.__name__ for kind in type(model).__mro__}
-    if kinds & {"PreTrainedModel", "ModelMixin"}:
-        yield "", model
-        return
-    for name, child in model.named_children():
-        for path, part in pretrained_parts(child):
-            yield f"{name}.{path}".rstrip("."), part
 
 
 def _choose_parts(

@@ -13,7 +13,8 @@ from surgery.errors import SettingError, SourceError
 from surgery.kernels import tensors as kernels
 from surgery.live.applied import note_noise
 from surgery.live.foreign import is_flat, is_fsdp1
-from surgery.live.names import NEW, find_names
+from surgery.live.names import find_names
+from surgery.live.parts import NEW
 from surgery.live.targets import LiveTensor, find_targets, tie_equal
 from surgery.noise import key
 from surgery.noisytune import (

@@ -135,17 +135,20 @@ def test_complex_weights_are_named_and_not_mixed() -> None:
 
 
 def test_patch_model_refuses_a_frozen_model() -> None:
-    remedy = "Unfreeze a weight, or name an embedding in include."
+    remedy = "Unfreeze a weight."
     refuses(f"{_NOTHING} (2 {_BIASES}; 2 frozen). {remedy}", SettingError, two().requires_grad_(False))
 
 
 @pytest.mark.parametrize(
     ("model", "told"),
-    [(nn.Sequential(), "no parameters"), (nn.Embedding(3, 2), "1 embedding: name it in include to mix it")],
+    [
+        (nn.Sequential(), "no parameters). Unfreeze a weight."),
+        (nn.Embedding(3, 2), "1 embedding: name it in include to mix it). Name an embedding in include."),
+    ],
     ids=["empty", "embedding"],
 )
 def test_patch_model_refuses_a_model_without_layers(model: nn.Module, told: str) -> None:
-    refuses(f"{_NOTHING} ({told}). Unfreeze a weight, or name an embedding in include.", SettingError, model)
+    refuses(f"{_NOTHING} ({told}", SettingError, model)
 
 
 def test_patch_model_refuses_what_is_no_model() -> None:
@@ -223,7 +226,7 @@ def test_patch_model_refuses_values_that_are_not_finite(value: float, dtype: tor
 
 def test_patch_model_refuses_w_pre_of_which_it_has_no_weight() -> None:
     told = "4 new: it has no pretrained value"
-    refuses(f"{_NOTHING} ({told}). Unfreeze a weight, or name an embedding in include.", SettingError, two(), w_pre={})
+    refuses(f"{_NOTHING} ({told}). Unfreeze a weight.", SettingError, two(), w_pre={})
 
 
 def test_patch_model_refuses_w_pre_that_is_not_there(tmp_path: Path) -> None:

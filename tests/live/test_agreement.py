@@ -10,7 +10,8 @@ import torch
 import zoo
 
 from surgery.checkpoint.pickles import DTYPES
-from surgery.live.names import NEW, find_names
+from surgery.live.names import find_names
+from surgery.live.parts import NEW
 from surgery.noisytune import FLOATS, NoisyTune
 from surgery.perturb.plan import make_plan
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.errors import SourceError, some
-from surgery.live.names import LIVE_NAMES
+from surgery.live.parts import LIVE_NAMES
 from surgery.recipe import Recipe
 
 from ...weights.peft_layers import is_wrapper

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from surgery.errors import some
-from surgery.live.names import pretrained_parts
+from surgery.live.parts import pretrained_parts
 
 from ...patch import find_patch
 from ...weights.sources import is_loaded

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from surgery.live.names import pretrained_parts
+from surgery.live.parts import pretrained_parts
 
 from ...weights.selection import is_match
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from surgery.errors import SurgeryError
-from surgery.live.names import NEW
+from surgery.live.parts import NEW
 from surgery.recipe import TensorRecord
 
 from ...lifecycle import Patch

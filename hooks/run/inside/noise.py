@@ -9,13 +9,12 @@ from torch import nn
 
 from surgery.errors import SourceError
 from surgery.live.applied import forget_noise, note_noise
-from surgery.live.names import NEW, find_names, pretrained_parts, unwrap
+from surgery.live.parts import NEW, pretrained_parts, unwrap
 from surgery.recipe import Recipe, TensorRecord
 
 from ...weights.peft_layers import find_copies
 from ...weights.selection import is_match
 from ...weights.sources import LOADED
-from .owners import is_head
 from .probes import Probes
 from .snapshots import Snapshots
 from .weakset import WeakSet
@@ -76,8 +75,8 @@ class Noise:
         from surgery.live.perturb import perturb_model, refuse_flattened  # import numba, which takes half a second
 
         refuse_flattened(top)  # its parts do not show it
-        for path, part, left in _parts(top, set(map(id, trained)), loaded):
-            parameters = [one for one in part.parameters() if id(one) not in left]
+        for path, part in _parts(top, set(map(id, trained)), loaded):
+            parameters = list(part.parameters())
             if any(one.parameters.has_any(parameters) for one in self._perturbed):
                 continue
             _refuse_shared(parameters)
@@ -86,7 +85,7 @@ class Noise:
                 if self._pretrained.has(parameters):
                     self.original.drop(parameters)
                     self.original.keep(parameters)
-                names = _excluded_names(part, path, left, include, exclude)
+                names = _excluded_names(part, path, include, exclude)
                 with self.probes.taken(parameters):
                     recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
             self._perturbed.append(_NoisyPart(WeakSet(parameters), recipe, weakref.ref(part)))
@@ -158,19 +157,10 @@ def _refuse_shared(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def _parts(top: nn.Module, trained: Set[int], loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module, Set[int]]]:
-    """Yield what is pretrained and trained of a model, with its path, and the ids of parameters in it to leave.
-
-    Beside what is pretrained and not trained, a new head waits; a student of its teacher's size does not.
-    """
-    parts = list(pretrained_parts(top)) or _filled_parts(top, loaded)
-    held = [(path, part) for path, part in parts if _is_trained(part, trained) or _has_prompt(top, path, trained)]
-    for path, part in held:
-        yield path, part, set()
-    within = {id(parameter): parameter for _, part in parts for parameter in part.parameters()}
-    new = [parameter for parameter in top.parameters() if id(parameter) in trained]
-    if not held and not is_head(new, within.values()):
-        yield "", top, within.keys()
+def _parts(top: nn.Module, trained: Set[int], loaded: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what is pretrained and trained of a model, with its path. What is new beside pretrained parts is none."""
+    parts = list(pretrained_parts(top)) or _filled_parts(top, loaded) or [("", top)]
+    yield from ((path, part) for path, part in parts if _is_trained(part, trained) or _has_prompt(top, path, trained))
 
 
 def _is_trained(module: nn.Module, trained: Set[int]) -> bool:
@@ -193,21 +183,21 @@ def _filled_parts(top: nn.Module, loaded: Sequence[nn.Module]) -> list[tuple[str
     return parts
 
 
-def _excluded_names(
-    part: nn.Module, path: str, ids: Set[int], include: Sequence[str], exclude: Sequence[str]
-) -> list[str]:
-    """Return the checkpoint's names of what is not to be perturbed, such as the parameters with these ids."""
+def _excluded_names(part: nn.Module, path: str, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Return the checkpoint's names of what is not to be perturbed."""
     parameters = dict(part.named_parameters(remove_duplicate=False))
     is_marked = any(hasattr(parameter, LOADED) for parameter in parameters.values())
     originals = find_copies(part)
     left = set()
-    for name, parameter in parameters.items():
+    for name in parameters:
         live = f"{path}.{name}".lstrip(".")
         is_new = is_marked and not hasattr(parameters[originals.get(name, name)], LOADED)
         is_out = any(is_match(glob, live) for glob in exclude)
-        if id(parameter) in ids or is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
+        if is_new or is_out or (include and not any(is_match(glob, live) for glob in include)):
             left.add(name)
     if not left:
         return []
+    from surgery.live.names import find_names  # imports all that reads checkpoints
+
     names = find_names(part, None)
     return sorted({names.canonical[name] for name in left if names.copied.get(name) != NEW})

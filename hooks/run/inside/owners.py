@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.live.names import unwrap
+from surgery.live.parts import unwrap
 
 
 def find_tops(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Module, list[nn.Parameter]]]:

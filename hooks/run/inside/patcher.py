@@ -42,12 +42,14 @@ class Patcher:
         """There is more to do than to add noise."""
         return bool(self._options.methods)
 
-    def patch(self, module: nn.Module, root: nn.Module) -> Patch | None:
+    def patch(self, module: nn.Module, root: nn.Module, *, is_only: bool) -> Patch | None:
         """Patch a model with what fits it; None if nothing does, or nothing but noise is asked for.
 
         Args:
             module: what the script calls, which may be compiled or a wrapper.
             root: the model in it.
+            is_only: no other model has all that is asked for. Then what fits is put on also if the refusal of the rest
+                ends the run at its first step, for what is refused no sooner than there to be told as well.
         """
         if not self.is_asked:
             return None
@@ -55,7 +57,7 @@ class Patcher:
             try:
                 self._put(module, root, self._options.methods)
             except SurgeryError:
-                self._put_those_that_fit(module, root)
+                self._put_those_that_fit(module, root, is_wanted=is_only or self._options.allow_inactive)
         patch = find_patch(root)
         for regularizer in patch.regularizers if patch is not None else ():
             regularizer.may_step_aside = self._options.allow_inactive
@@ -72,8 +74,8 @@ class Patcher:
         with self._pretrained.restored(root.parameters()):
             put_patch(root, methods, include=globs[0], exclude=globs[1], may_wait=True)
 
-    def _put_those_that_fit(self, module: nn.Module, root: nn.Module) -> None:
-        """Report the methods that are refused, those of one reason together; put on the others, if that is allowed."""
+    def _put_those_that_fit(self, module: nn.Module, root: nn.Module, *, is_wanted: bool) -> None:
+        """Report the methods that are refused, those of one reason together; put on the others, if they are wanted."""
         fit, reasons = [], []
         for one in self._options.methods:
             try:
@@ -85,7 +87,7 @@ class Patcher:
                 unpatch_model(root)
         for reason, names in by_reason(reasons).items():
             self._reporter.refuse(names, root, reason)
-        if fit and self._options.allow_inactive:
+        if fit and is_wanted:
             self._put(module, root, tuple(fit))
 
     def take_w_pre(self, root: nn.Module, parameters: Sequence[nn.Parameter]) -> None:

@@ -140,7 +140,7 @@ class Perturber:
         if self._noise is None:
             return
         late = [one for group in optimizer.param_groups for one in group["params"] if one in self._deferred]
-        for top, parameters in find_tops(late):
+        for top, parameters in find_tops(one for one in late if one not in self._loads.without_noise):
             self.perturb(top, parameters)  # to be taken off again, as from all that had it when it was saved
         for group, saved in zip(optimizer.param_groups, groups, strict=False):
             marks = {name: saved.get(name) for name in self._marks}
@@ -198,6 +198,7 @@ class Perturber:
             self._reporter.add_note(f"noisytune: {type(root).__name__}: {text}")
 
     def _refuse(self, noise: Noise, root: nn.Module, parameters: Sequence[nn.Parameter], reason: str) -> None:
+        self._loads.overwritten.replace(parameters, noise.original)  # w_pre is without noise, as the weights are
         noise.forget(parameters)
         self._reporter.refuse([NOISYTUNE], root, reason)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SurgeryError
-from surgery.live.names import unwrap
+from surgery.live.parts import unwrap
 
 from ...lifecycle import Patch
 from ...patch import find_patch
@@ -218,7 +218,8 @@ class Session:
         if self._candidates.is_new(root):
             return
         self._perturber.before_patch(root, has_stepped=has_stepped)
-        patch = self._patcher.patch(module, root)
+        is_only = not self._models.is_any_complete(self._options.asked)
+        patch = self._patcher.patch(module, root, is_only=is_only)
         self._loads.overwritten.drop(parameters)
         self._perturber.after_patch(parameters)
         if patch is not None and patch.weights is not None and not self._reporter.record.has_loaded:

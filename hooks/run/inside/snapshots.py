@@ -29,6 +29,12 @@ class Snapshots:
             if parameter in self._values and name in after and after[name] is not parameter:
                 self._values[after[name]] = _split(self._values.pop(parameter), after[name])
 
+    def replace(self, parameters: Iterable[nn.Parameter], others: "Snapshots") -> None:
+        """Keep of these what others have kept of them, where both have something."""
+        for parameter in parameters:
+            if parameter in self._values and parameter in others._values:
+                self._values[parameter] = others._values[parameter]
+
     def drop(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep these no longer."""
         for parameter in parameters:

@@ -18,6 +18,7 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from surgery import Mixout, patch_model, unpatch_model
+from surgery.hooks.marks import PATCH
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BOTH = pytest.mark.parametrize("granularity", ["neuron", "element"])
@@ -569,3 +570,14 @@ def test_training_with_p_0_has_the_bits_of_training_without(replaces: bool) -> N
     for granularity in ("neuron", "element"):
         trained = train(Mixout(0, granularity=granularity, replace_dropout=replaces))
         assert all(torch.equal(trained[name], plain[name]) for name in plain)
+
+
+def test_layers_that_run_in_eval_mode_are_named_at_the_end() -> None:
+    model = patch_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), mixout=0.5).train()
+    model[0].eval()
+    model(torch.ones(2, 4)).sum().backward()
+    (said,) = model.__dict__[PATCH].regularizers[0].remarks()
+    assert said == "mixout: 0.weight (1 in all): not mixed, for no call of the layer in training mode came."
+    model[0].train()
+    model(torch.ones(2, 4)).sum().backward()
+    assert model.__dict__[PATCH].regularizers[0].remarks() == []

@@ -1,15 +1,18 @@
 """R-Drop's loss and gradients against the paper's equation, where the model makes its own loss."""
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from heads import CAUSAL, HEADS, Head, grads_of, symmetric_kl
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from surgery import RDrop, patch_model
+from surgery import RDrop, patch_model, stats
+from surgery.hooks.marks import PATCH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALPHA = 1.5
@@ -218,3 +221,44 @@ def test_weights_of_classes_are_not_halved_with_the_batch() -> None:
     expected = plain(torch.cat([x, x]), torch.cat([y, y]))
     torch.manual_seed(SEED)
     torch.testing.assert_close(model(x, y), expected, rtol=1e-6, atol=1e-6)
+
+
+class Choosing(nn.Module):
+    """Chooses a layer at random, as losses over some of a model's layers do, by Python's generator or NumPy's."""
+
+    def __init__(self, choose: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 3) for _ in range(50))
+        self.dropout = nn.Dropout(0.5)
+        self.choose = choose
+        self.chosen: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.chosen.append(int(self.choose(50)))
+        return self.layers[self.chosen[-1]](self.dropout(x))
+
+
+@pytest.mark.parametrize("choose", [random.randrange, np.random.randint], ids=["python", "numpy"])
+def test_both_passes_choose_alike_and_differ_in_dropout_alone(choose: Any) -> None:
+    model = patch_model(Choosing(choose), rdrop=1.0)
+    labels = torch.zeros(8, dtype=torch.long)
+    random.seed(0)
+    np.random.seed(0)
+    for _ in range(5):
+        F.cross_entropy(model(torch.randn(8, 4)), labels).backward()
+    assert model.chosen[::2] == model.chosen[1::2]
+    assert stats(model)["kl"] > 0
+    random.seed(0)
+    np.random.seed(0)
+    assert model.chosen[::2] == [int(choose(50)) for _ in range(5)], "the script draws what it draws without R-Drop"
+
+
+def test_rdrop_has_not_acted_while_both_passes_are_equal() -> None:
+    """Mixout takes the place of dropout, and at the first step w is w_pre."""
+    model = patch_model(nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 3)), rdrop=1.0, mixout=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    own = model.__dict__[PATCH].regularizers[1]
+    for has_acted in (False, True):
+        F.cross_entropy(model(torch.randn(8, 64)), torch.zeros(8, dtype=torch.long)).backward()
+        assert own.has_acted == has_acted
+        optimizer.step()

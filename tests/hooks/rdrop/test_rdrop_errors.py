@@ -237,7 +237,7 @@ def test_an_error_in_a_pass_leaves_nothing_behind(error: type[BaseException], nu
 
 NO_RANDOMNESS = (
     "rdrop: expected two passes that differ, got logits that are equal to the bit: no dropout is at work. "
-    "Give the model dropout (LoRA's will do) or Mixout, or train without rdrop."
+    "Give the model dropout, or Mixout beside it, or train without rdrop."
 )
 
 

@@ -56,7 +56,7 @@ def run_on_pretrained(tmp_path: Path, script: str) -> tuple[Run, dict[str, Any]]
 
 
 def test_noise_is_on_what_was_written_after_the_optimizer_was_made(tmp_path: Path) -> None:
-    loads = IN_PLACE | {"one weight": "own['0.weight'].mul_(2)"}
+    loads = {"one weight": "own['0.weight'].mul_(2)"} | IN_PLACE
     script = "".join(_LOAD.format(name=name, load=load) for name, load in loads.items())
     ran, wanted = run_on_pretrained(tmp_path, script)
     assert (ran.code, ran.records[0]["faults"], ran.records[0]["acts"]) == (0, [], ["noisytune"]), ran.err
@@ -167,6 +167,16 @@ def test_plain_run_that_is_resumed_is_refused(optimizer: str, reason: str, folde
     ran = run(folder, RESUMED, *NOISE, args=(optimizer, "model", "state"))
     assert (ran.code, ran.records[0]["faults"]) == (3, [f"noisytune: Linear: {reason}"])
     assert not (folder / "left.pt").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_w_pre_of_a_plain_run_that_is_resumed_has_no_noise(optimizer: str, folder: Path) -> None:
+    torch.save(train(folder, optimizer, "pretrained.pt"), folder / "checkpoint.pt")
+    flags = (*NOISE, "--anchor", "0.0", "--allow-inactive")
+    ran = run(folder, RESUMED, *flags, args=(optimizer, "model", "state"))
+    assert ran.code == 0, ran.err
+    left, pretrained = torch.load(folder / "left.pt")["model"], torch.load(folder / "pretrained.pt")
+    assert ran.models[0]["distance"] == pytest.approx(float((left["weight"] - pretrained["weight"]).norm()), rel=1e-5)
 
 
 def test_noisy_run_that_is_resumed_has_its_noise(folder: Path) -> None:

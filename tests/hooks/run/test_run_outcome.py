@@ -94,7 +94,7 @@ def test_a_side_process_that_only_holds_a_model_is_reported_and_not_judged():
     [
         ("noisytune", "noisytune: no pretrained weights were trained, so that none were perturbed."),
         ("mixout", "mixout: no layer with pretrained weights was trained, so that none was mixed."),
-        ("rdrop", "rdrop: its KL reached no loss."),
+        ("rdrop", "rdrop: its KL reached no loss, or was 0 in all steps."),
         ("anchor", "anchor: no optimizer's step drew a weight toward w_pre."),
     ],
 )
@@ -110,7 +110,7 @@ def test_outcome_names_the_ranks_without_effect():
     ranks = [trained(0), trained(1, ["mixout"]), trained(2, ["rdrop"]), trained(3, ["mixout"])]
     assert judge(ranks, BOTH).reason == (
         "mixout: no layer with pretrained weights was trained, so that none was mixed on rank 2; "
-        "rdrop: its KL reached no loss on ranks 1, 3."
+        "rdrop: its KL reached no loss, or was 0 in all steps on ranks 1, 3."
     )
 
 
@@ -134,7 +134,7 @@ def test_outcome_takes_one_reason_for_several_regularizers():
 
 def test_outcome_adds_what_the_faults_do_not_tell():
     outcome = judge([trained(0, ["mixout"], faults=["lm_head is not mixed."])], BOTH)
-    assert outcome.reason == "lm_head is not mixed; rdrop: its KL reached no loss."
+    assert outcome.reason == "lm_head is not mixed; rdrop: its KL reached no loss, or was 0 in all steps."
 
 
 def test_outcome_shows_the_first_faults():
@@ -161,7 +161,7 @@ def test_outcome_without_a_python_of_ours():
         (Record(1), "command: expected a Python that imports torch, got none."),
         (
             Record(1, has_torch=True),
-            "command: expected a training, got neither a backward pass nor an optimizer's step.",
+            "command: expected a training, got neither a backward pass of torch.autograd nor an optimizer's step.",
         ),
     ],
     ids=["no torch", "no training"],

@@ -49,6 +49,7 @@ def test_rdrop_steps_aside_if_allowed_and_the_others_go_on(tmp_path: Path) -> No
     ran = run(tmp_path, "refused.py", *flags, args=("train",))
     assert (ran.code, ran.out) == (0, "came to its end\n"), ran.err
     assert ran.err.count(REASON) == 1
+    assert [fault.startswith(REASON) for fault in ran.records[0]["faults"]] == [True], "no untrue ones beside it"
     (entry,) = ran.models
     assert (entry["mixed"], entry["rdrop_fired"], entry["steps"]) == (3, 0, 5)
     assert not outcome_of(ran).is_active

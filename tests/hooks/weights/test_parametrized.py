@@ -121,7 +121,7 @@ def test_parametrized_layers_alone_are_refused(
     change(model[1])
     message = (
         f"model: expected a trainable weight to mix, got none ({len(parts)} {_REASON}). "
-        "Unfreeze a weight, or name an embedding in include."
+        "Take recadam, which acts on all kinds of weights."
     )
     with pytest.raises(SettingError, match=f"^{re.escape(message)}$"):
         patch_model(model, **settings)

