@@ -153,9 +153,13 @@ def _models(record: Record) -> str:
 
 def _model(model: dict[str, Any]) -> str:
     counts = ("perturbed", *(name for kind in METHODS for name in kind.counts), "steps")
-    figures = [model["class"], *(f"{model[name]:,} {name}" for name in counts if model[name])]
+    figures = [model["class"], *(_counted(model[name], name) for name in counts if model[name])]
     for kind in METHODS:
         figures += kind.summary({**kind.idle_report, **model})
     if model["distance"] is not None:
         figures.append(f"distance {model['distance']:.4g}")
     return ", ".join(figures)
+
+
+def _counted(count: int, what: str) -> str:
+    return "1 step" if (count, what) == (1, "steps") else f"{count:,} {what}"

@@ -34,14 +34,14 @@ def record_of(ran: Run, name: str) -> Any:
 def test_child_leaves_a_record(name: str, ran: Run) -> None:
     record = record_of(ran, name)
     assert [(entry["class"], entry["mixed"], entry["steps"]) for entry in record["models"]] == [("Net", 3, 5)]
-    assert record["acts"] == ["mixout", "noisytune"]
+    assert (record["acts"], record["is_final"]) == (["mixout", "noisytune"], True)
 
 
 @pytest.mark.parametrize("name", ["train_and_vanish", "forked plainly"])
 def test_child_that_ends_without_a_word_has_left_one_before(name: str, ran: Run) -> None:
     record = record_of(ran, name)
     assert [(entry["class"], entry["mixed"]) for entry in record["models"]] == [("Net", 3)]
-    assert record["acts"] == ["mixout", "noisytune"]
+    assert (record["acts"], record["is_final"]) == (["mixout", "noisytune"], False)
 
 
 def test_training_without_an_optimizer_is_seen(ran: Run) -> None:
