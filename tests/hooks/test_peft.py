@@ -130,7 +130,7 @@ def test_tuned_norms_are_recalled_and_refused_by_what_acts_on_layers(tmp_path: P
     tuned = {name for name, w in model.named_parameters() if w.requires_grad}
     assert len(tuned) == 10
     for settings in ({"mixout": 0.7}, {"anchor": 0.1}):
-        with pytest.raises(SettingError, match=r"Unfreeze .*, or take recadam, which recalls biases and norms\.$"):
+        with pytest.raises(SettingError, match=r"Unfreeze .*, or take recadam, which acts on all kinds of weights\.$"):
             patch_model(model, **settings)
     patch_model(model, recadam=100.0)
     tracked = model.__dict__["_surgery_patch"].weights.of("parameters")
