@@ -109,9 +109,12 @@ def test_merged_adapter_keeps_the_noise(source: Path, tmp_path: Path) -> None:
     ("kind", "settings", "how", "fault"),
     [
         ("Lora", LORA | {"init_lora_weights": "olora"}, "", "got LORA with init_lora_weights='olora': noise"),
-        ("Lora", LORA | {"init_lora_weights": "pissa"}, "", "got LORA with init_lora_weights='pissa': noise"),
+        pytest.param(
+            *("Lora", LORA | {"init_lora_weights": "pissa"}, "", "got LORA with init_lora_weights='pissa': noise"),
+            marks=pytest.mark.sweep,
+        ),
         ("Frod", {"target_modules": QV}, "", "got FROD: noise"),
-        ("OSF", {"target_modules": QV}, "", "got OSF: noise"),
+        pytest.param("OSF", {"target_modules": QV}, "", "got OSF: noise", marks=pytest.mark.sweep),
         (
             "Lora",
             LORA,

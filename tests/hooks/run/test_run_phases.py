@@ -48,7 +48,9 @@ torch.save(head.state_dict(), "head.pt")
 """
 
 
-@pytest.mark.parametrize("order", ["head first", "body first", "then head", "then body"])
+@pytest.mark.parametrize(
+    "order", ["head first", pytest.param("body first", marks=pytest.mark.sweep), "then head", "then body"]
+)
 def test_new_head_with_an_optimizer_or_a_phase_of_its_own_is_left_alone(order: str, tmp_path: Path) -> None:
     source = seeded.bert_folder(tmp_path / "source")
     ran = run(tmp_path, HEAD, *byhand.NOISE, *byhand.MIXOUT, "--anchor", "0.01", args=(source, order))
@@ -103,7 +105,7 @@ torch.save((pretrained, model.body.state_dict(), model.head.state_dict()), "fina
 WAITING = "surgery: Net: its pretrained weights are frozen: no effect of {} until they are trained.\n"
 
 
-@pytest.mark.parametrize("way", ["group", "optimizer", "in place"])
+@pytest.mark.parametrize("way", ["group", pytest.param("optimizer", marks=pytest.mark.sweep), "in place"])
 def test_pretrained_weights_that_are_frozen_at_first_are_regularized_later(way: str, tmp_path: Path) -> None:
     ran = run(tmp_path, LATE, *byhand.NOISE, *byhand.MIXOUT, "--anchor", "0.01", args=(way,))
     assert ran.code == 0, ran.err
