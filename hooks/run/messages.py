@@ -19,6 +19,7 @@ NO_OPTIMIZER_YET = (
     "call patch_model in the script."
 )
 NEW_BESIDE = "{}: new, beside a pretrained {}: left as it is."
+NEW_HEAD = "{}: new, beside a pretrained {} that is not trained: nothing acts on its weights."
 WAITING = "its pretrained weights are frozen: no effect of {} until they are trained."
 NOISE_OFF = (
     "expected weights with noise, got those from before it, written back after training had begun. Build the model "
@@ -49,7 +50,7 @@ def describe_model(options: Options, model: Model) -> str:
     if options.noisytune is not None:
         lam = f"lam {options.noisytune:g}, seed {options.noise_seed}"
         noise = f"noise on {entry['perturbed']} of {entry['parameters']} parameters ({lam})"
-        done.append("no noise again" if model.is_resumed else noise)
+        done.append("no noise again" if model.is_resumed else noise if entry["perturbed"] else "no noise")
     done += [one.announcement(entry) for one in options.methods if one.name in model.methods]
     new = f"; new: {some(entry['new'])}" if entry["new"] else ""
     return f"{entry['class']}: {', '.join(done)}{new}"

@@ -10,10 +10,10 @@ from surgery.live.parts import pretrained_parts
 
 from ...patch import find_patch
 from ...weights.sources import is_loaded
-from ..messages import NEW_BESIDE, NO_OPTIMIZER
+from ..messages import NEW_BESIDE, NEW_HEAD, NO_OPTIMIZER
 from .filters import Filters
 from .loads import Loads
-from .owners import find_tops, is_head
+from .owners import find_tops, is_small_beside
 from .reporter import Reporter
 
 
@@ -39,7 +39,7 @@ class Candidates:
         tops = find_tops(owned) if owned else []
         self._pretrained.update(top for top, _ in tops if _is_pretrained(top))
         for top, parameters in tops:
-            if find_patch(top) is not None or self.is_new(top):
+            if find_patch(top) is not None or self.is_beside_trained(top):
                 continue
             if not self._filters.is_included(top):
                 self._excluded.add(type(top).__name__)
@@ -47,16 +47,21 @@ class Candidates:
                 self._is_any_selected = True
                 yield top, parameters
 
-    def is_new(self, top: nn.Module) -> bool:
-        """Tell whether a model is a new head of a pretrained one, which may have an optimizer or a phase of its own."""
-        if _is_pretrained(top):
-            return False
-        trained = [one for one in self._pretrained if type(one) is not type(top)]  # not that of another fold
-        loaded = [one for one in self._loads.pretrained if is_head(top.parameters(), one.parameters())]
-        beside = next(iter([*trained, *loaded]), None)
-        if beside is not None:
-            self._reporter.add_note(NEW_BESIDE.format(type(top).__name__, type(beside).__name__))
-        return beside is not None
+    def is_beside_trained(self, top: nn.Module) -> bool:
+        """Tell whether a model is new beside a pretrained one that is trained, be it by another optimizer: leave it."""
+        bodies = (one for one in self._pretrained if type(one) is not type(top))  # not that of another fold
+        return not _is_pretrained(top) and self._is_noted(top, next(bodies, None), NEW_BESIDE)
+
+    def is_head(self, top: nn.Module) -> bool:
+        """Tell whether a model is a new head of a pretrained one that is loaded, and not trained yet, if ever."""
+        bodies = (one for one in self._loads.pretrained if is_small_beside(top.parameters(), one.parameters()))
+        return not _is_pretrained(top) and self._is_noted(top, next(bodies, None), NEW_HEAD)
+
+    def _is_noted(self, top: nn.Module, body: nn.Module | None, text: str) -> bool:
+        """Report a new model with its body, if it has one; tell whether it has."""
+        if body is not None:
+            self._reporter.add_note(text.format(type(top).__name__, type(body).__name__))
+        return body is not None
 
     def may_be_new(self, top: nn.Module) -> bool:
         """Tell whether a model without pretrained weights may turn out to be the head of one: some were loaded."""
@@ -75,7 +80,7 @@ class Candidates:
     def report_missing(self) -> None:
         """Report globs that have matched nothing, and why no model was selected."""
         if not self.is_any_known:
-            self._reporter.add_fault(NO_OPTIMIZER)
+            self._reporter.record.faults.append(NO_OPTIMIZER)  # which the first backward pass has said
             return
         if self.are_all_excluded:
             names = some(sorted(self._excluded))

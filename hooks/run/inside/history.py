@@ -24,14 +24,14 @@ class History:
         self._distance_due = 0.0
 
     def add(self, figures: Mapping[str, Any], distance: Callable[[], float] | None) -> None:
-        """Add a row if one is due.
+        """Add a row if one is due, and figures are others than in the last one.
 
         Args:
             figures: of the model.
             distance: measures it.
         """
         now = time.monotonic()
-        if now < self._due:
+        if now < self._due or (self.rows and self.rows[-1].items() >= figures.items()):
             return
         row = {"seconds": round(now - self._begun, 1), **figures}
         if distance is not None and now >= self._distance_due:

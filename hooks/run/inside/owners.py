@@ -29,7 +29,7 @@ _HEAD = 0.1
 """Of the elements of a pretrained body: a model with more may be a student beside its teacher."""
 
 
-def is_head(new: Iterable[nn.Parameter], body: Iterable[nn.Parameter]) -> bool:
+def is_small_beside(new: Iterable[nn.Parameter], body: Iterable[nn.Parameter]) -> bool:
     """Tell whether new parameters are few enough to be a head on pretrained ones."""
     return sum(one.numel() for one in new) < _HEAD * sum(one.numel() for one in body)
 

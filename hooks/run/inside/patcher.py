@@ -10,7 +10,7 @@ from surgery.errors import SurgeryError, by_reason
 
 from ...checks import is_compiled, take_root
 from ...lifecycle import Patch
-from ...patch import find_patch, put_patch, unpatch_model
+from ...patch import find_patch, put_patch
 from ...refusals import handled
 from ...regularizer import Settings
 from ..options import Options
@@ -42,22 +42,24 @@ class Patcher:
         """There is more to do than to add noise."""
         return bool(self._options.methods)
 
-    def patch(self, module: nn.Module, root: nn.Module, *, is_only: bool) -> Patch | None:
+    def patch(self, module: nn.Module, root: nn.Module, *, is_head: bool, is_only: bool) -> Patch | None:
         """Patch a model with what fits it; None if nothing does, or nothing but noise is asked for.
 
         Args:
             module: what the script calls, which may be compiled or a wrapper.
             root: the model in it.
+            is_head: it is new, so that nothing acts on its weights.
             is_only: no other model has all that is asked for. Then what fits is put on also if the refusal of the rest
                 ends the run at its first step, for what is refused no sooner than there to be told as well.
         """
-        if not self.is_asked:
+        methods = tuple(one for one in self._options.methods if one.acts_on is None or not is_head)
+        if not methods:
             return None
         with handled():
             try:
-                self._put(module, root, self._options.methods)
+                self._put(module, root, methods)
             except SurgeryError:
-                self._put_those_that_fit(module, root, is_wanted=is_only or self._options.allow_inactive)
+                self._put_those_that_fit(module, root, methods, is_wanted=is_only or self._options.allow_inactive)
         patch = find_patch(root)
         for regularizer in patch.regularizers if patch is not None else ():
             regularizer.may_step_aside = self._options.allow_inactive
@@ -74,17 +76,20 @@ class Patcher:
         with self._pretrained.restored(root.parameters()):
             put_patch(root, methods, include=globs[0], exclude=globs[1], may_wait=True)
 
-    def _put_those_that_fit(self, module: nn.Module, root: nn.Module, *, is_wanted: bool) -> None:
+    def _put_those_that_fit(
+        self, module: nn.Module, root: nn.Module, methods: Sequence[Settings], *, is_wanted: bool
+    ) -> None:
         """Report the methods that are refused, those of one reason together; put on the others, if they are wanted."""
         fit, reasons = [], []
-        for one in self._options.methods:
+        for one in methods:
             try:
                 self._put(module, root, (one,))
             except SurgeryError as error:
                 reasons.append((one.name, str(error)))
             else:
                 fit.append(one)
-                unpatch_model(root)
+                if patch := find_patch(root):
+                    patch.detach(root)  # no unpatch_model, which wants a model between its forwards
         for reason, names in by_reason(reasons).items():
             self._reporter.refuse(names, root, reason)
         if fit and is_wanted:

@@ -203,9 +203,10 @@ class Perturber:
         self._reporter.refuse([NOISYTUNE], root, reason)
 
     def after_patch(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keep these weights from before the noise no longer."""
+        """Keep these weights from before the noise no longer, but for frozen ones of which they will be w_pre."""
         if self._noise is not None:
-            self._noise.original.drop(parameters)
+            is_wanted = self._options.w_pre == "original"
+            self._noise.original.drop(one for one in parameters if one.requires_grad or not is_wanted)
 
     def records(self, root: nn.Module) -> list[TensorRecord]:
         """Return what was done to the tensors of a model."""

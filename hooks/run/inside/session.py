@@ -84,6 +84,8 @@ class Session:
             if root is not None and own:
                 self._perturber.perturb(root, own)
                 self._patcher.take_w_pre(root, own)
+                self._loads.overwritten.drop(own)
+                self._perturber.after_patch(root.parameters())
                 model.stop_waiting(own, self._perturber.records(root), self._perturber.noisy(root))
 
     def on_param_group_added(self, optimizer: Optimizer) -> None:
@@ -215,12 +217,14 @@ class Session:
         root = unwrap(module)
         parameters = list(root.parameters())
         self._pending.parameters.remove(parameters)
-        if self._candidates.is_new(root):
+        if self._candidates.is_beside_trained(root):
             return
-        self._perturber.before_patch(root, has_stepped=has_stepped)
+        is_head = self._candidates.is_head(root)
+        if not is_head:
+            self._perturber.before_patch(root, has_stepped=has_stepped)
         is_only = not self._models.is_any_complete(self._options.asked)
-        patch = self._patcher.patch(module, root, is_only=is_only)
-        self._loads.overwritten.drop(parameters)
+        patch = self._patcher.patch(module, root, is_head=is_head, is_only=is_only)
+        self._loads.overwritten.drop(one for one in parameters if one.requires_grad)  # w_pre of others is taken later
         self._perturber.after_patch(parameters)
         if patch is not None and patch.weights is not None and not self._reporter.record.has_loaded:
             names = " and ".join(one.name for one in patch.settings if one.acts_on is not None)

@@ -9,6 +9,10 @@ import torch
 from running import run
 from torch import nn
 
+from surgery.hooks.run.options import make_options
+from surgery.hooks.run.outcome import judge
+from surgery.hooks.run.record import Record
+
 HEAD = """
 import sys
 import torch
@@ -128,3 +132,96 @@ def test_pretrained_weights_that_are_never_trained_are_a_reason(tmp_path: Path) 
     assert ran.records[0]["acts"] == []
     pretrained, body, _ = torch.load(tmp_path / "final.pt")
     assert all(torch.equal(w, pretrained[name]) for name, w in body.items())
+
+
+PROBE = """
+import sys
+import torch
+from torch import nn
+from transformers import AutoModel
+
+torch.manual_seed(0)
+encoder = AutoModel.from_pretrained(sys.argv[1]).eval().requires_grad_(False)
+head = nn.Sequential(nn.Linear(32, 8), nn.Dropout(0.3), nn.Linear(8, 2)).train()
+optimizer = torch.optim.SGD(head.parameters(), lr=0.0)
+for _ in range(3):
+    with torch.no_grad():
+        states = encoder(input_ids=torch.randint(1, 60, (4, 8))).last_hidden_state[:, 0]
+    nn.functional.cross_entropy(head(states), torch.tensor([0, 1, 0, 1])).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_head_alone_has_what_does_not_act_on_its_weights(tmp_path: Path) -> None:
+    source = seeded.bert_folder(tmp_path / "source")
+    ran = run(tmp_path, PROBE, *byhand.NOISE, *byhand.MIXOUT, *byhand.RDROP, args=(source,))
+    assert ran.code == 0, ran.err
+    assert "Sequential: new, beside a pretrained BertModel that is not trained: nothing acts on its weights." in ran.err
+    assert "expected an optimizer" not in ran.err
+    assert (ran.records[0]["acts"], ran.models[0]["rdrop_fired"]) == (["rdrop"], 3)
+    options = make_options(noisytune=byhand.LAM, mixout=byhand.P, rdrop=1.0)
+    assert judge([Record(**ran.records[0])], options).reason == (
+        "noisytune: no pretrained weights were trained, so that none were perturbed; "
+        "mixout: no layer with pretrained weights was trained, so that none was mixed."
+    )
+
+
+UNFROZEN = """
+import torch
+from torch import nn
+
+model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).train()
+model.load_state_dict(torch.load("pretrained.pt"))
+model[0].requires_grad_(False)
+optimizer = torch.optim.SGD(model[2].parameters(), lr=0.0)
+for step in range(4):
+    if step == 2:
+        model[0].requires_grad_(True)
+        optimizer.add_param_group({"params": list(model[0].parameters())})
+    nn.functional.cross_entropy(model(torch.randn(8, 8)), torch.randint(0, 4, (8,))).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+torch.save(model.state_dict(), "left.pt")
+"""
+
+
+def test_original_w_pre_of_weights_that_are_unfrozen_later_is_without_noise(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pretrained = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).state_dict()
+    torch.save(pretrained, tmp_path / "pretrained.pt")
+    ran = run(tmp_path, UNFROZEN, *byhand.NOISE, "--anchor", "0.0", "--w-pre", "original")
+    assert ran.code == 0, ran.err
+    left = torch.load(tmp_path / "left.pt")
+    moved = [left[name] - pretrained[name] for name in ("0.weight", "2.weight")]
+    assert all(one.norm() > 0 for one in moved)
+    assert ran.models[0]["distance"] == pytest.approx(float(torch.cat([one.flatten() for one in moved]).norm()))
+
+
+AMID = """
+import torch
+from torch import nn
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.dropout = nn.GRU(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.layer(x)[0]).flatten(0, 1)
+
+
+model = Recurrent().train()
+model.training = False  # as Lightning's wrapper is around what is trained
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    nn.functional.cross_entropy(model(torch.randn(3, 2, 4)), torch.zeros(6, dtype=torch.long)).backward()
+    optimizer.step()
+"""
+
+
+def test_refusal_that_is_found_amid_a_forward_ends_no_script(tmp_path: Path) -> None:
+    ran = run(tmp_path, AMID, *byhand.MIXOUT, *byhand.RDROP, "--allow-inactive")
+    assert ran.code == 0, ran.err
+    assert ran.records[0]["refused"] == ["mixout"]
