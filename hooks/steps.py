@@ -34,13 +34,14 @@ class Listener(Protocol):
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None: ...
 
 
-_listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
+_listeners: "weakref.WeakKeyDictionary[Listener, None]" = weakref.WeakKeyDictionary()
+"""In the order in which they came: a `surgery run` changes weights before methods note what they are."""
 _handles: list[Any] = []
 
 
 def watch(listener: Listener) -> None:
     """Call it from now on, as long as somebody else holds it."""
-    _listeners.add(listener)
+    _listeners[listener] = None
     if not _handles:
         # torch.compile would follow them into the set, which the garbage collector changes
         _handles.append(register_optimizer_step_pre_hook(eagerly(_before_step)))
@@ -49,7 +50,7 @@ def watch(listener: Listener) -> None:
 
 def forget(listener: Listener) -> None:
     """Call it no longer; with the last one, the optimizers' hooks go."""
-    _listeners.discard(listener)
+    _listeners.pop(listener, None)
     if not _listeners:
         while _handles:
             _handles.pop().remove()

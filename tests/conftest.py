@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core already; read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -210,7 +210,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from surgery.hooks import steps as optimizers
 
-    monkeypatch.setattr(optimizers, "_listeners", WeakSet())
+    monkeypatch.setattr(optimizers, "_listeners", WeakKeyDictionary())
     monkeypatch.setattr(optimizers, "_handles", [])
     for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"):
         monkeypatch.setattr(optimizer, name, OrderedDict())

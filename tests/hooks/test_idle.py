@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.optim import optimizer as torch_optimizer
 
 from surgery import describe, patch_model, unpatch_model
+from surgery.hooks import steps
 
 WARNING = (
     "mixout: expected a forward in training mode before an optimizer's step, got none: nothing is mixed. "
@@ -170,3 +171,27 @@ def test_steps_of_compiled_models_are_told_apart(
     model.eval()
     train(compiled, optimizer)
     assert (describe(model).unmixed, caplog.messages.count(WARNING)) == (missed, int(missed > 0))
+
+
+class Listening:
+    def __init__(self, number: int, heard: list[int]) -> None:
+        self.number, self.heard = number, heard
+
+    def before_step(self, optimizer: Any, *, is_closure: bool) -> None:  # noqa: ARG002
+        self.heard.append(self.number)
+
+    def after_step(self, optimizer: Any, *, is_closure: bool) -> None: ...
+
+
+def test_who_came_first_is_told_of_a_step_first() -> None:
+    """A run adds noise to weights before RecAdam notes what they are."""
+    heard: list[int] = []
+    listeners = [Listening(number, heard) for number in range(20)]
+    for one in listeners:
+        steps.watch(one)
+    steps.watch(listeners[3])
+    model = nn.Linear(2, 2)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for one in listeners:
+        steps.forget(one)
+    assert heard == list(range(20))

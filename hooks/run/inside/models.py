@@ -103,10 +103,6 @@ class Model:
         """Tell whether one of these is the model's own."""
         return self.is_alive and self.parameters.has_any(parameters)
 
-    def waiting_in(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Return those of its parameters that were frozen, and are trained now."""
-        return [one for one in parameters if one in self.waiting] if self.waiting else []
-
     def stop_waiting(
         self,
         parameters: Iterable[nn.Parameter],

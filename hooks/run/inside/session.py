@@ -1,6 +1,6 @@
 """What a process does at each event that instrument.py reports from torch, from the first optimizer to its exit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,10 +77,12 @@ class Session:
             self._pending.add(top, parameters)
         self._without_pending.clear()
 
-    def _train_late(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Do to pretrained weights what is asked for, once they are trained that were frozen when they were patched."""
-        for model in self._models:
-            root, own = model.root, model.waiting_in(parameters)
+    def _train_late(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Do to weights that were frozen when they were patched what is asked for, before they are trained."""
+        waiting = [model for model in self._models if model.waiting]
+        trained = list(parameters) if waiting else []
+        for model in waiting:
+            root, own = model.root, [one for one in trained if one in model.waiting]
             if root is not None and own:
                 self._perturber.perturb(root, own)
                 self._patcher.take_w_pre(root, own)
@@ -104,6 +106,7 @@ class Session:
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Look at a step, once it has its gradients."""
         self._reporter.record.has_trained = True
+        self._train_late(one for one in _parameters(optimizer) if one.requires_grad)
         if is_closure:
             self._patcher.open_step = optimizer
         else:
@@ -124,7 +127,6 @@ class Session:
             has_stepped: the optimizer has changed the weights already.
         """
         held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
-        self._train_late(held)
         self._models.count_step(held)
         if self._pending.parameters.has_any(held):
             self._patch_unseen(held, has_stepped=has_stepped)

@@ -9,6 +9,7 @@ import torch
 from running import run
 from torch import nn
 
+from surgery import perturb_state_dict
 from surgery.hooks.run.options import make_options
 from surgery.hooks.run.outcome import judge
 from surgery.hooks.run.record import Record
@@ -118,8 +119,6 @@ def test_pretrained_weights_that_are_frozen_at_first_are_regularized_later(way: 
     (entry,) = ran.models
     assert (entry["mixed"], entry["perturbed"], entry["new"]) == (2, 4, ["head.bias", "head.weight"])
     pretrained, body, _ = torch.load(tmp_path / "final.pt")
-    from surgery import perturb_state_dict
-
     perturb_state_dict(pretrained, lam=byhand.LAM, seed=0)
     for name, w in body.items():
         torch.testing.assert_close(w, pretrained[name], rtol=1e-5, atol=1e-7)
@@ -225,3 +224,55 @@ def test_refusal_that_is_found_amid_a_forward_ends_no_script(tmp_path: Path) -> 
     ran = run(tmp_path, AMID, *byhand.MIXOUT, *byhand.RDROP, "--allow-inactive")
     assert ran.code == 0, ran.err
     assert ran.records[0]["refused"] == ["mixout"]
+
+
+CLOSURE = """
+import sys
+import torch
+from torch import nn
+
+model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).train()
+model.load_state_dict(torch.load("pretrained.pt"))
+model[0].requires_grad_(False)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def closure():
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(torch.randn(8, 8)), torch.randint(0, 4, (8,)))
+    loss.backward()
+    return loss
+
+
+for step in range(4):
+    if step == 2:
+        model[0].requires_grad_(True)
+    if sys.argv[1] == "closure":
+        optimizer.step(closure)
+    else:
+        closure()
+        optimizer.step()
+torch.save(model.state_dict(), "left.pt")
+"""
+
+
+@pytest.mark.parametrize("way", ["closure", pytest.param("gradients first", marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("has_noise", [False, True], ids=["plain", "noise"])
+@pytest.mark.parametrize(
+    "method", [("--anchor", "0.0"), ("--mixout", "0.5"), ("--recadam", "0.0")], ids=lambda one: one[0]
+)
+def test_w_pre_of_weights_that_are_unfrozen_in_place_is_from_before_their_first_step(
+    method: tuple[str, str], has_noise: bool, way: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    pretrained = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).state_dict()
+    torch.save(pretrained, tmp_path / "pretrained.pt")
+    flags = (*method, *(byhand.NOISE if has_noise else ()))
+    ran = run(tmp_path, CLOSURE, *flags, args=(way,))
+    assert ran.code == 0, ran.err
+    if has_noise:
+        perturb_state_dict(pretrained, lam=byhand.LAM, seed=0)
+    left = torch.load(tmp_path / "left.pt")
+    names = pretrained if method[0] == "--recadam" else ("0.weight", "2.weight")
+    moved = [(left[name] - pretrained[name]).flatten() for name in names]
+    assert ran.models[0]["distance"] == pytest.approx(float(torch.cat(moved).norm()), rel=1e-4)
