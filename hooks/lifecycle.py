@@ -11,8 +11,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.errors import SourceError
-from surgery.live.applied import find_related
-from surgery.live.parts import unwrap
+from surgery.live.parts import find_related, unwrap
 
 from .active_calls import count_active_calls
 from .marks import PATCH, Marked

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.live.applied import find_noise
+from surgery.live.applied_noise import find_noise
 
 from ..lifecycle import Patch, find_patched
 from ..marks import PATCH

@@ -27,3 +27,15 @@ def pretrained_parts(model: torch.nn.Module) -> Iterable[tuple[str, Any]]:
     for name, child in model.named_children():
         for path, part in pretrained_parts(child):
             yield f"{name}.{path}".rstrip("."), part
+
+
+def find_related(models: Iterable[torch.nn.Module], known: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Return those of the known modules that are in one of these models, or else that hold one of them."""
+    known = list(known)
+    if not known:
+        return []
+    inner = [unwrap(model) for model in models]
+    parts = {id(module) for model in inner for module in model.modules()}
+    roots = {id(model) for model in inner}
+    found = [one for one in known if id(one) in parts]
+    return found or [one for one in known if any(id(module) in roots for module in one.modules())]

@@ -11,7 +11,7 @@ import torch
 from surgery.checkpoint.roles import find_roles
 from surgery.errors import SettingError, SourceError
 from surgery.kernels import tensors as kernels
-from surgery.live.applied import note_noise
+from surgery.live.applied_noise import note_noise
 from surgery.live.foreign import is_flat, is_fsdp1
 from surgery.live.names import find_names
 from surgery.live.parts import NEW

@@ -8,7 +8,7 @@ from multiprocessing import parent_process
 from torch import nn
 
 from surgery.errors import SourceError
-from surgery.live.applied import forget_noise, note_noise
+from surgery.live.applied_noise import forget_noise, note_noise
 from surgery.live.parts import NEW, pretrained_parts, unwrap
 from surgery.recipe import Recipe, TensorRecord
 

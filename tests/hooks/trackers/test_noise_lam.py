@@ -11,7 +11,7 @@ from surgery import perturb_model
 from surgery.hooks.run.inside.noise import Noise
 from surgery.hooks.run.inside.snapshots import Snapshots
 from surgery.hooks.trackers.figures import figures_of, settings_of
-from surgery.live.applied import _noise
+from surgery.live.applied_noise import _noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
