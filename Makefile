@@ -43,7 +43,7 @@ model-types: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers
 	PYTHONPATH=.:tests/helpers $(BIN)/python tests/make_model_types.py
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt surgery/kernels/native.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,test,check]'
 	touch $@

@@ -24,9 +24,6 @@ _STORAGE = {
     **{f"{kind}{8 * size}": f"{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)},
     **dict.fromkeys(("BOOL", "F8_E8M0", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), "u1"),
 }
-WHOLE, F16, BF16 = 0, 1, 2
-CODES = {"F64": WHOLE, "F32": WHOLE, "F16": F16, "BF16": BF16}
-"""How the kernels get from bits to values."""
 _MANTISSA_AND_BIAS = {"F8_E5M2": (2, 15), "F8_E4M3": (3, 7), "F8_E4M3FNUZ": (3, 8), "F8_E5M2FNUZ": (2, 16)}
 
 

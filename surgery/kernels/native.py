@@ -1,132 +1,106 @@
-"""Machine code of numba kernels, kept on disk and loaded with llvmlite alone, which starts ten times as fast.
+"""The functions of native.c, called through ctypes, which lets go of the GIL; `load` says whether they can be trusted.
 
-numba takes 0.3 s to load, llvmlite 0.02 s: a command that reads its input in 0.3 s should not wait for a compiler.
-Such a kernel takes pointers and 64-bit numbers, allocates nothing and raises nothing, so that it needs no runtime.
+They fill the arrays that they are given, as those of `plain` do, and with the same bits.
 """
 
 import ctypes
 import hashlib
-import os
-import threading
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-import llvmlite
-import llvmlite.binding as llvm
 import numpy as np
 
-from surgery.caches import cache_folder
+from surgery.noise import BLOCK
 
-_DIGEST = 16
-_lock = threading.Lock()
-_loaded: list[Any] = []  # what a function's code must not outlive
+_CODES = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
+_INT, _LONG, _DOUBLE, _ARRAY = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_TYPES = {
+    "moments": [_INT, _INT, _ARRAY, _LONG, _DOUBLE, _ARRAY],
+    "summarize": [_INT, _INT, _ARRAY, _LONG, _DOUBLE, _ARRAY, _ARRAY, _ARRAY],
+    "compare": [_INT, _INT, _ARRAY, _ARRAY, _LONG, _ARRAY, _ARRAY],
+    "add_noise": [
+        _INT, _INT, _ARRAY, _LONG, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, _DOUBLE, _INT, _INT, _ARRAY,
+    ],
+}  # fmt: skip
+LEVELS = ("baseline", "AVX2", "AVX-512")
+"""The instruction sets that the functions are compiled for; on other processors than x86-64 the first alone."""
+_PROBE = "2dbf1e58c780346a2ef12f4e416465a1"
 
 
 class Native:
-    """A function of this package's kernels, called without the GIL.
+    """The compiled kernels.
 
     Args:
-        name: of the function in surgery.kernels.stats.
-        types: numba's name for the type of each argument: "int64", "float64", or that of a pointer's target and "*".
+        path: of the library.
+        level: which of LEVELS to use; default: the highest that this processor has.
+    Raises:
+        OSError: the library cannot be loaded.
+        AttributeError: it is not ours.
     """
 
-    def __init__(self, name: str, types: tuple[str, ...]) -> None:
-        self._name = name
-        self._types = types
-        self._call: Callable[..., object] | None = None
+    def __init__(self, path: Path, level: int | None = None) -> None:
+        library = ctypes.CDLL(str(path))
+        self.highest = int(library.surgery_level())
+        self.level = self.highest if level is None else level
+        for name, types in _TYPES.items():
+            function = getattr(library, f"surgery_{name}")
+            function.argtypes, function.restype = types, None
+        self._library = library
 
-    def __call__(self, *args: Any) -> None:
-        if self._call is None:
-            with _lock:
-                self._call = self._call or _load(self._name, self._types)
-        result, exception = ctypes.c_void_p(), ctypes.c_void_p()  # numba's own convention; neither is used
-        places = ctypes.addressof(result), ctypes.addressof(exception)
-        self._call(*places, *(arg.ctypes.data if isinstance(arg, np.ndarray) else arg for arg in args))
+    def moments(self, w: np.ndarray, dtype: str, shift: float, out: np.ndarray) -> None:
+        self._library.surgery_moments(self.level, _CODES[dtype], _at(w), w.size, shift, _at(out))
 
+    def summarize(
+        self, w: np.ndarray, dtype: str, shift: float, out: np.ndarray, keys: np.ndarray, counts: np.ndarray
+    ) -> None:
+        arrays = _at(out), _at(keys), _at(counts)
+        self._library.surgery_summarize(self.level, _CODES[dtype], _at(w), w.size, shift, *arrays)
 
-def _load(name: str, types: tuple[str, ...]) -> Callable[..., object]:
-    folder = cache_folder(f"native-{_machine()}")
-    key = hashlib.blake2b("\0".join(types).encode(), digest_size=8).hexdigest()
-    path = folder / f"{name}-{key}.o" if folder else None
-    code = _recall(path) if path else None
-    if code is None:
-        code = _compile(name, types)
-        if path:
-            _keep(path, code)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    _loaded.append((engine, code))
-    kinds: list[Any] = [
-        {"int64": ctypes.c_int64, "float64": ctypes.c_double}.get(type, ctypes.c_void_p) for type in types
-    ]
-    signature = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *kinds)
-    return signature(engine.get_function_address(name))
+    def compare(self, a: np.ndarray, b: np.ndarray, dtype: str, out: np.ndarray, counts: np.ndarray) -> None:
+        arrays = _at(a), _at(b), a.size, _at(out), _at(counts)
+        self._library.surgery_compare(self.level, _CODES[dtype], *arrays)
 
-
-def _compile(name: str, types: tuple[str, ...]) -> bytes:
-    """Compile with numba, and keep nothing of it but the function itself."""
-    import numba
-
-    from surgery.kernels import stats
-
-    kinds = [
-        numba.types.CPointer(getattr(numba.types, type[:-1])) if type.endswith("*") else getattr(numba.types, type)
-        for type in types
-    ]
-    function = numba.njit(numba.void(*kinds), nogil=True, error_model="numpy")(getattr(stats, name))
-    compiled: Any = function.overloads[tuple(kinds)]
-    module = llvm.parse_assembly(function.inspect_llvm(tuple(kinds)))
-    for other in module.functions:
-        if other.name == compiled.fndesc.llvm_func_name:
-            other.name = name
-        elif not other.is_declaration:  # Python's side of it
-            other.linkage = "internal"
-    target = _target()
-    # optimized again as a whole, now that nothing else can call its parts: no reference counts are left then
-    builder = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
-    builder.getModulePassManager().run(module, builder)
-    needed = {other.name for other in module.functions if other.is_declaration and not other.name.startswith("llvm.")}
-    assert not needed, f"{name} needs {needed}, which only numba's runtime has"
-    return bytes(target.emit_object(module))
+    def add_noise(
+        self,
+        w: np.ndarray,
+        dtype: str,
+        first_block: int,
+        key: tuple[int, int],
+        scale: float,
+        is_normal: bool,
+        is_stochastic: bool,
+        out: np.ndarray,
+    ) -> None:
+        noise = first_block, *key, scale, is_normal, is_stochastic
+        self._library.surgery_add_noise(self.level, _CODES[dtype], _at(w), w.size, *noise, _at(out))
 
 
-def _recall(path: Path) -> bytes | None:
-    """Return the code kept there, but not what a crash left half written: LLVM does not check."""
-    try:
-        kept = path.read_bytes()
-    except OSError:
-        return None
-    code = kept[_DIGEST:]
-    return code if hashlib.blake2b(code, digest_size=_DIGEST).digest() == kept[:_DIGEST] else None
+def _at(array: np.ndarray) -> int:
+    assert array.flags.c_contiguous
+    return array.ctypes.data
 
 
-def _keep(path: Path, code: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(hashlib.blake2b(code, digest_size=_DIGEST).digest() + code)
-        part.replace(path)
-    except OSError:  # a full or read-only cache only costs time
-        part.unlink(missing_ok=True)
+def find() -> Path | None:
+    """Return the library that setup.py builds beside this file, or None where there was no compiler."""
+    return next((path for path in Path(__file__).parent.glob("_native.*") if path.suffix in (".so", ".pyd")), None)
 
 
-@cache
-def _target() -> Any:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features().flatten()
-    target = llvm.Target.from_default_triple()
-    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True)
+def is_exact(kernels: ModuleType | Native) -> bool:
+    """Tell whether kernels give the contract's bits for some of everything: flags for a compiler may have changed them.
 
-
-@cache
-def _machine() -> str:
-    """Digest what machine code depends on: these sources, the compiler (llvmlite's version tells numba's), the CPU."""
-    digest = hashlib.blake2b(digest_size=8)
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    for part in (llvmlite.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()):
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()
+    Takes less than a millisecond in C.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    pattern = (np.arange(BLOCK + 300, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.uint16)[::4].copy()
+    for dtype, finite, kind in (("BF16", 0xBFFF, "u2"), ("F16", 0xBBFF, "u2"), ("F32", 0, "f4"), ("F64", 0, "f8")):
+        w = pattern & np.uint16(finite) if finite else pattern.view(np.int16).astype(kind)
+        for is_normal, is_stochastic in ((False, False), (True, True)):
+            sums, noisy = np.empty((2, 4)), w.copy()
+            kernels.add_noise(noisy, dtype, 15, (1, 2), float(np.float32(0.1)), is_normal, is_stochastic, sums)
+            digest.update(noisy.tobytes() + sums.tobytes())
+        found, both = np.empty((2, 2)), np.empty((2, 4))
+        keys, counts, pairs = np.array([2**62, -(2**62)]), np.zeros(2, np.int64), np.zeros(3, np.int64)
+        kernels.summarize(pattern if finite else w, dtype, 1.0, found, keys, counts)
+        kernels.compare(noisy, w, dtype, both, pairs)
+        digest.update(b"".join(part.tobytes() for part in (found, both, keys, counts, pairs)))
+    return digest.hexdigest() == _PROBE

@@ -1,24 +1,20 @@
-"""The kernels of `stats` called on NumPy arrays: summarize(a) and compare(a, b), over runs of a tensor's elements."""
+"""The kernels behind inspect and diff: sums over a run of a tensor's elements, or of two tensors' side by side.
+
+Sums are taken in the order of the contract, so that a tensor's standard deviation is the one that scales its noise, to
+the bit. NaN and Inf are counted and left out of the sums, as are pairs of which one is not finite.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from surgery.dtypes import CODES, to_numbers
-from surgery.kernels.native import Native
-from surgery.noise import BLOCK, LANES
+from surgery.dtypes import to_numbers
+from surgery.kernels import backends
+from surgery.noise import BLOCK
 
-_SIGNED = {"F64": np.int64, "F32": np.int32, "F16": np.int16, "BF16": np.int16}
-_INF = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x7C00, "BF16": 0x7F80}
-"""The bits of Inf: those of finite values are smaller, those of NaN greater."""
-_ENTRIES = {
-    (name, bits): Native(name, tuple(types.format(bits=bits, wide=max(bits, 32)).split()))
-    for name, types in {
-        "summarize": "int{bits}* int64 int64 int64 int64 float64 float{wide}* float64* float64* int{bits}* int64*",
-        "compare": "int{bits}* int{bits}* int64 int64 int64 int64 float{wide}* float{wide}* float64* float64* int64*",
-    }.items()
-    for bits in (16, 32, 64)
-}
+_INT: dict[str, type[np.signedinteger[Any]]] = {"F64": np.int64, "F32": np.int32, "F16": np.int16, "BF16": np.int16}
+"""Integers that sort as the floats do whose bits they are, but for the sign."""
 
 
 @dataclass(frozen=True)
@@ -64,36 +60,18 @@ def summarize(w: np.ndarray, dtype: str, shift: float) -> Sums:
         dtype: "F64", "F32", "F16" or "BF16".
         shift: the tensor's first element, or any finite number if that is not finite.
     """
-    bits = w.view(_SIGNED[dtype])
-    mask = int(np.iinfo(bits.dtype).max)
-    out = np.empty((-(-w.size // BLOCK), 2))
-    keys = np.array([mask, ~mask], bits.dtype)
-    counts = np.zeros(2, np.int64)
-    entry = _ENTRIES["summarize", 8 * bits.itemsize]
-    entry(bits, w.size, CODES[dtype], mask, _INF[dtype], float(shift), _block(dtype), _rows(), out, keys, counts)
-    low, high = _values(keys, dtype) if keys[0] <= keys[1] else (np.inf, -np.inf)
+    largest = int(np.iinfo(_INT[dtype]).max)
+    out, keys, counts = np.empty((-(-w.size // BLOCK), 2)), np.array([largest, ~largest]), np.zeros(2, np.int64)
+    backends.on_cpu().summarize(w, dtype, shift, out, keys, counts)
+    low, high = _values(keys.astype(_INT[dtype]), dtype) if keys[0] <= keys[1] else (np.inf, -np.inf)
     return Sums(out, low, high, int(counts[0]), int(counts[1]))
 
 
 def compare(a: np.ndarray, b: np.ndarray, dtype: str) -> PairSums:
     """Compare two runs of elements of one dtype, as `summarize` takes them."""
-    bits, others = a.view(_SIGNED[dtype]), b.view(_SIGNED[dtype])
-    mask = int(np.iinfo(bits.dtype).max)
-    out = np.empty((-(-a.size // BLOCK), 4))
-    counts = np.zeros(3, np.int64)
-    entry = _ENTRIES["compare", 8 * bits.itemsize]
-    entry(bits, others, a.size, CODES[dtype], mask, _INF[dtype], _block(dtype), _block(dtype), _rows(), out, counts)
+    out, counts = np.empty((-(-a.size // BLOCK), 4)), np.zeros(3, np.int64)
+    backends.on_cpu().compare(a, b, dtype, out, counts)
     return PairSums(out, *(int(count) for count in counts))
-
-
-def _block(dtype: str) -> np.ndarray:
-    """Make room for the values of a block."""
-    return np.empty(BLOCK, np.float64 if dtype == "F64" else np.float32)
-
-
-def _rows() -> np.ndarray:
-    """Make room for the sums of a block's columns."""
-    return np.empty((2, LANES))
 
 
 def _values(keys: np.ndarray, dtype: str) -> tuple[float, float]:

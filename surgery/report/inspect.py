@@ -89,7 +89,7 @@ def _group_rows(inspection: "Inspection") -> list[dict[str, Any]]:
 def _pooled(stats: "list[Stats]") -> "Stats | None":
     if not stats:
         return None
-    from surgery.inspect.stats import pool_stats  # takes numba, which headers alone must not wait for
+    from surgery.inspect.stats import pool_stats  # takes NumPy, which headers alone must not wait for
 
     return pool_stats(stats)
 

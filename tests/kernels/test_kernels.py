@@ -1,4 +1,4 @@
-"""The CPU kernels, bit for bit, against plain numpy and torch's own rounding."""
+"""The CPU kernels, in C and in NumPy, bit for bit, against the reference and torch's own rounding."""
 
 import itertools
 import math
@@ -8,12 +8,20 @@ import pytest
 import reference
 import torch
 
-from surgery.kernels import cpu
-from surgery.kernels.halves import narrow, narrow_stochastic, widen
+from surgery.kernels import backends, cpu, native, plain
+from surgery.kernels.plain import narrow, narrow_stochastic, widen
 from surgery.noisytune import merge_blocks
 
 SIZES = [1, 2, 1023, 1024, 1025, 4095, 4096, 4097, 70_000]
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True, params=["C", "NumPy"])
+def kernels(request, monkeypatch):
+    if request.param == "NumPy":
+        monkeypatch.setattr(backends, "on_cpu", lambda: plain)
+    elif not native.find():
+        pytest.skip("model-surgery was installed without a C compiler")
 
 
 def storage(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -78,8 +86,7 @@ def test_add_noise_does_not_depend_on_the_cut(dtype, is_normal, is_stochastic):
 def test_widen_is_exact_for_every_finite_half(dtype):
     half = np.arange(65536, dtype=np.uint16)
     half = half[np.isfinite(values(half, dtype).to(torch.float32).numpy())]
-    wide = np.empty(half.size, np.float32)
-    widen(half, wide.view(np.uint32), dtype == "BF16")
+    wide = widen(half, dtype)
     expected = values(half, dtype).to(torch.float32).numpy()
     assert np.array_equal(wide.view(np.uint32), expected.view(np.uint32))
 
@@ -91,9 +98,7 @@ def test_narrow_rounds_as_torch_does(dtype):
     ties = np.arange(0, 65536, dtype=np.uint32) << np.uint32(16) | np.uint32(0x8000)
     wide = np.concatenate([wide, ties.view(np.float32), np.float32([0.0, -0.0, 65519.9, 65520.0, 1e-8, 6e-8, 3e38])])
     wide = wide[np.isfinite(wide)]
-    half = np.empty(wide.size, np.uint16)
-    narrow(wide.view(np.uint32), half, dtype == "BF16")
-    assert np.array_equal(half, storage(wide, dtype))
+    assert np.array_equal(narrow(wide, dtype), storage(wide, dtype))
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -101,8 +106,7 @@ def test_narrow_rounds_as_torch_does(dtype):
 def test_narrow_stochastic_keeps_the_mean(dtype, value):
     n = 400_000
     wide = np.full(n, value, np.float32)
-    half = np.empty(n, np.uint16)
-    narrow_stochastic(wide.view(np.uint32), half, dtype == "BF16", reference.words(0, "r", n, stream=2))
+    half = narrow_stochastic(wide, dtype, reference.words(0, "r", n, stream=2))
     rounded = values(half, dtype).double()
     distinct = rounded.unique()
     assert 1 <= len(distinct) <= 2

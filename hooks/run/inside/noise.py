@@ -72,7 +72,7 @@ class Noise:
         Raises:
             SurgeryError: as perturb_model, or other processes have the same weights. No part is half perturbed.
         """
-        from surgery.live.perturb import perturb_model, refuse_flattened  # import numba, which takes half a second
+        from surgery.live.perturb import perturb_model, refuse_flattened  # imports kernels
 
         refuse_flattened(top)  # its parts do not show it
         for path, part in _parts(top, set(map(id, trained)), loaded):
