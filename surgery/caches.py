@@ -1,4 +1,4 @@
-"""The folder under $XDG_CACHE_HOME in which sha256 digests are kept between runs."""
+"""The folder under $XDG_CACHE_HOME in which digests of files are kept between runs."""
 
 import os
 from pathlib import Path

@@ -6,15 +6,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from surgery.checkpoint.digests import SHA256, hex_of, is_digest
 from surgery.errors import SettingError, SourceError
 from surgery.noise import CONTRACT
 from surgery.noisytune import Effect, NoisyTune
 from surgery.roles import Role, role_of_reason
 
-FORMAT = "surgery-recipe-1"
+FORMAT = "surgery-recipe-2"
+FORMAT_1 = "surgery-recipe-1"
+"""Its digests are bare sha256."""
 _VANISHED = 0.01
 _log = logging.getLogger(__name__)
-_FILE_FIELDS = ("name", "sha256", "source", "source_sha256", "tied")
+_FILE_FIELDS = ("name", "digest", "source", "source_digest", "tied")
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _Kind = TypeVar("_Kind")
 
 
@@ -65,16 +69,17 @@ class FileRecord:
     """One weight file: its name, digests, and tensors in the order of their bytes.
 
     Args:
-        name: relative to the output folder.
+        name: relative to the output folder; empty for a live model, as source and digests are.
+        digest: "blake3:" or "sha256:", and 64 hexadecimal digits.
         source: the file it was made from, relative to the source.
         tied: names that repeat another tensor, whose noise they share, and that tensor's name. Those of a pickle are
             not written again.
     """
 
     name: str
-    sha256: str
+    digest: str
     source: str
-    source_sha256: str
+    source_digest: str
     tensors: tuple[TensorRecord, ...]
     tied: dict[str, str] = field(default_factory=dict)
 
@@ -85,8 +90,17 @@ class FileRecord:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "FileRecord":
         tensors = tuple(TensorRecord.from_json(tensor) for tensor in _typed(entry["tensors"], list))
-        tied = _texts(entry["tied"])
-        return cls(**{name: _typed(entry[name], str) for name in _FILE_FIELDS[:-1]}, tensors=tensors, tied=tied)
+        name, source, tied = _typed(entry["name"], str), _typed(entry["source"], str), _texts(entry["tied"])
+        digest, source_digest = (_digest(entry[key]) if name else "" for key in ("digest", "source_digest"))
+        return cls(name, digest, source, source_digest, tensors, tied)
+
+    @classmethod
+    def from_journal(cls, entry: Any) -> "FileRecord | None":
+        """Return the record that a journal keeps; None if it is none, such as one of an older version."""
+        try:
+            return cls.from_json(entry)
+        except _DAMAGE:
+            return None
 
 
 @dataclass(frozen=True)
@@ -95,15 +109,17 @@ class Recipe:
 
     Args:
         source: Hub id, or absolute path of a local checkpoint, or the class of a live model.
-        commit: Hub commit sha; None for a local checkpoint, which its files' source_sha256 identify.
+        commit: Hub commit sha; None for a local checkpoint, which its files' source_digest identify.
         key: which state_dict was taken of PyTorch files that hold several; None in an old recipe.
         settings: what was asked for.
         pooled_std: the one std of scale="global", else None.
         files: the weight files; for a live model, one record without file names.
-        companions: sha256 of every other file but the card, by name.
-        card: sha256 of README.md as it was written; it is its owner's to edit. None for a live model.
+        companions: digest of every other file but the card, by name.
+        card: digest of README.md as it was written; it is its owner's to edit. None for a live model.
         left_out: files of the source that were not copied, with the reason.
         notes: what else to know, in sentences, such as tensors of a live model that the checkpoint does not name.
+        sha256: what the Hub knows files by, in hexadecimal digits by name, of weights and companions that were pushed;
+            empty where nothing was. It says nothing of the run, so two recipes may differ in it and be equal.
     """
 
     source: str
@@ -118,10 +134,21 @@ class Recipe:
     left_out: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     contract: str = CONTRACT
+    sha256: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def tensors(self) -> tuple[TensorRecord, ...]:
         return tuple(tensor for file in self.files for tensor in file.tensors)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of every file but card and recipe, by name."""
+        return {file.name: file.digest for file in self.files} | self.companions
+
+    @property
+    def source_digests(self) -> dict[str, str]:
+        """Digest of every weight file of the source, by name."""
+        return {file.source: file.source_digest for file in self.files}
 
     @property
     def vanished(self) -> list[str]:
@@ -143,20 +170,22 @@ class Recipe:
             "left_out": self.left_out,
             "notes": list(self.notes),
         }
+        document |= {"sha256": self.sha256} if self.sha256 else {}
         return json.dumps(document, indent=1) + "\n"  # ASCII: a path need not be UTF-8
 
     @classmethod
     def from_json(cls, text: str, *, what: str = "surgery.json") -> "Recipe":
-        """Read a recipe.
+        """Read a recipe, also one of the former format.
 
         Raises:
             SourceError: not a recipe, one of a newer version, or one that names files out of its folder.
         """
         try:
             document = json.loads(text)
-            if document["format"] != FORMAT or document["contract"] != CONTRACT:
+            if document["format"] not in (FORMAT, FORMAT_1) or document["contract"] != CONTRACT:
                 found = f"{document['format']} of {document['contract']}"
                 raise SourceError(f"{what}: expected {FORMAT} of {CONTRACT}, got {found}. Update model-surgery.")
+            document = _from_format_1(document) if document["format"] == FORMAT_1 else document
             source = document["source"]
             recipe = cls(
                 source=_typed(source["id"], str),
@@ -166,15 +195,16 @@ class Recipe:
                 settings=_settings(document["settings"]),
                 pooled_std=_from_hex(document["pooled_std"]),
                 files=tuple(FileRecord.from_json(file) for file in _typed(document["files"], list)),
-                companions=_texts(document["companions"]),
-                card=_optional(document.get("card"), str),
+                companions={name: _digest(digest) for name, digest in _typed(document["companions"], dict).items()},
+                card=None if document.get("card") is None else _digest(document["card"]),
                 left_out=_texts(document["left_out"]),
                 notes=_all_typed(document.get("notes", []), str),
                 contract=document["contract"],
+                sha256={name: _sha256(digits) for name, digits in _typed(document.get("sha256", {}), dict).items()},
             )
         except SettingError as error:
             raise SourceError(f"{what}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except _DAMAGE as error:
             raise SourceError(f"{what}: expected a recipe, got another or a damaged file. Fetch it again.") from error
         for name in [name for file in recipe.files for name in (file.name, file.source)] + list(recipe.companions):
             path = PurePosixPath(name)
@@ -194,6 +224,21 @@ def warn_of_vanished(recipe: Recipe) -> None:
         _log.warning("noise lost in rounding in %d tensors, such as %s: raise lam", len(names), names[0])
 
 
+def _from_format_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a document of format 1 as one of today's."""
+
+    def digest(digits: Any) -> str:
+        return f"{SHA256}:{_typed(digits, str)}"
+
+    files = [
+        file | {"digest": digest(file["sha256"]), "source_digest": digest(file["source_sha256"])}
+        for file in _typed(document["files"], list)
+    ]
+    companions = {name: digest(digits) for name, digits in _typed(document["companions"], dict).items()}
+    card = document.get("card")
+    return document | {"files": files, "companions": companions, "card": None if card is None else digest(card)}
+
+
 def _settings(entry: dict[str, Any]) -> NoisyTune:
     globs = {name: _all_typed(entry[name], str) for name in ("include", "exclude")}
     return NoisyTune(**(entry | globs | {"seed": _typed(entry["seed"], int)}))
@@ -204,6 +249,16 @@ def _typed(value: Any, kind: type[_Kind]) -> _Kind:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError
     return value
+
+
+def _digest(value: Any) -> str:
+    if not is_digest(value):
+        raise ValueError
+    return value
+
+
+def _sha256(digits: Any) -> str:
+    return hex_of(_digest(f"{SHA256}:{_typed(digits, str)}"))
 
 
 def _number(value: Any) -> float:

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelInfo, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils.tqdm import tqdm
 
-from surgery.checkpoint.digests import sha256_of_all
+from surgery.checkpoint.digests import SHA256, digests_of_all, shorten
 from surgery.checkpoint.hub_errors import BAD_ANSWER, FETCH, HttpLibraryError, one_line
 from surgery.checkpoint.layout import RECIPE, Layout, arrange
 from surgery.errors import SourceError
@@ -132,12 +132,12 @@ def _refuse_damaged(repo_id: str, folder: Path, digests: Mapping[str, str | None
         path = folder / name
         etag = path.readlink().name if path.is_symlink() else ""
         if sha256 or _SHA256.fullmatch(etag):
-            expected[path.resolve()] = (name, sha256 or etag)
-    for blob, found in sha256_of_all(expected, "checking", at_rest=True).items():
-        name, sha256 = expected[blob]
-        if found != sha256:
+            expected[path.resolve()] = (name, f"{SHA256}:{sha256 or etag}")
+    for blob, found in digests_of_all({blob: [SHA256] for blob in expected}, "checking", at_rest=True).items():
+        name, digest = expected[blob]
+        if found[SHA256] != digest:
             raise SourceError(
-                f"{repo_id}: {name}: expected sha256 {sha256[:12]}..., as on the Hub, got {found[:12]}.... "
+                f"{repo_id}: {name}: expected {shorten(digest)}, as on the Hub, got {shorten(found[SHA256])}. "
                 f"It was damaged on its way or in the cache: remove {blob} and run the command again."
             )
 

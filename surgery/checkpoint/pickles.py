@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
-from surgery.checkpoint.digests import sha256_of
+from surgery.checkpoint.digests import algorithm_of, digest_of
 from surgery.checkpoint.foreign_files import PYTORCH, foreign_file, holds_a_module
 from surgery.checkpoint.legacy_storages import refuse_unlisted
 from surgery.checkpoint.pickle_records import is_mappable, refuse_unread
@@ -73,18 +73,18 @@ class PickleFile:
         if not self.path.exists() or self.path.stat().st_size < self._stamp.size:
             self.refuse_changed()
 
-    def sha256(self) -> str | None:
+    def digest(self, algorithm: str) -> str | None:
         """Hash the file: its bytes are not those that pass when its tensors are read."""
-        return sha256_of(self.path)
+        return digest_of(self.path, algorithm)
 
-    def settle(self, sha256: str) -> None:
+    def settle(self, digest: str) -> None:
         """Check that the file is still what it was when opened.
 
         Raises:
             SourceError: it is not.
         """
         self.refuse_changed()
-        if sha256 != sha256_of(self.path):
+        if digest != self.digest(algorithm_of(digest)):
             raise SourceError(
                 f"{self.path}: expected a file at rest, got one that changed while it was read. Run again."
             )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
-from surgery.checkpoint.digests import sha256_of, sha256_of_list
+from surgery.checkpoint.digests import algorithm_of, digest_of, digest_of_list
 from surgery.errors import SourceError
 
 
@@ -14,18 +14,18 @@ class SeveralFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._stamps = {path: Stamp.of(path) for path in paths}
 
-    def sha256(self) -> str | None:
+    def digest(self, algorithm: str) -> str | None:
         """Hash the files: their bytes are not those that pass when tensors are read."""
-        return sha256_of_list({path: sha256_of(path) for path in self._stamps})
+        return digest_of_list({path: digest_of(path, algorithm) for path in self._stamps})
 
-    def settle(self, sha256: str) -> None:
+    def settle(self, digest: str) -> None:
         """Check that the files are still what they were when opened.
 
         Raises:
             SourceError: they are not.
         """
         self.refuse_changed()
-        if sha256 != self.sha256():
+        if digest != self.digest(algorithm_of(digest)):
             raise SourceError(
                 f"{next(iter(self._stamps))}: expected files at rest, got some that changed while they were read. "
                 "Run again."

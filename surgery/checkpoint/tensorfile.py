@@ -97,18 +97,18 @@ class TensorFile:
         buffer[: len(data)] = data
         return len(data)
 
-    def sha256(self) -> str | None:
+    def digest(self, algorithm: str) -> str | None:
         """Return the file's digest if it is known; else the reader hashes the bytes as they pass: they are the file."""
-        return recall(self.path)
+        return recall(self.path, algorithm)
 
-    def settle(self, sha256: str) -> None:
+    def settle(self, digest: str) -> None:
         """Check that the file is still what it was when opened, and remember its digest.
 
         Raises:
             SourceError: it is not.
         """
         self.refuse_changed()
-        remember(self.path, sha256, self._stat)
+        remember(self.path, digest, self._stat)
 
     def refuse_changed(self) -> None:
         """Refuse a file that has been removed, replaced or written to since it was opened.

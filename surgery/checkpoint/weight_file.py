@@ -1,10 +1,10 @@
 """An open weight file as a Protocol, whatever its format and its number of files; a new format is opened here."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from surgery.checkpoint.digests import sha256_of_all, sha256_of_list
+from surgery.checkpoint.digests import algorithm_of, digest_of_list, digests_of_all
 from surgery.checkpoint.layout import METADATA
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
@@ -23,8 +23,8 @@ class WeightFile(Protocol):
     tied: dict[str, str]
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None: ...
-    def sha256(self) -> str | None: ...
-    def settle(self, sha256: str) -> None: ...
+    def digest(self, algorithm: str) -> str | None: ...
+    def settle(self, digest: str) -> None: ...
     def refuse_changed(self) -> None: ...
     def close(self) -> None: ...
 
@@ -67,8 +67,16 @@ def _open(paths: Sequence[Path], key: str | None, repeating: Collection[str]) ->
     return PickleFile(path, label=str(path), key=key, repeating=repeating)
 
 
-def sha256_of_sources(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
-    """Return the digest that identifies each weight file, by name: its own, or one of all files it is made up of."""
-    paths = {name: [checkpoint.path(part) for part in checkpoint.parts(name)] for name in names}
-    digests = sha256_of_all([path for parts in paths.values() for path in parts], "checking the source")
-    return {name: sha256_of_list({path: digests[path] for path in parts}) for name, parts in paths.items()}
+def digests_of_sources(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> dict[str, str]:
+    """Return the digest that identifies each weight file, by name: its own, or one of all files it is made up of.
+
+    Args:
+        recorded: what to compare them with, by name; each is computed with the algorithm of that.
+    """
+    parts = {name: [checkpoint.path(part) for part in checkpoint.parts(name)] for name in recorded}
+    algorithms = {name: algorithm_of(digest) for name, digest in recorded.items()}
+    wanted = {path: [algorithms[name]] for name, paths in parts.items() for path in paths}
+    found = digests_of_all(wanted, "checking the source")
+    return {
+        name: digest_of_list({path: found[path][algorithms[name]] for path in paths}) for name, paths in parts.items()
+    }

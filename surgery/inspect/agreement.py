@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from surgery.checkpoint.weight_file import sha256_of_sources
+from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.inspect.comparison import Agreement, TensorComparison
 from surgery.inspect.inspection import read_recipe
 from surgery.noise import BLOCK, LANES, SAMPLED_BLOCKS, UNIT_STD
@@ -48,9 +48,9 @@ def is_source(a: "Checkpoint", recipe: Recipe) -> bool:
     """Tell whether a checkpoint is the one that a recipe was made from."""
     if recipe.commit and (recipe.source, recipe.commit) == (a.id, a.commit):
         return True
-    known = {file.source: file.source_sha256 for file in recipe.files}
+    known = recipe.source_digests
     is_there = all(a.path(part).is_file() for name in known for part in a.parts(name))
-    return is_there and sha256_of_sources(a, known) == known
+    return is_there and digests_of_sources(a, known) == known
 
 
 def _fault(recipe: Recipe, record: TensorRecord, pair: "TensorDiff | None") -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard_data import ModelCardData  # huggingface_hub.repocard takes 0.1 s to import
 
+from surgery.checkpoint.digests import algorithm_of
 from surgery.perturb.front_matter import read_fields
 from surgery.perturb.plan import perturb_command
 from surgery.recipe import Recipe
@@ -110,7 +111,8 @@ def _done(recipe: Recipe) -> str:
     listed = "\n".join(f"- {label}: {value}" for label, value in facts.items() if value)
     return (
         f"## What was done\n\n{listed}\n\n"
-        "`surgery.json` has the rest: every tensor's standard deviation, why some were copied, every file's sha256."
+        "`surgery.json` has the rest: every tensor's standard deviation, why some were copied, every file's "
+        f"{algorithm_of(recipe.files[0].digest)}."
     )
 
 

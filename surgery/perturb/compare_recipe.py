@@ -16,7 +16,7 @@ def recipe_faults(recorded: Recipe, made: Recipe) -> list[str]:
         faults += file_faults(by_name[file.name], file)
     digests = made.companions.items()
     return faults + [
-        _fault(f"{name}: sha256", digest, str(recorded.companions.get(name)))
+        _fault(f"{name}: digest", digest, str(recorded.companions.get(name)))
         for name, digest in digests
         if digest != recorded.companions.get(name)
     ]
@@ -25,7 +25,7 @@ def recipe_faults(recorded: Recipe, made: Recipe) -> list[str]:
 def file_faults(recorded: FileRecord, made: FileRecord) -> list[str]:
     """Say where the record of one file differs from the one that its source and settings give."""
     faults = []
-    for label in ("sha256", "source_sha256", "tied"):
+    for label in ("digest", "source_digest", "tied"):
         mine, theirs = getattr(made, label), getattr(recorded, label)
         if mine != theirs:
             faults.append(_fault(f"{made.name}: {label}", str(mine), str(theirs)))

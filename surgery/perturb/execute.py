@@ -1,15 +1,15 @@
 """perturb_checkpoint: carry out a Plan shard by shard, then copy companions, and write model card and recipe."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.digests import algorithm_of, digest_of_bytes, new_digest
 from surgery.checkpoint.layout import CARD, RECIPE
 from surgery.checkpoint.resolve import Checkpoint
-from surgery.checkpoint.weight_file import sha256_of_sources
+from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError, SourceError
 from surgery.noise import CONTRACT
 from surgery.noisytune import FLOATS, Moments, NoisyTune, as_globs
@@ -81,12 +81,12 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
         return recipe
     workers = workers or streaming_workers()
     plan = with_ties(plan)
-    folder = OutputFolder(plan.out, _job(plan), plan.command, plan.sizes)
+    folder = OutputFolder(plan.out, _job(plan), plan.command, plan.sizes, partial(_is_record, plan))
     with folder.claim(overwrite=overwrite):
         todo = [shard for shard in plan.shards if shard.name not in folder.finished]
         by_name = {shard.name: shard for shard in todo}
-        kept = folder.notes.get("measured")
-        measured = GlobalMoments.from_json(kept) if kept else measure(plan, workers)
+        kept = GlobalMoments.from_journal(folder.notes.get("measured"), plan)
+        measured = kept or measure(plan, workers)
         if measured.moments and not kept:
             folder.note("measured", measured.to_json())
         with bar(sum(shard.nbytes for shard in todo), "perturbing") as on_bytes:
@@ -122,6 +122,16 @@ def _job(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _is_record(plan: Plan, name: str, entry: Any) -> bool:
+    """Tell whether a journal's record of a shard is one that this run would make: it may be an older version's."""
+    record = FileRecord.from_journal(entry)
+    shard = next((shard for shard in plan.shards if shard.name == name), None)
+    if record is None or shard is None:
+        return False
+    found = algorithm_of(record.digest), algorithm_of(record.source_digest)
+    return found == (plan.algorithm(name), plan.source_algorithm(shard.source))
+
+
 def _finish_shard(task: ShardTask, plan: Plan, shard: ShardPlan, folder: OutputFolder, measured: GlobalMoments) -> None:
     """Give a complete shard its name and note in the journal what was done to it."""
     record = make_record(task, shard, measured)
@@ -144,7 +154,7 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
     digests = {}
     for name in plan.companions:
         plan.checkpoint.refuse_changed(name)
-        digest = hashlib.sha256()
+        digest = new_digest(plan.algorithm(name))
         part = folder.open_part(name)
         with plan.checkpoint.path(name).open("rb") as source:
             while chunk := source.read(1 << 20):
@@ -152,10 +162,10 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
                 part.append(memoryview(chunk))
         plan.checkpoint.refuse_changed(name)
         folder.finish_part(name, part)
-        digests[name] = digest.hexdigest()
+        digests[name] = digest.text()
     for name, data in plan.indexes.items():
         folder.write(name, data)
-        digests[name] = hashlib.sha256(data).hexdigest()
+        digests[name] = digest_of_bytes(data, plan.algorithm(name))
     return digests
 
 
@@ -166,7 +176,7 @@ def _write_card(recipe: Recipe, plan: Plan, folder: OutputFolder) -> Recipe:
     own = plan.checkpoint.path(CARD) if CARD in plan.checkpoint.layout.companions else None
     card = make_card(recipe, read_metadata(own) if own else {}).encode()
     folder.write(CARD, card)
-    return replace(recipe, card=hashlib.sha256(card).hexdigest())
+    return replace(recipe, card=digest_of_bytes(card, plan.algorithm(CARD)))
 
 
 def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled: Moments | None) -> Recipe:
@@ -213,7 +223,7 @@ def _already_done(plan: Plan) -> Recipe | None:
         path = plan.out / file.name
         if not path.is_file() or path.stat().st_size != shard.nbytes:
             return None
-    known = {file.source: file.source_sha256 for file in recipe.files}
-    if plan.checkpoint.commit is None and sha256_of_sources(plan.checkpoint, known) != known:
+    known = recipe.source_digests
+    if plan.checkpoint.commit is None and digests_of_sources(plan.checkpoint, known) != known:
         return None
     return None if plan.recorded and recipe_faults(plan.recorded, recipe) else recipe

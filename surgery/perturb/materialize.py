@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from surgery.checkpoint.layout import CARD
-from surgery.checkpoint.weight_file import sha256_of_sources
+from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError
 from surgery.perturb.execute import execute
 from surgery.perturb.output import refuse_windows
@@ -88,6 +88,6 @@ def _source_option(source: str | Path | None) -> Iterable[str]:
 
 def _refuse_other_weights(plan: Plan, recorded: Recipe) -> None:
     """Hash the source before anything is written; what is hashed is remembered, so the run does not do it again."""
-    expected = {file.source: file.source_sha256 for file in recorded.files}
-    for name, digest in sha256_of_sources(plan.checkpoint, expected).items():
+    expected = recorded.source_digests
+    for name, digest in digests_of_sources(plan.checkpoint, expected).items():
         refuse_other_source(plan.checkpoint.path(name), digest, expected[name])

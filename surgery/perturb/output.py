@@ -6,20 +6,20 @@ companions come after them, so no loader finds a checkpoint before that; card an
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
 from surgery.errors import OutputError
+from surgery.perturb.former_run import is_edited, names_in, read_json
 from surgery.perturb.partfile import PartFile
 
 _log = logging.getLogger(__name__)
@@ -36,15 +36,24 @@ class OutputFolder:
         resume: the command that finishes the run.
         planned: size in bytes of every file the run will write, by name relative to the folder, but for the recipe
             and the card.
+        is_record: tells by name and record whether a finished file of a run that is resumed can be taken over.
     """
 
-    def __init__(self, path: Path, job: dict[str, Any], resume: str, planned: dict[str, int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        job: dict[str, Any],
+        resume: str,
+        planned: dict[str, int],
+        is_record: Callable[[str, dict[str, Any]], bool],
+    ) -> None:
         self.path = path
         self.finished: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
         self._job = json.loads(json.dumps(job))
         self._resume = resume
         self._planned = planned
+        self._is_record = is_record
         self._owned: set[str] = set()
         self._journal_lock = threading.Lock()
 
@@ -95,10 +104,10 @@ class OutputFolder:
         present = {
             p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir() or p.is_symlink()
         }
-        former = _read_json(self.path / JOURNAL) or {}
-        recipe = _read_json(self.path / RECIPE)
+        former = read_json(self.path / JOURNAL) or {}
+        recipe = read_json(self.path / RECIPE)
         present.discard(JOURNAL + _PART)  # of a run killed as it wrote the journal, which is now written anew
-        owned = set(former.get("owned", ())) or _names_in(recipe or {})
+        owned = set(former.get("owned", ())) or names_in(recipe or {})
         self._owned = owned | set(self._planned) | {CARD}
         is_same = former.get("job") == self._job
         strangers = sorted(n for n in present if n.removesuffix(_PART) not in owned | {JOURNAL, RECIPE})
@@ -140,15 +149,15 @@ class OutputFolder:
     def _refuse_edited_card(self, recipe: dict[str, Any]) -> None:
         """Spare a card that its owner has written in: what else is removed here can be made again."""
         card = self.path / CARD
-        written = recipe.get("card")
-        if written and card.is_file() and hashlib.sha256(card.read_bytes()).hexdigest() != written:
+        if is_edited(card, recipe):
             raise OutputError(
                 f"{card}: expected the card that was written here, got one edited since. Move it away first."
             )
 
     def _is_whole(self, name: str, record: dict[str, Any]) -> bool:
         path = self.path / name
-        return path.is_file() and not path.is_symlink() and path.stat().st_size == record["size"]
+        is_there = path.is_file() and not path.is_symlink()
+        return is_there and self._is_record(name, record) and path.stat().st_size == record.get("size")
 
     def _check_space(self, reclaimed: int) -> None:
         needed = sum(nbytes for name, nbytes in self._planned.items() if name not in self.finished) - reclaimed
@@ -226,23 +235,6 @@ def refuse_windows(command: str) -> None:
 def is_finished(path: Path) -> bool:
     """Tell whether a run has finished in this folder."""
     return (path / RECIPE).is_file() and not (path / JOURNAL).exists()
-
-
-def _names_in(recipe: dict[str, Any]) -> set[str]:
-    """Name the files a finished run wrote; none for a surgery.json that is not ours."""
-    try:
-        card = {CARD} if recipe.get("card") else set()
-        return {str(file["name"]) for file in recipe["files"]} | set(recipe["companions"]) | card
-    except (KeyError, TypeError):
-        return set()
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        loaded = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return loaded if isinstance(loaded, dict) else None
 
 
 def _sync_folder(path: Path) -> None:

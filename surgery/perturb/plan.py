@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from surgery.checkpoint.config_files import refuse_quantized
+from surgery.checkpoint.digests import BLAKE3, SHA256, algorithm_of
 from surgery.checkpoint.layout import CARD, WeightSet
 from surgery.checkpoint.packed_names import is_quantized
 from surgery.checkpoint.resolve import Checkpoint, resolve
@@ -62,6 +63,19 @@ class Plan:
         sizes = {shard.name: shard.nbytes for shard in self.shards}
         sizes |= {name: len(data) for name, data in self.indexes.items()}
         return sizes | {name: self.checkpoint.path(name).stat().st_size for name in self.companions}
+
+    def algorithm(self, name: str) -> str:
+        """Return the algorithm of a written file's digest: BLAKE3, or that of the recipe that the run repeats."""
+        if not self.recorded:
+            return BLAKE3
+        digest = self.recorded.card if name == CARD else self.recorded.digests.get(name)
+        return algorithm_of(digest) if digest else BLAKE3
+
+    def source_algorithm(self, name: str) -> str:
+        """Return the algorithm of a source file's digest: the recipe's; else of one on the Hub its sha256."""
+        if self.recorded:
+            return algorithm_of(self.recorded.source_digests[name])
+        return SHA256 if self.checkpoint.commit else BLAKE3
 
 
 def perturb_command(

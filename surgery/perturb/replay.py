@@ -1,12 +1,11 @@
 """Plan a recorded run again from recipe and source, which materialize and verify do alike."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from surgery.checkpoint.digests import sha256_of
+from surgery.checkpoint.digests import algorithm_of, digest_of, digest_of_bytes, shorten
 from surgery.checkpoint.layout import CARD, RECIPE
 from surgery.checkpoint.resolve import REPO_ID, Checkpoint, refuse_unfinished, resolve
 from surgery.errors import SettingError, SourceError, some
@@ -118,26 +117,26 @@ def _refuse_other_files(plan: Plan, recorded: Mapping[str, str]) -> None:
 
 
 def _refuse_other_companions(plan: Plan, recorded: Mapping[str, str]) -> None:
-    for name, sha256 in recorded.items():
+    for name, digest in recorded.items():
         path = plan.checkpoint.path(name)
         if name in plan.indexes:
-            refuse_other_source(path, hashlib.sha256(plan.indexes[name]).hexdigest(), sha256)
+            refuse_other_source(path, digest_of_bytes(plan.indexes[name], algorithm_of(digest)), digest)
         elif name in plan.companions:
-            refuse_other_source(path, sha256_of(path), sha256)
+            refuse_other_source(path, digest_of(path, algorithm_of(digest)), digest)
         else:
             raise SourceError(
                 f"{path}: expected a file of the recipe's source, got none. Say with `source` where the right one is."
             )
 
 
-def refuse_other_source(path: Path, sha256: str, expected: str) -> None:
+def refuse_other_source(path: Path, digest: str, expected: str) -> None:
     """Refuse a file of the source that is not the one a recipe was made from.
 
     Raises:
-        SourceError: their sha256 differ.
+        SourceError: their digests differ.
     """
-    if sha256 != expected:
+    if digest != expected:
         raise SourceError(
-            f"{path}: expected the recipe's source (sha256 {expected[:12]}...), got another file ({sha256[:12]}...). "
+            f"{path}: expected the recipe's source ({shorten(expected)}), got another file ({shorten(digest)}). "
             "Say with `source` where the right one is."
         )

@@ -1,11 +1,10 @@
 """One shard of a checkpoint, streamed: read a piece, hash it, measure or perturb it, hash the result, hand it on.
 
-Pieces may be worked on in any order and at once, since noise is a function of position; only the two sha256 digests and
+Pieces may be worked on in any order and at once, since noise is a function of position; only the two digests and
 the disk want them in file order, and a `_Sequencer` sees to each. A tensor of several pieces is read twice: once for
 its std, once for the noise.
 """
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from surgery.checkpoint.digests import new_digest
 from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile
 from surgery.kernels import cpu
@@ -45,7 +45,9 @@ class ShardTask:
         copied: names of the tensors to copy unchanged.
         tied: names of tensors that get the noise of another, and that one's name.
         pooled_std: if given, the std that scales every tensor's noise, none of which is then measured.
-        source_sha256: the source's digest, if it is known already.
+        algorithm: of the digest of what is handed on.
+        source_algorithm: of the source's digest.
+        source_digest: the source's digest, if it is known already.
     """
 
     name: str
@@ -53,13 +55,15 @@ class ShardTask:
     open_source: Callable[[], WeightFile]
     open_sink: Callable[[], Sink] | None
     copied: frozenset[str]
+    algorithm: str
+    source_algorithm: str
     tied: Mapping[str, str] = field(default_factory=dict)
     pooled_std: float | None = None
     sink: Sink | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
     effects: dict[str, Effect] = field(default_factory=dict)
-    source_sha256: str = ""
-    sha256: str = ""
+    source_digest: str = ""
+    digest: str = ""
 
 
 class StoppedError(Exception):
@@ -126,13 +130,13 @@ class OpenShard:
         self.lock = threading.Lock()
         self._settings = settings
         self._stop = stop
-        self._read_digest, self._written_digest = hashlib.sha256(), hashlib.sha256()
+        self._read_digest, self._written_digest = new_digest(task.source_algorithm), new_digest(task.algorithm)
         self._read_turns, self._hash_turns, self._write_turns = _Sequencer(stop), _Sequencer(stop), _Sequencer(stop)
         self._source = task.open_source()
         self._header = self._source.header
         self._read_numbers, self._write_numbers = count(), count()
-        task.source_sha256 = task.source_sha256 or self._source.sha256() or ""
-        self._hashes_reads = not task.source_sha256
+        task.source_digest = task.source_digest or self._source.digest(task.source_algorithm) or ""
+        self._hashes_reads = not task.source_digest
         self._read_digest.update(self._header.raw)
         self._written_digest.update(self._header.raw)
         if task.open_sink:
@@ -258,9 +262,9 @@ class OpenShard:
     def finish(self) -> None:
         """Settle the digests and release the source."""
         if self._hashes_reads:
-            self.task.source_sha256 = self._read_digest.hexdigest()
-        self._source.settle(self.task.source_sha256)
-        self.task.sha256 = self._written_digest.hexdigest()
+            self.task.source_digest = self._read_digest.text()
+        self._source.settle(self.task.source_digest)
+        self.task.digest = self._written_digest.text()
         self._source.close()
 
     def abandon(self) -> None:

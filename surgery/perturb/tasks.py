@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from surgery.checkpoint.digests import algorithm_of, is_digest
 from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError
 from surgery.noisytune import NO_SPREAD, Moments, pool
@@ -40,11 +41,11 @@ class GlobalMoments:
     """What scale="global" has to know of all shards before the first is perturbed; for other scales, nothing.
 
     Args:
-        sha256: of each shard's source, by the shard's name.
+        digests: of each shard's source, by the shard's name.
         moments: of each tensor that may be perturbed, by shard and name.
     """
 
-    sha256: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     moments: dict[str, dict[str, Moments]] = field(default_factory=dict)
 
     @property
@@ -56,17 +57,23 @@ class GlobalMoments:
     def to_json(self) -> dict[str, Any]:
         return {
             name: {
-                "source_sha256": self.sha256[name],
+                "source_digest": self.digests[name],
                 "moments": {tensor: [m.n, m.mean, m.m2] for tensor, m in moments.items()},
             }
             for name, moments in self.moments.items()
         }
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> "GlobalMoments":
-        sha256 = {name: entry["source_sha256"] for name, entry in document.items()}
-        moments = {name: {t: Moments(*m) for t, m in entry["moments"].items()} for name, entry in document.items()}
-        return cls(sha256, moments)
+    def from_journal(cls, document: Any, plan: Plan) -> "GlobalMoments | None":
+        """Return what a journal keeps, as far as the plan can go on with it: an older version has other fields."""
+        try:
+            digests = {name: entry["source_digest"] for name, entry in document.items()}
+            moments = {name: {t: Moments(*m) for t, m in entry["moments"].items()} for name, entry in document.items()}
+            wanted = {shard.name: plan.source_algorithm(shard.source) for shard in plan.shards}
+            found = {name: algorithm_of(digest) for name, digest in digests.items() if is_digest(digest)}
+        except (AttributeError, KeyError, TypeError):
+            return None
+        return cls(digests, moments) if found == wanted else None
 
 
 def measure(plan: Plan, workers: int) -> GlobalMoments:
@@ -76,7 +83,7 @@ def measure(plan: Plan, workers: int) -> GlobalMoments:
         return measured
 
     def keep(task: ShardTask) -> None:
-        measured.sha256[task.name], measured.moments[task.name] = task.source_sha256, task.moments
+        measured.digests[task.name], measured.moments[task.name] = task.source_digest, task.moments
 
     with bar(sum(shard.nbytes for shard in plan.shards), "measuring") as on_bytes:
         tasks = (make_task(plan, shard, GlobalMoments(), None) for shard in plan.shards)
@@ -94,9 +101,11 @@ def make_task(plan: Plan, shard: ShardPlan, measured: GlobalMoments, open_sink: 
         open_source=partial(_open_planned, plan, shard),
         open_sink=open_sink,
         copied=frozenset(shard.copied.keys() | flat),
+        algorithm=plan.algorithm(shard.name),
+        source_algorithm=plan.source_algorithm(shard.source),
         tied=shard.tied,
         pooled_std=pooled.std if pooled else None,
-        source_sha256=measured.sha256.get(shard.name, ""),
+        source_digest=measured.digests.get(shard.name, ""),
     )
 
 
@@ -122,4 +131,4 @@ def make_record(task: ShardTask, shard: ShardPlan, measured: GlobalMoments) -> F
         effect = task.effects.get(tensor.name)
         known = shard.roles[tensor.name].known
         tensors.append(TensorRecord(tensor.name, tensor.dtype, tensor.shape, std, reason, effect, known))
-    return FileRecord(shard.name, task.sha256, shard.source, task.source_sha256, tuple(tensors), shard.tied)
+    return FileRecord(shard.name, task.digest, shard.source, task.source_digest, tuple(tensors), shard.tied)

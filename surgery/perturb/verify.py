@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from surgery.checkpoint.digests import sha256_of
+from surgery.checkpoint.digests import algorithm_of, digest_of, shorten
 from surgery.checkpoint.layout import CARD, RECIPE, is_weight
 from surgery.checkpoint.resolve import resolve
 from surgery.checkpoint.tensorfile import read_header
@@ -114,13 +114,13 @@ def _find(folder: str | Path, token: str | None) -> tuple[Path, set[str], Recipe
 
 
 def _companion_faults(recipe: Recipe, root: Path) -> Iterator[str]:
-    for name, sha256 in recipe.companions.items():
+    for name, digest in recipe.companions.items():
         if name in _OWNERS:
             continue
-        found = sha256_of(root / name) if (root / name).is_file() else ""
-        if found != sha256:
-            what = f"another ({found[:12]}...)" if found else "none"
-            yield f"{name}: expected the source's file (sha256 {sha256[:12]}...), got {what}."
+        found = digest_of(root / name, algorithm_of(digest)) if (root / name).is_file() else ""
+        if found != digest:
+            what = f"another ({shorten(found)})" if found else "none"
+            yield f"{name}: expected the source's file ({shorten(digest)}), got {what}."
 
 
 def _weight_file_faults(recipe: Recipe, names: set[str]) -> Iterator[str]:
@@ -153,8 +153,8 @@ def _compare(
     faults: list[str] = []
 
     def settle(task: ShardTask) -> None:
-        path, expected = plan.checkpoint.path(by_name[task.name].source), recorded[task.name].source_sha256
-        refuse_other_source(path, task.source_sha256, expected)
+        path, expected = plan.checkpoint.path(by_name[task.name].source), recorded[task.name].source_digest
+        refuse_other_source(path, task.source_digest, expected)
         assert isinstance(task.sink, FileComparison)
         record = made[task.name] = make_record(task, by_name[task.name], measured)
         stds = {tensor.name: tensor.std for tensor in record.tensors}

@@ -1,15 +1,14 @@
-"""The files of an output folder that a push sends: those its recipe names, checked by sha256, card and recipe."""
+"""The files of an output folder that a push sends: those its recipe names, checked by digest, card and recipe."""
 
-import hashlib
-import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from huggingface_hub.utils.sha import git_hash
 
-from surgery.checkpoint.digests import sha256_of_all
+from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of_bytes, digests_of_all, hex_of, shorten
 from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE, is_weight
 from surgery.errors import OutputError
 from surgery.recipe import Recipe
@@ -17,7 +16,7 @@ from surgery.recipe import Recipe
 
 @dataclass(frozen=True)
 class LocalFile:
-    """One file: its name in the repository, its content as a path or bytes, its size in bytes."""
+    """One file: its name in the repository, its content as a path or bytes, its size in bytes, the Hub's sha256."""
 
     name: str
     content: Path | bytes
@@ -35,18 +34,27 @@ class Contents:
     """What is pushed of a folder.
 
     Args:
-        recipe: as pushed, without a path of this machine.
-        items: the files to push, the recipe among them.
+        recipe: as pushed, without a path of this machine and with the sha256 of what is sent.
+        files: the files to push, but for the recipe.
         is_recipe_only: the weights and their indexes are held back.
-        held_back: these, which the folder need not hold.
+        held_back: names of these, which the folder need not hold.
         left_out: names of the other files in the folder, which the recipe does not name.
     """
 
     recipe: Recipe
-    items: tuple[LocalFile, ...]
+    files: tuple[LocalFile, ...]
     is_recipe_only: bool
-    held_back: tuple[LocalFile, ...]
+    held_back: tuple[str, ...]
     left_out: tuple[str, ...]
+
+    @property
+    def recipe_file(self) -> LocalFile:
+        return _in_memory(RECIPE, self.recipe.to_json().encode())
+
+    @property
+    def items(self) -> tuple[LocalFile, ...]:
+        """The files to push."""
+        return (*self.files, self.recipe_file)
 
     @property
     def title(self) -> str:
@@ -65,24 +73,18 @@ def read_contents(folder: Path, *, recipe_only: bool) -> Contents:
         SourceError: its surgery.json is no recipe.
     """
     recipe = _read_recipe(folder)
-    digests = {file.name: file.sha256 for file in recipe.files} | recipe.companions
-    digests.pop(CARD, None)  # the user's to edit
-    held = {name: sha256 for name, sha256 in digests.items() if recipe_only and is_weight(name)}
-    pushed = [_item(folder, name, sha256) for name, sha256 in digests.items() if name not in held]
-    _refuse_altered(pushed)
+    digests = {name: digest for name, digest in recipe.digests.items() if name != CARD}  # the user's to edit
+    held_back = tuple(name for name in digests if recipe_only and is_weight(name))
+    files = _read_files(folder, {name: digest for name, digest in digests.items() if name not in held_back})
     if not (folder / CARD).is_file():  # a former push's card would stay, and speak of other weights
         raise OutputError(
             f"{folder / CARD}: expected a card, got none. Restore it, write one, or perturb again with `overwrite`."
         )
-    content = _inside(folder, CARD).read_bytes()
-    pushed.append(LocalFile(CARD, content, len(content), hashlib.sha256(content).hexdigest()))
-    text = _without_local_path(folder)
-    pushed.append(LocalFile(RECIPE, text, len(text), hashlib.sha256(text).hexdigest()))
-    held_back = tuple(_item(folder, name, sha256) for name, sha256 in held.items())
+    card = _in_memory(CARD, _inside(folder, CARD).read_bytes())
+    pushed = replace(_without_local_path(recipe), sha256={file.name: file.sha256 for file in files})
     present = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
-    named = digests.keys() | {CARD, RECIPE}
-    left_out = tuple(name for name in present if name not in named)
-    return Contents(Recipe.from_json(text.decode()), tuple(pushed), recipe_only, held_back, left_out)
+    left_out = tuple(name for name in present if name not in digests.keys() | {CARD, RECIPE})
+    return Contents(pushed, (*files, card), recipe_only, held_back, left_out)
 
 
 def _read_recipe(folder: Path) -> Recipe:
@@ -105,35 +107,37 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _item(folder: Path, name: str, sha256: str) -> LocalFile:
-    path = _inside(folder, name).absolute()
-    return LocalFile(name, path, path.stat().st_size if path.is_file() else 0, sha256)
+def _in_memory(name: str, content: bytes) -> LocalFile:
+    return LocalFile(name, content, len(content), hex_of(digest_of_bytes(content, SHA256)))
 
 
-def _refuse_altered(items: list[LocalFile]) -> None:
-    for item in items:
-        if isinstance(item.content, Path) and not item.content.is_file():
+def _read_files(folder: Path, recorded: Mapping[str, str]) -> list[LocalFile]:
+    """Check files against the recipe, and take their sha256 from the same read."""
+    paths = {name: _inside(folder, name).absolute() for name in recorded}
+    for path in paths.values():
+        if not path.is_file():
             raise OutputError(
-                f"{item.content}: expected a file, as {RECIPE} names it, got none. "
+                f"{path}: expected a file, as {RECIPE} names it, got none. "
                 "Restore it, or perturb again with `overwrite`."
             )
-    by_path = {item.content: item for item in items if isinstance(item.content, Path)}
-    for path, found in sha256_of_all(by_path, "checking").items():
-        if found != (sha256 := by_path[path].sha256):
-            raise OutputError(
-                f"{path}: expected sha256 {sha256[:12]}..., as in {RECIPE}, got {found[:12]}...: it was altered. "
-                "Restore it, or perturb again with `overwrite`."
-            )
+    wanted = {path: {algorithm_of(recorded[name]), SHA256} for name, path in paths.items()}
+    found = digests_of_all(wanted, "checking")
+    for name, path in paths.items():
+        _refuse_altered(path, found[path][algorithm_of(recorded[name])], recorded[name])
+    return [LocalFile(name, path, path.stat().st_size, hex_of(found[path][SHA256])) for name, path in paths.items()]
 
 
-def _without_local_path(folder: Path) -> bytes:
+def _refuse_altered(path: Path, digest: str, expected: str) -> None:
+    if digest != expected:
+        raise OutputError(
+            f"{path}: expected {shorten(expected)}, as in {RECIPE}, got {shorten(digest)}: it was altered. "
+            "Restore it, or perturb again with `overwrite`."
+        )
+
+
+def _without_local_path(recipe: Recipe) -> Recipe:
     """Return the recipe to push: of a local source and its links it names the folder or file alone."""
-    text = (folder / RECIPE).read_bytes()
-    document = json.loads(text)
-    source = document["source"]
-    if source["commit"] is not None:
-        return text
-    source["id"] = PurePath(source["id"]).name
-    if "notes" in document:
-        document["notes"] = [re.sub(r"( is a link to )/.*/", r"\1", note) for note in document["notes"]]
-    return (json.dumps(document, indent=1) + "\n").encode()
+    if recipe.commit is not None:
+        return recipe
+    notes = tuple(re.sub(r"( is a link to )/.*/", r"\1", note) for note in recipe.notes)
+    return replace(recipe, source=PurePath(recipe.source).name, notes=notes)

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from surgery.checkpoint.digests import SHA256, algorithm_of, hex_of
 from surgery.checkpoint.layout import RECIPE, is_weight
 from surgery.errors import OutputError, SourceError
 from surgery.push.contents import Contents, LocalFile
@@ -146,12 +147,14 @@ def plan_push(api: HfApi, remote: RemoteRevision, contents: Contents, *, pull_ti
     Raises:
         OutputError: it holds other weights.
     """
+    contents = _with_former_sha256(api, remote, contents)
     if pull_title and remote.head and (pull := _find_pull(api, remote, contents, pull_title)):
         revision = f"refs/pr/{pull}"
         head = str(api.model_info(remote.repo_id, revision=revision).sha)
         remote = replace(remote, revision=revision, pull=pull).at(api, head)
-    changed = tuple(item for item in contents.items if not remote.holds(item))
-    unchanged = tuple(item for item in contents.items if remote.holds(item))
+    items = contents.items
+    changed = tuple(item for item in items if not remote.holds(item))
+    unchanged = tuple(item for item in items if remote.holds(item))
     return PushPlan(remote, contents, changed, unchanged, _stale(api, remote, contents))
 
 
@@ -159,8 +162,7 @@ def _find_pull(api: HfApi, remote: RemoteRevision, contents: Contents, title: st
     """Find an open pull request of this user that holds this recipe; of this title, where main holds it as well."""
     if not (api.token or get_token()):
         return None
-    recipe = next(item for item in contents.items if item.name == RECIPE)
-    user = _user(api, remote.repo_id)
+    recipe, user = contents.recipe_file, _user(api, remote.repo_id)
     pulls = api.get_repo_discussions(
         remote.repo_id, author=user, discussion_type="pull_request", discussion_status="open"
     )
@@ -172,15 +174,31 @@ def _find_pull(api: HfApi, remote: RemoteRevision, contents: Contents, title: st
     return None
 
 
+def _with_former_sha256(api: HfApi, remote: RemoteRevision, contents: Contents) -> Contents:
+    """Take what is not read for a recipe alone, the sha256 of weights held back, from the recipe of a former push."""
+    former = _former_recipe(api, remote) if contents.is_recipe_only else None
+    if former is None:
+        return contents
+    recipe = contents.recipe
+    kept = {name for name in contents.held_back if former.digests.get(name) == recipe.digests[name]}
+    known = {name: digits for name, digits in former.sha256.items() if name in kept} | recipe.sha256
+    sha256 = {name: known[name] for name in recipe.digests if name in known}
+    return replace(contents, recipe=replace(recipe, sha256=sha256))
+
+
 def _stale(api: HfApi, remote: RemoteRevision, contents: Contents) -> tuple[str, ...]:
     """Name the weights that a former push left and this one does not replace; refuse any others.
 
     Loaders would take a stale model.safetensors rather than the shards that are pushed beside it.
     """
-    fitting = {item.name for item in contents.items} | {i.name for i in contents.held_back if remote.holds(i)}
-    stray = sorted(name for name in remote.files if is_weight(name) and name not in fitting)
-    former = _former_digests(api, remote) if stray and not contents.is_recipe_only else {}
-    foreign = [name for name in stray if not _is_former(remote.files[name], former)]
+    weights = {name: file for name, file in remote.files.items() if is_weight(name)}
+    known = _sha256_by_name(contents.recipe)
+    fitting = {file.name for file in contents.files}
+    fitting |= {name for name in contents.held_back if name in weights and _is_known(weights[name], known)}
+    stray = sorted(weights.keys() - fitting)
+    former = _former_recipe(api, remote) if stray and not contents.is_recipe_only else None
+    former_known = _sha256_by_name(former) if former else {}
+    foreign = [name for name in stray if not _is_known(weights[name], former_known)]
     if foreign:
         count = f"{len(foreign)} such as {foreign[0]}" if len(foreign) > 1 else foreign[0]
         raise OutputError(
@@ -190,19 +208,25 @@ def _stale(api: HfApi, remote: RemoteRevision, contents: Contents) -> tuple[str,
     return tuple(stray)
 
 
-def _is_former(file: RepoFile, digests: Mapping[str, str]) -> bool:
-    sha256 = digests.get(file.path)
-    return sha256 is not None and (file.lfs is None or file.lfs.sha256 == sha256)
+def _is_known(file: RepoFile, sha256: Mapping[str, str]) -> bool:
+    """Tell whether a file there is the one that a recipe names; of what git itself keeps, the name has to do."""
+    known = sha256.get(file.path)
+    return known is not None and (file.lfs is None or file.lfs.sha256 == known)
 
 
-def _former_digests(api: HfApi, remote: RemoteRevision) -> dict[str, str]:
-    """Return the sha256 of every file that the recipe in the repository names, if there is one."""
+def _former_recipe(api: HfApi, remote: RemoteRevision) -> Recipe | None:
+    """Return the recipe in the repository, if there is one."""
     if RECIPE not in remote.files:
-        return {}
+        return None
     with TemporaryDirectory() as folder:
         path = api.hf_hub_download(remote.repo_id, RECIPE, revision=remote.head, local_dir=folder)
         try:
-            recipe = Recipe.read(Path(path))
+            return Recipe.read(Path(path))
         except SourceError:  # not ours
-            return {}
-    return {file.name: file.sha256 for file in recipe.files} | recipe.companions
+            return None
+
+
+def _sha256_by_name(recipe: Recipe) -> dict[str, str]:
+    """Return what the Hub knows a recipe's files by; what sha256 records, old recipes for one, is that."""
+    recorded = {name: hex_of(digest) for name, digest in recipe.digests.items() if algorithm_of(digest) == SHA256}
+    return recorded | recipe.sha256

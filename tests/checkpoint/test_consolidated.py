@@ -1,6 +1,5 @@
 """Llama's consolidated shards: the tensors of the whole checkpoint, from parts that were cut by hand."""
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from click.testing import CliRunner
 from conftest import tree_digest
 from safetensors.torch import load_file, save_file
@@ -121,13 +121,13 @@ def test_perturbed_as_the_whole_in_one_file_would_be(tmp_path: Path) -> None:
 
 
 def test_recipe_holds_one_digest_of_all_shards(tmp_path: Path) -> None:
-    """As `sha256sum consolidated.*.pth | sha256sum` prints it."""
+    """As `b3sum consolidated.*.pth | b3sum` prints it."""
     source = _write(tmp_path / "llama")
     recipe = perturb_checkpoint(source, tmp_path / "out")
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(source.glob("*.pth"))]
+    lines = [f"{blake3(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(source.glob("*.pth"))]
     (file,) = recipe.files
     assert (file.source, file.name) == ("consolidated.00.pth", "consolidated.safetensors")
-    assert file.source_sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert file.source_digest == f"blake3:{blake3(''.join(lines).encode()).hexdigest()}"
 
 
 def test_verify_and_materialize_and_the_same_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_verify_and_materialize_and_the_same_run_again(tmp_path: Path, monkeypat
     assert "nothing: this command had finished here before" in surgery("perturb", "llama", "-o", "out")[1]
     (source / "consolidated.01.pth").write_bytes((source / "consolidated.00.pth").read_bytes())
     for call in (verify_checkpoint, lambda out: materialize_checkpoint(out, tmp_path / "third")):
-        with pytest.raises(SourceError, match=r"consolidated.00.pth: expected the recipe's source \(sha256 "):
+        with pytest.raises(SourceError, match=r"consolidated.00.pth: expected the recipe's source \(blake3 "):
             call(tmp_path / "out")
     code, said = surgery("perturb", "llama", "-o", "out")
     assert (code, "expected a new or empty folder" in said) == (1, True)
@@ -155,7 +155,7 @@ def test_verify_and_materialize_and_the_same_run_again(tmp_path: Path, monkeypat
 def test_shard_that_is_replaced_or_cut_while_it_is_read(rank: int, tmp_path: Path) -> None:
     folder = _write(tmp_path / "llama")
     file = ConsolidatedFile(sorted(folder.glob("*.pth")))
-    digest = file.sha256()
+    digest = file.digest("blake3")
     assert digest
     shard = folder / f"consolidated.{rank:02}.pth"
     shard.write_bytes(shard.read_bytes()[:-1])

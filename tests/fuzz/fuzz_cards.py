@@ -56,9 +56,9 @@ _DOCUMENTS: tuple[dict[str, Any], ...] = (
     {"library_name": "diffusers", "license_name": "Ünïcode: 日本 'x' \"y\"", "pipeline_tag": "a\nb\n", "widget": []},
 )
 _TENSOR = TensorRecord("w", "F32", (2, 2), 1.0, None)
-_RECIPE = Recipe(
-    "org/x", "c" * 40, NoisyTune(), (FileRecord("model.safetensors", "", "model.safetensors", "", (_TENSOR,)),)
-)
+_DIGEST = "blake3:" + "0" * 64
+_FILE = FileRecord("model.safetensors", _DIGEST, "model.safetensors", _DIGEST, (_TENSOR,))
+_RECIPE = Recipe("org/x", "c" * 40, NoisyTune(), (_FILE,))
 _FIELDS = ("library_name", "license", "license_name", "license_link", "pipeline_tag")
 
 

@@ -1,6 +1,5 @@
 """The model card: what it says, what it takes over from the source's card, and that its owner's edits are safe."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from conftest import Ran, tensors, tree_digest, write_json, write_weights
 from hub import Hub
 from huggingface_hub import ModelCard
@@ -63,7 +63,7 @@ that models fine-tune better from such weights.
 - exclude: `out.*`
 - tensors: 2 perturbed, 1 copied
 
-`surgery.json` has the rest: every tensor's standard deviation, why some were copied, every file's sha256.
+`surgery.json` has the rest: every tensor's standard deviation, why some were copied, every file's blake3.
 
 ## Verify and repeat
 
@@ -105,7 +105,7 @@ def test_card_of_a_hub_model(run_cli: Callable[..., Ran], tmp_path: Path) -> Non
     assert (ran.code, ran.err) == (0, "")
     assert (tmp_path / "out/README.md").read_text() == CARD.replace("{commit}", repo.commit)
     recipe = Recipe.read(tmp_path / "out/surgery.json")
-    assert recipe.card == hashlib.sha256((tmp_path / "out/README.md").read_bytes()).hexdigest()
+    assert recipe.card == f"blake3:{blake3((tmp_path / 'out/README.md').read_bytes()).hexdigest()}"
     assert recipe.left_out == {"README.md": "replaced by a card of its own"}
     assert set(recipe.companions) == {"config.json"}
 

@@ -1,6 +1,5 @@
 """surgery materialize: the same bytes from the recipe and the source alone, or a line that says why not."""
 
-import hashlib
 import json
 import random
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from conftest import Ran, clean_env, command, tensors, tree_digest, write_json, write_sharded, write_weights
 from hub import Hub
 from safetensors.numpy import save, save_file
@@ -21,6 +21,7 @@ from safetensors.torch import save_file as save_torch
 from surgery import OutputError, Recipe, SourceError, materialize_checkpoint, perturb_checkpoint, perturb_model
 
 TOKEN = "hf_" + "s3cret" * 5
+ZEROS = "blake3:" + "0" * 64
 AGAIN = "Say with --source where the right one is."
 
 
@@ -286,14 +287,14 @@ def test_missing_source_is_named(refuses_recipe: Callable[..., None], out: Path,
 
 
 def test_other_source_is_refused_by_name(refuses_recipe: Callable[..., None], out: Path, source: Path) -> None:
-    before = Recipe.read(out / "surgery.json").files[0].source_sha256[:12]
+    before = Recipe.read(out / "surgery.json").files[0].source_digest[7:19]
     path = source / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    now = hashlib.sha256(data).hexdigest()[:12]
+    now = blake3(data).hexdigest()[:12]
     refuses_recipe(
-        f"{path}: expected the recipe's source (sha256 {before}...), got another file ({now}...). {AGAIN}",
+        f"{path}: expected the recipe's source (blake3 {before}...), got another file (blake3 {now}...). {AGAIN}",
         *("out", "-o", "again"),
     )
 
@@ -304,7 +305,7 @@ def test_other_companion_is_refused_by_name(
     path = source / "tokenizer.json"
     path.write_text("{}")
     ran = run_cli("materialize", "out", "-o", "again")
-    assert ran.err.startswith(f"error: {path}: expected the recipe's source (sha256 ")
+    assert ran.err.startswith(f"error: {path}: expected the recipe's source (blake3 ")
     path.unlink()
     refuses_recipe(f"{path}: expected a file of the recipe's source, got none. {AGAIN}", "out", "-o", "again")
     assert out.exists()
@@ -354,7 +355,12 @@ _DAMAGED = {
     "one glob": _set("settings", "include", to="layer.*"),
     "files": _set("files", to={}),
     "names": _set("files", 0, "name", to=3),
-    "digest": _set("files", 0, "sha256", to=None),
+    "digest": _set("files", 0, "digest", to=None),
+    "unknown digest": _set("files", 0, "digest", to="md5:" + "0" * 64),
+    "bare digest": _set("files", 0, "source_digest", to="0" * 64),
+    "short digest": _set("companions", "config.json", to="blake3:" + "0" * 63),
+    "digest of other letters": _set("card", to="blake3:" + "g" * 64),
+    "sha256": _set("sha256", to={"config.json": ZEROS}),
     "ties": _set("files", 0, "tied", to={"a": 1}),
     "shape": _set("files", 0, "tensors", 0, "shape", to=["1"]),
     "std": _set("files", 0, "tensors", 0, "std", to=1.0),
@@ -380,12 +386,18 @@ def test_recipe_of_wrong_types_is_refused(change: Callable[[Any], None], out: Pa
 _HOSTILE = {
     "absolute": (_set("files", 0, "name", to="/tmp/x.safetensors"), "expected files of its own folder, got '/tmp/x."),
     "above": (_set("files", 0, "source", to="../x.safetensors"), "expected files of its own folder, got '../x."),
-    "companion": (_set("companions", to={"a/../../b": ""}), "expected files of its own folder, got 'a/../../b'"),
-    "backslash": (_set("companions", to={"a\\b": ""}), "expected files of its own folder, got 'a\\\\b'"),
+    "companion": (
+        _set("companions", to={"a/../../b": ZEROS}),
+        "expected files of its own folder, got 'a/../../b'",
+    ),
+    "backslash": (
+        _set("companions", to={"a\\b": ZEROS}),
+        "expected files of its own folder, got 'a\\\\b'",
+    ),
     "seed": (_set("settings", "seed", to=10**30), "seed: expected an integer from 0 to 2^64 - 1, got 1000"),
     "lam": (_set("settings", "lam", to=1e300), "lam: expected a number from 0 to 1, got 1e+300"),
     "noise": (_set("settings", "noise", to=["uniform"]), "noise: expected uniform or normal, got ['uniform']"),
-    "newer": (_set("format", to="surgery-recipe-9"), "expected surgery-recipe-1 of surgery-noise-1, got surgery-rec"),
+    "newer": (_set("format", to="surgery-recipe-9"), "expected surgery-recipe-2 of surgery-noise-1, got surgery-rec"),
 }
 
 
@@ -427,8 +439,8 @@ def test_source_of_a_long_name_is_missing(commit: str | None, out: Path, tmp_pat
 
 
 _FALSE = {
-    "seed": (_set("settings", "seed", to=5), "model.safetensors: sha256: expected "),
-    "digest": (_set("files", 0, "sha256", to="0" * 64), "model.safetensors: sha256: expected "),
+    "seed": (_set("settings", "seed", to=5), "model.safetensors: digest: expected blake3:"),
+    "digest": (_set("files", 0, "digest", to=ZEROS), "model.safetensors: digest: expected blake3:"),
     "std": (
         _set("files", 0, "tensors", 0, "std", to="0x1p0"),
         "model.safetensors: 'dense.bias': std: expected 0x1.",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -298,22 +299,20 @@ def test_recipe_round_trips(minilm):
 
 
 def test_recipe_has_the_digests_of_every_file(minilm):
-    import hashlib
-
     _, _, recipe, out = minilm
     digest = {
-        p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        p.relative_to(out).as_posix(): f"blake3:{blake3(p.read_bytes()).hexdigest()}"
         for p in out.rglob("*.*")
         if p.is_file()
     }
-    named = {file.name: file.sha256 for file in recipe.files} | recipe.companions | {"README.md": recipe.card}
+    named = recipe.digests | {"README.md": recipe.card}
     assert named == {name: value for name, value in digest.items() if name != "surgery.json"}
-    source_sha256 = hashlib.sha256((MINILM / "model.safetensors").read_bytes()).hexdigest()
-    assert [file.source_sha256 for file in recipe.files] == [source_sha256]
+    source = f"blake3:{blake3((MINILM / 'model.safetensors').read_bytes()).hexdigest()}"
+    assert recipe.source_digests == {"model.safetensors": source}
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": "surgery-recipe-2", "contract": "x"}'], ids=["empty", "list", "bare", "newer"]
+    "text", ["", "[]", "{}", '{"format": "surgery-recipe-3", "contract": "x"}'], ids=["empty", "list", "bare", "newer"]
 )
 def test_recipe_refuses_what_is_none(text):
     with pytest.raises(SourceError, match=r"^surgery.json: expected"):

@@ -1,6 +1,5 @@
 """surgery verify: bit for bit equal, or what is not, wherever a byte was changed."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from conftest import Ran, raw_safetensors, tensors, tree_digest, write_json, write_sharded, write_weights
 from hub import Hub
 from safetensors.numpy import load_file, save, save_file
@@ -114,11 +114,11 @@ def test_moved_source(run_cli: Callable[..., Ran], source: Path, tmp_path: Path)
 
 def test_fault_is_one_printable_line(out: Path) -> None:
     recipe = json.loads((out / "surgery.json").read_bytes())
-    digest, recipe["files"][0]["sha256"] = recipe["files"][0]["sha256"], "\x1b[31m\n"
+    recipe["files"][0]["tied"] = {"\x1b[31m\n": "x"}
     write_json(out / "surgery.json", recipe)
     assert verify_checkpoint(out).faults == (
-        f"surgery.json: model.safetensors: sha256: expected {digest}, as source and settings give, "
-        r"got \x1b[31m\n in the recipe.",
+        "surgery.json: model.safetensors: tied: expected {}, as source and settings give, "
+        r"got {'\x1b[31m\n': 'x'} in the recipe.",
     )
 
 
@@ -320,11 +320,11 @@ _FAULTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "missing companion": (
         lambda out: (out / "tokenizer.json").unlink(),
-        ["tokenizer.json: expected the source's file (sha256 4e3043229142...), got none."],
+        ["tokenizer.json: expected the source's file (blake3 69c2f83b3583...), got none."],
     ),
     "changed companion": (
         lambda out: (out / "tokenizer.json").write_bytes(b"{}"),
-        ["tokenizer.json: expected the source's file (sha256 4e3043229142...), got another (44136fa355b3...)."],
+        ["tokenizer.json: expected the source's file (blake3 69c2f83b3583...), got another (blake3 6e46dd10defc...)."],
     ),
 }
 
@@ -342,7 +342,7 @@ def test_faults_are_printed(out: Path, run_cli: Callable[..., Ran]) -> None:
     ran = run_cli("verify", "out")
     assert (ran.code, ran.err) == (1, "")
     assert ran.out.endswith(
-        "  fault        tokenizer.json: expected the source's file (sha256 4e3043229142...), got none.\n"
+        "  fault        tokenizer.json: expected the source's file (blake3 69c2f83b3583...), got none.\n"
     )
 
 
@@ -353,9 +353,9 @@ def test_index_is_computed_again(tmp_path: Path) -> None:
     index = tmp_path / "out/model.safetensors.index.json"
     index.write_text(index.read_text().replace("00001", "00002"))
     (fault,) = verify_checkpoint(tmp_path / "out").faults
-    assert fault.startswith("model.safetensors.index.json: expected the source's file (sha256 ")
+    assert fault.startswith("model.safetensors.index.json: expected the source's file (blake3 ")
     recipe = json.loads((tmp_path / "out/surgery.json").read_bytes())
-    recipe["companions"][index.name] = hashlib.sha256(index.read_bytes()).hexdigest()
+    recipe["companions"][index.name] = f"blake3:{blake3(index.read_bytes()).hexdigest()}"
     write_json(tmp_path / "out/surgery.json", recipe)
     with pytest.raises(SourceError, match=f"^{tmp_path}/source/{index.name}: expected the recipe's source"):
         verify_checkpoint(tmp_path / "out")
@@ -372,9 +372,9 @@ _RECIPES = {
         lambda r: r["files"][0]["tensors"][1].update(std="0x1p0"),
         "surgery.json: model.safetensors: 'dense.weight': std: expected 0x1.",
     ),
-    "sha256": (
-        lambda r: r["files"][0].update(sha256="0" * 64),
-        "surgery.json: model.safetensors: sha256: expected ",
+    "digest": (
+        lambda r: r["files"][0].update(digest="blake3:" + "0" * 64),
+        "surgery.json: model.safetensors: digest: expected blake3:",
     ),
     "shape": (
         lambda r: r["files"][0]["tensors"][0].update(shape=[9]),
@@ -406,7 +406,7 @@ def test_other_seed_makes_every_tensor_differ(out: Path) -> None:
     found = verify_checkpoint(out)
     assert {d.name: d.differing for d in found.differences} == {"dense.weight": 128, "out.weight": 128, "dense.bias": 8}
     assert max(d.max_over_std or 0 for d in found.differences) < 0.15
-    assert [fault[:39] for fault in found.faults] == ["surgery.json: model.safetensors: sha256"]
+    assert [fault[:39] for fault in found.faults] == ["surgery.json: model.safetensors: digest"]
 
 
 @pytest.mark.parametrize("scale", ["matrix", "global"])
@@ -414,7 +414,7 @@ def test_other_source_is_refused_by_name(scale: str, source: Path, tmp_path: Pat
     perturb_checkpoint(source, tmp_path / "out", scale=scale)
     write_weights(source / "model.safetensors", seed=1)
     with pytest.raises(
-        SourceError, match=rf"^{source}/model.safetensors: expected the recipe's source \(sha256 [0-9a-f]"
+        SourceError, match=rf"^{source}/model.safetensors: expected the recipe's source \(blake3 [0-9a-f]"
     ):
         verify_checkpoint(tmp_path / "out")
 

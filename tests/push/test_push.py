@@ -132,6 +132,7 @@ def test_pushed_recipe_has_no_path_and_all_else(hub: Hub, push: Push, out: Path)
     local, pushed = json.loads(before), json.loads(hub.repos[REPO].files["surgery.json"])
     assert local["source"].pop("id").endswith("/source")
     assert pushed["source"].pop("id") == "source"
+    assert pushed.pop("sha256").keys() == _PUSHED - {"README.md", "surgery.json"}
     assert pushed == local
     assert (out / "surgery.json").read_bytes() == before
     assert not any(str(out.parent).encode() in data for data in hub.repos[REPO].files.values())
@@ -142,7 +143,9 @@ def test_recipe_of_a_hub_source_is_pushed_as_it_is(hub: Hub, push: Push, out: Pa
     recipe["source"] |= {"id": "org/name", "commit": "0" * 40}
     write_json(out / "surgery.json", recipe)
     succeeded(push(REPO))
-    assert hub.repos[REPO].files["surgery.json"] == (out / "surgery.json").read_bytes()
+    pushed = json.loads(hub.repos[REPO].files["surgery.json"])
+    assert pushed.pop("sha256")
+    assert pushed == recipe
     assert hub.repos[REPO].messages[-1] == "NoisyTune of org/name: lam 0.15, seed 7"
 
 
@@ -376,11 +379,11 @@ _FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "altered weights": (
         lambda out: (out / WEIGHTS).write_bytes((out / WEIGHTS).read_bytes()[:-1] + b"!"),
-        f"{{out}}/{WEIGHTS}: expected sha256 ",
+        f"{{out}}/{WEIGHTS}: expected blake3 ",
     ),
     "altered companion": (
         lambda out: (out / "config.json").write_text("{}"),
-        "{out}/config.json: expected sha256 ",
+        "{out}/config.json: expected blake3 ",
     ),
     "link to itself": (
         lambda out: ((out / "config.json").unlink(), (out / "config.json").symlink_to("config.json")),
@@ -402,13 +405,13 @@ def test_folder_that_is_not_whole_is_refused(
         done = push(REPO, *options)
         assert (done.exit_code, done.stdout) == (1, "")
         assert done.stderr.startswith(f"error: {message.format(out=out)}")
-        assert done.stderr.endswith(f"{_ALTERED}\n") == ("sha256" in message)
+        assert done.stderr.endswith(f"{_ALTERED}\n") == ("blake3" in message)
     assert hub.requests == []
 
 
 def test_file_outside_of_the_folder_is_refused(hub: Hub, push: Push, out: Path) -> None:
     recipe = json.loads((out / "surgery.json").read_text())
-    recipe["companions"]["../secret"] = "0" * 64
+    recipe["companions"]["../secret"] = "blake3:" + "0" * 64
     write_json(out / "surgery.json", recipe)
     assert "surgery.json: expected files of its own folder, got '../secret'." in push(REPO).stderr
     assert hub.requests == []
