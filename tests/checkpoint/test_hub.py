@@ -13,7 +13,8 @@ from conftest import Ran, tensors, tree_digest
 from hub import FLIPPED, Hub
 from safetensors.numpy import load_file, save
 
-from surgery.checkpoint.digests import recall
+from surgery import perturb_checkpoint
+from surgery.checkpoint.digests import Hasher, recall
 from surgery.checkpoint.hub import fetch
 from surgery.errors import SourceError
 
@@ -222,6 +223,28 @@ def test_checked_file_is_not_hashed_again(hub: Hub, in_process: Callable[[Hub], 
     entry.write_text("sha256:" + "0" * 64)  # what it remembers is what it goes by
     with pytest.raises(SourceError, match=r"got sha256 000000000000\.\.\."):
         fetch(MODEL, revision=None, variant=None, token=None)
+
+
+def test_checked_source_is_not_hashed_again(
+    hub: Hub, in_process: Callable[[Hub], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe has the Hub's sha256 of it, and BLAKE3 of what is written."""
+    hashed: dict[str, int] = {"sha256": 0, "blake3": 0}
+    update = Hasher.update
+
+    def count(hasher: Hasher, data: bytes | memoryview) -> None:
+        hashed[hasher.text().partition(":")[0]] += len(data)
+        update(hasher, data)
+
+    in_process(hub)
+    monkeypatch.setattr(Hasher, "update", count)
+    recipe = perturb_checkpoint(MODEL, tmp_path / "out")
+    blob = _blob(hub, tmp_path)
+    assert recipe.source_digests == {"model.safetensors": f"sha256:{blob.name}"}
+    assert {digest.partition(":")[0] for digest in recipe.digests.values()} == {"blake3"}
+    header = 8 + int.from_bytes(blob.read_bytes()[:8], "little")  # which a digest begins with before it is known
+    assert hashed["sha256"] == blob.stat().st_size + header
+    assert hashed["blake3"] == sum((tmp_path / "out" / name).stat().st_size for name in [*recipe.digests, "README.md"])
 
 
 def _free_port() -> int:

