@@ -36,8 +36,8 @@ def _on_cpu() -> native.Native | ModuleType:
     if compiled:
         return compiled
     _log.warning(
-        "kernels: expected a compiled library, got %s. NumPy does the same, many times slower: install a C compiler, then "
-        "model-surgery again.",
+        "kernels: expected a compiled library, got %s. NumPy does the same, many times slower: install a C compiler, "
+        "then model-surgery again.",
         fault,
     )
     return plain

@@ -1,7 +1,11 @@
 """Where `verify` streams a shard in place of a file to write: its bytes are compared with those on the disk."""
 
 import json
+import threading
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import numpy as np
 from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
 from surgery.dtypes import BITS, storage, to_numbers
 from surgery.errors import some
+from surgery.perturb.partfile import place_in
 
 _RUN = 1 << 15  # elements at a time: their values stay in a core's cache
 
@@ -55,6 +60,13 @@ class TensorMismatch:
             self.max_abs = max(self.max_abs or 0.0, float(finite.max()))
 
 
+def _is_equal(a: memoryview, b: memoryview) -> bool:
+    """Compare bytes, eight at a time."""
+    whole = len(a) // 8 * 8
+    one, other = (np.frombuffer(data[:whole], np.uint64) for data in (a, b))
+    return a[whole:] == b[whole:] and np.array_equal(one, other)
+
+
 def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
     """Return the values of elements in float64, or complex, of any dtype that `surgery perturb` lets pass."""
     if dtype == "C64":
@@ -82,27 +94,32 @@ class FileComparison:
         self._header = header
         self._file = TensorFile(path, label=name)
         self._theirs = {tensor.name: tensor for tensor in self._file.header.tensors}
-        self._tensors = iter(header.tensors)
-        self._tensor: Tensor | None = None
+        self._ends = [tensor.end for tensor in header.tensors]
         self._position = 0
-        self._buffer = memoryview(b"")
+        self._lock = threading.Lock()
 
-    def append(self, data: memoryview) -> None:
-        """Compare the next piece: the header, which `faults` compares, or a part of one tensor."""
-        position, self._position = self._position, self._position + len(data)
-        if position < len(self._header.raw):
-            return
-        while self._tensor is None or self._tensor.end <= position:
-            self._tensor = next(self._tensors)
-        tensor, theirs = self._tensor, self._theirs.get(self._tensor.name)
+    def take(self, window: memoryview, nbytes: int) -> Callable[[], None]:
+        """Take the next bytes: the header, which `faults` compares, or runs of tensors; return what compares them."""
+        position, self._position = self._position, self._position + nbytes
+        return partial(self._compare, place_in(window, position, nbytes), position)
+
+    def _compare(self, data: memoryview, position: int) -> None:
+        while data and position >= len(self._header.raw):
+            tensor = self._header.tensors[bisect_right(self._ends, position)]
+            n = min(tensor.end - position, len(data))
+            self._compare_run(tensor, position - tensor.begin, data[:n])
+            data, position = data[n:], position + n
+
+    def _compare_run(self, tensor: Tensor, start: int, data: memoryview) -> None:
+        theirs = self._theirs.get(tensor.name)
         if theirs is None or (theirs.dtype, theirs.shape) != (tensor.dtype, tensor.shape):
             return
-        if len(self._buffer) < len(data):
-            self._buffer = memoryview(bytearray(len(data)))
-        found = self._buffer[: len(data)]
-        self._file.read_into(theirs, position - tensor.begin, found)
-        if not np.array_equal(np.frombuffer(data, np.uint8), np.frombuffer(found, np.uint8)):
-            new = TensorMismatch(self._name, tensor.name, tensor.dtype, tensor.size)
+        found = np.empty(len(data), np.uint8).data
+        self._file.read_into(theirs, start, found)
+        if _is_equal(data, found):
+            return
+        new = TensorMismatch(self._name, tensor.name, tensor.dtype, tensor.size)
+        with self._lock:
             self.differences.setdefault(tensor.name, new).add(data, found)
 
     def close(self) -> None:

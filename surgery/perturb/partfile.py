@@ -1,19 +1,30 @@
-"""A file written front to back with O_DIRECT where the file system has it, to spare the page cache and a copy."""
+"""A new file, written with O_DIRECT where the file system has it, from the buffers in which its bytes are made."""
 
 import errno
 import mmap
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-_BUFFER = 4 << 20
+PAGE = 4096
+"""Bytes. Direct writes begin and end on such boundaries, in memory and in the file."""
+_WINDOW = 1 << 20
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
 
+def new_window(nbytes: int) -> memoryview:
+    """Make room for bytes of a file that are to be handed to `PartFile.take`, wherever in the file they belong."""
+    return memoryview(mmap.mmap(-1, nbytes + PAGE))
+
+
+def place_in(window: memoryview, position: int, nbytes: int) -> memoryview:
+    """Return where in a window the bytes belong that come at `position` in their file."""
+    return window[position % PAGE : position % PAGE + nbytes]
+
+
 class PartFile:
-    """Appends to a new file in large aligned writes.
+    """Writes a new file, whose bytes are handed over in their order and written in any.
 
     A checkpoint is written once and read much later: through the page cache it would cost a copy of every byte, push
     out what the machine still needs, and leave the wait for the disk to the end. The mode follows the umask.
@@ -21,75 +32,73 @@ class PartFile:
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+        self._is_direct = bool(_DIRECT)
         try:
             self._fd = os.open(path, flags | _DIRECT, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL:  # a file system without direct writes
                 raise
             self._fd = os.open(path, flags, 0o666)
-        # page-aligned, as direct writes must be; one is filled while the other is on its way to the disk
-        self._buffer, self._spare = (np.frombuffer(mmap.mmap(-1, _BUFFER), np.uint8) for _ in range(2))
-        self._filled = 0
-        self._flushed = 0
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="surgery-write")
-        self._pending: Future[None] | None = None
+            self._is_direct = False
+        self._size = 0
+        self._rest = b""  # what was handed over since the last page boundary
 
-    def append(self, data: memoryview) -> None:
+    def take(self, window: memoryview, nbytes: int) -> Callable[[], None]:
+        """Take the next bytes; return the call that writes them, to be made before the window is used again.
+
+        Args:
+            window: of `new_window`, with the bytes where `place_in` says; those before them are overwritten.
+        """
+        start = self._size - len(self._rest)
+        end = len(self._rest) + nbytes
+        whole = end // PAGE * PAGE
+        window[: len(self._rest)] = self._rest
+        self._rest = bytes(window[whole:end])
+        self._size += nbytes
+        return partial(self._write, window[:whole], start)
+
+    def append(self, data: bytes | memoryview) -> None:
         """Add bytes at the end. Raises OSError when the disk is full."""
-        while data:
-            taken = min(len(data), _BUFFER - self._filled)
-            # numpy copies without the GIL
-            np.copyto(self._buffer[self._filled : self._filled + taken], np.frombuffer(data[:taken], np.uint8))
-            self._filled += taken
-            data = data[taken:]
-            if self._filled == _BUFFER:
-                self._flush()
+        window = new_window(min(len(data), _WINDOW))
+        for start in range(0, len(data), _WINDOW):
+            piece = data[start : start + _WINDOW]
+            place_in(window, self._size, len(piece))[:] = piece
+            self.take(window, len(piece))()
 
     def finish(self) -> int:
         """Write what is left, put the file on the disk and close it; return its size in bytes."""
         try:
-            self._wait()
-            self._write(self._buffer[: self._filled], self._flushed)
+            if self._rest:
+                self._leave_direct()
+                self._write(memoryview(self._rest), self._size - len(self._rest))
             os.fsync(self._fd)
-            return self._flushed + self._filled
+            return self._size
         finally:
             self.close()
 
     def close(self) -> None:
         """Release the file as it is. May be called twice."""
-        self._writer.shutdown()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    def _flush(self) -> None:
-        """Send the full buffer on its way, and go on with the other."""
-        self._wait()
-        self._pending = self._writer.submit(self._write, self._buffer, self._flushed)
-        self._buffer, self._spare = self._spare, self._buffer
-        self._flushed += _BUFFER
-        self._filled = 0
-
-    def _wait(self) -> None:
-        if self._pending:
-            self._pending.result()
-
-    def _write(self, buffer: np.ndarray, offset: int) -> None:
+    def _write(self, data: memoryview, offset: int) -> None:
         done = 0
-        while done < buffer.size:
+        while done < len(data):
+            was_direct = self._is_direct
             try:
-                done += os.pwrite(self._fd, buffer.data[done:], offset + done)
+                done += os.pwrite(self._fd, data[done:], offset + done)
             except OSError as error:
-                # direct writes come in whole blocks: the last of a file is none, or the disk's are larger than ours
-                if error.errno != errno.EINVAL or not self._go_through_the_cache():
+                # the disk's blocks are larger than ours, or the last write ended amid one
+                if error.errno != errno.EINVAL or not was_direct:
                     raise
+                self._leave_direct()
 
-    def _go_through_the_cache(self) -> bool:
-        """End direct writing; return whether there was any."""
-        if not _DIRECT:
-            return False
+    def _leave_direct(self) -> None:
+        """Go on through the page cache."""
+        if not self._is_direct:
+            return
         import fcntl  # not on Windows, which has no direct writes either
 
-        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~_DIRECT)
-        return bool(flags & _DIRECT)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~_DIRECT)
+        self._is_direct = False

@@ -1,15 +1,13 @@
 """One shard of a checkpoint, streamed: read a piece, hash it, measure or perturb it, hash the result, hand it on.
 
-Pieces may be worked on in any order and at once, since noise is a function of position; only the two digests and
-the disk want them in file order, and a `_Sequencer` sees to each. A tensor of several pieces is read twice: once for
-its std, once for the noise.
+Pieces may be worked on in any order and at once, since noise is a function of position; only the two digests and the
+order in which a file is handed over want them in file order, and a `Sequencer` sees to each. A tensor of several
+pieces is read twice: once for its std, once for the noise. Small tensors that follow one another share a piece.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count, zip_longest
 from typing import Protocol
 
@@ -21,15 +19,20 @@ from surgery.checkpoint.weight_file import WeightFile
 from surgery.kernels import cpu
 from surgery.noise import BLOCK, key
 from surgery.noisytune import Effect, Moments, NoisyTune, merge_blocks, merge_effect
+from surgery.perturb.partfile import new_window, place_in
+from surgery.perturb.sequencer import Sequencer, StoppedError
 
 # Bytes at a time: small enough for a core's cache, whole blocks of the noise contract in every dtype.
 PIECE = 2 << 20
 
 
 class Sink(Protocol):
-    """What a shard is handed to, from front to back: a PartFile that writes it, or a FileComparison."""
+    """What a shard is handed to, from front to back: a PartFile that writes it, or a FileComparison.
 
-    def append(self, data: memoryview) -> None: ...
+    `take` is called in the order of the bytes, and says what to do with them before their window is used again.
+    """
+
+    def take(self, window: memoryview, nbytes: int) -> Callable[[], None]: ...
     def close(self) -> None: ...
 
 
@@ -66,31 +69,6 @@ class ShardTask:
     digest: str = ""
 
 
-class StoppedError(Exception):
-    """Another thread failed, or the user interrupted the run."""
-
-
-class _Sequencer:
-    """Lets numbered pieces through one at a time, in order."""
-
-    def __init__(self, stop: threading.Event) -> None:
-        self._condition = threading.Condition()
-        self._next = 0
-        self._stop = stop
-
-    @contextmanager
-    def turn(self, number: int) -> Iterator[None]:
-        with self._condition:
-            while self._next != number:
-                if self._stop.is_set():
-                    raise StoppedError
-                self._condition.wait(0.1)
-        yield
-        with self._condition:
-            self._next += 1
-            self._condition.notify_all()
-
-
 class _PerturbedTensor:
     """A tensor that gets noise: its pieces' block sums come in, and the last of them settles its std."""
 
@@ -107,14 +85,27 @@ class _PerturbedTensor:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A run of one tensor's bytes, and what is to be done with it."""
+class Run:
+    """A run of one tensor's bytes, the whole of it or one of several; `state` is that of a tensor that gets noise."""
 
-    shard: "OpenShard"
     tensor: Tensor
     state: _PerturbedTensor | None
     index: int
     start: int
+    nbytes: int
+
+    @property
+    def position(self) -> int:
+        """Where in the file it begins."""
+        return self.tensor.begin + self.start
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Runs that follow one another in a file, and what is to be done with them."""
+
+    shard: "OpenShard"
+    runs: tuple[Run, ...]
     nbytes: int
     is_measured: bool
     read_turn: int | None
@@ -131,7 +122,7 @@ class OpenShard:
         self._settings = settings
         self._stop = stop
         self._read_digest, self._written_digest = new_digest(task.source_algorithm), new_digest(task.algorithm)
-        self._read_turns, self._hash_turns, self._write_turns = _Sequencer(stop), _Sequencer(stop), _Sequencer(stop)
+        self._read_turns, self._write_turns = Sequencer(stop), Sequencer(stop)
         self._source = task.open_source()
         self._header = self._source.header
         self._read_numbers, self._write_numbers = count(), count()
@@ -141,7 +132,13 @@ class OpenShard:
         self._written_digest.update(self._header.raw)
         if task.open_sink:
             task.sink = task.open_sink()
-            task.sink.append(memoryview(self._header.raw))
+            self._hand_over_header(task.sink)
+
+    def _hand_over_header(self, sink: Sink) -> None:
+        raw = self._header.raw
+        window = new_window(len(raw))
+        place_in(window, 0, len(raw))[:] = raw
+        sink.take(window, len(raw))()
 
     def pieces(self) -> list[Piece]:
         """List the work in an order in which no piece waits for a later one.
@@ -151,100 +148,125 @@ class OpenShard:
         """
         plan: list[Piece] = []
         second_pass: list[Piece] = []
-        for tensor in self._header.tensors:
-            starts = range(0, tensor.nbytes, PIECE)
-            state = None
-            if tensor.name not in self.task.copied:
-                state = _PerturbedTensor(len(starts), self.task.pooled_std)
-            measures = state is not None and self.task.pooled_std is None
-            writes = self.task.open_sink is not None
-            cut = partial(self._cut, tensor, state, starts)
-            if measures and writes and len(starts) > 1:
-                measured = cut(reads=True, measures=True, writes=False)
+        writes, measures = self.task.open_sink is not None, self.task.pooled_std is None
+        for runs in self._batches():
+            is_large = runs[0].nbytes < runs[0].tensor.nbytes
+            if is_large and runs[0].state and measures and writes:
+                measured = [self._piece([run], reads=True, writes=False) for run in runs]
                 plan += [piece for pair in zip_longest(measured, second_pass) for piece in pair if piece]
-                second_pass = cut(reads=False, measures=False, writes=True)
-            elif writes or measures or self._hashes_reads:
-                plan += second_pass + cut(reads=True, measures=measures, writes=writes)
+                second_pass = [self._piece([run], reads=False, writes=True) for run in runs]
+            else:
+                batches = [[run] for run in runs] if is_large else [runs]
+                plan += second_pass + [self._piece(batch, reads=True, writes=writes) for batch in batches]
                 second_pass = []
         plan += second_pass
         self.left = len(plan)
         return plan
 
-    def _cut(
-        self,
-        tensor: Tensor,
-        state: _PerturbedTensor | None,
-        starts: range,
-        *,
-        reads: bool,
-        measures: bool,
-        writes: bool,
-    ) -> list[Piece]:
-        """Cut one pass over a tensor into pieces; `reads` says whether it is the first."""
-        pieces = []
-        for index, start in enumerate(starts):
-            read_turn = next(self._read_numbers) if reads and self._hashes_reads else None
-            write_turn = next(self._write_numbers) if writes else None
-            nbytes = min(PIECE, tensor.nbytes - start)
-            pieces.append(Piece(self, tensor, state, index, start, nbytes, measures, read_turn, write_turn))
-        return pieces
+    def _batches(self) -> Iterator[list[Run]]:
+        """Yield the runs of each tensor that is larger than a piece, and of smaller ones as many as one holds."""
+        small: list[Run] = []
+        for tensor in self._header.tensors:
+            runs = self._runs(tensor)
+            if small and (len(runs) > 1 or sum(run.nbytes for run in small) + tensor.nbytes > PIECE):
+                yield small
+                small = []
+            if len(runs) > 1:
+                yield runs
+            else:
+                small += runs
+        if small:
+            yield small
 
-    def process(self, piece: Piece, buffer: memoryview) -> None:
-        """Do one piece's work; `buffer` holds it meanwhile."""
-        data = buffer[: piece.nbytes]
-        self._source.read_into(piece.tensor, piece.start, data)
+    def _runs(self, tensor: Tensor) -> list[Run]:
+        """Cut a tensor; into nothing where there is nothing to be done with it."""
+        starts, state = range(0, tensor.nbytes, PIECE), None
+        if tensor.name not in self.task.copied:
+            state = _PerturbedTensor(len(starts), self.task.pooled_std)
+        is_measured = state is not None and self.task.pooled_std is None
+        if not (self.task.open_sink or is_measured or self._hashes_reads):
+            return []
+        sizes = (min(PIECE, tensor.nbytes - start) for start in starts)
+        return [Run(tensor, state, *run) for run in zip(count(), starts, sizes, strict=False)]
+
+    def _piece(self, runs: list[Run], *, reads: bool, writes: bool) -> Piece:
+        """Make a piece; `reads` says whether it is the first to read its bytes."""
+        return Piece(
+            shard=self,
+            runs=tuple(runs),
+            nbytes=sum(run.nbytes for run in runs),
+            is_measured=reads and self.task.pooled_std is None,
+            read_turn=next(self._read_numbers) if reads and self._hashes_reads else None,
+            write_turn=next(self._write_numbers) if writes else None,
+        )
+
+    def process(self, piece: Piece, window: memoryview) -> None:
+        """Do one piece's work; `window`, of partfile.new_window(PIECE), holds it meanwhile."""
+        data = place_in(window, piece.runs[0].position, piece.nbytes)
+        parts = list(self._read(piece, data))
         if piece.read_turn is not None:
             with self._read_turns.turn(piece.read_turn):
                 self._read_digest.update(data)
         if piece.is_measured:
-            self._measure(piece, data)
-        if piece.write_turn is not None:
-            if piece.state:
-                self._perturb(piece, piece.state, data)
-            with self._hash_turns.turn(piece.write_turn):
-                self._written_digest.update(data)
-            assert self.task.sink is not None
-            with self._write_turns.turn(piece.write_turn):
-                self.task.sink.append(data)
+            for run, part in parts:
+                if run.state:
+                    self._measure(run, run.state, part)
+        if piece.write_turn is None:
+            return
+        for run, part in parts:
+            if run.state:
+                self._perturb(run, run.state, part)
+        assert self.task.sink is not None
+        with self._write_turns.turn(piece.write_turn):
+            self._written_digest.update(data)
+            hand_over = self.task.sink.take(window, piece.nbytes)
+        hand_over()
 
-    def _measure(self, piece: Piece, data: memoryview) -> None:
-        state = piece.state
-        assert state is not None
-        w = np.frombuffer(data, cpu.STORAGE[piece.tensor.dtype])
+    def _read(self, piece: Piece, data: memoryview) -> Iterator[tuple[Run, memoryview]]:
+        start = 0
+        for run in piece.runs:
+            part = data[start : start + run.nbytes]
+            self._source.read_into(run.tensor, run.start, part)
+            yield run, part
+            start += run.nbytes
+
+    def _measure(self, run: Run, state: _PerturbedTensor, data: memoryview) -> None:
+        tensor = run.tensor
+        w = np.frombuffer(data, cpu.STORAGE[tensor.dtype])
         with state.lock:
             if state.shift is None:
-                state.shift = self._first_element(piece.tensor)
-        sums = cpu.moments(w, piece.tensor.dtype, state.shift)
+                state.shift = self._first_element(tensor)
+        sums = cpu.moments(w, tensor.dtype, state.shift)
         with state.lock:
-            state.moments[piece.index] = sums
+            state.moments[run.index] = sums
             if len(state.moments) < state.pieces:
                 return
         blocks = np.concatenate([state.moments[i] for i in range(state.pieces)])
-        moments = merge_blocks(blocks, piece.tensor.size, state.shift, what=self._name(piece.tensor))
-        self.task.moments[piece.tensor.name] = moments
+        moments = merge_blocks(blocks, tensor.size, state.shift, what=self._name(tensor))
+        self.task.moments[tensor.name] = moments
         state.moments.clear()
         state.std = moments.std
         state.is_settled.set()
 
-    def _perturb(self, piece: Piece, state: _PerturbedTensor, data: memoryview) -> None:
+    def _perturb(self, run: Run, state: _PerturbedTensor, data: memoryview) -> None:
         while not state.is_settled.wait(0.1):
             if self._stop.is_set():
                 raise StoppedError
         if not state.std:
             return
-        tensor = piece.tensor
+        tensor = run.tensor
         w = np.frombuffer(data, cpu.STORAGE[tensor.dtype])
         sums = cpu.add_noise(
             w,
             tensor.dtype,
-            first_block=piece.start // w.itemsize // BLOCK,
+            first_block=run.start // w.itemsize // BLOCK,
             key=key(self._settings.seed, self.task.tied.get(tensor.name, tensor.name)),
             scale=self._settings.noise_scale(state.std, tensor.dtype),
             is_normal=self._settings.noise == "normal",
             is_stochastic=self._settings.rounding == "stochastic",
         )
         with state.lock:
-            state.effects[piece.index] = sums
+            state.effects[run.index] = sums
             if len(state.effects) < state.pieces:
                 return
         blocks = np.concatenate([state.effects[i] for i in range(state.pieces)])

@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from surgery.noisytune import NoisyTune
-from surgery.perturb.shard import PIECE, OpenShard, Piece, ShardTask, StoppedError
+from surgery.perturb.partfile import new_window
+from surgery.perturb.sequencer import StoppedError
+from surgery.perturb.shard import PIECE, OpenShard, Piece, ShardTask
 
 
 def run(
@@ -93,10 +95,10 @@ class _Shared:
 
     def work(self, number: int) -> None:
         """Take pieces until there are none left. The body of every thread."""
-        buffer = memoryview(bytearray(PIECE))
+        window = new_window(PIECE)
         try:
             while not self.stop.is_set() and (piece := self._next_piece(number)):
-                piece.shard.process(piece, buffer)
+                piece.shard.process(piece, window)
                 if piece.write_turn is not None or not piece.shard.task.open_sink:
                     self._on_bytes(piece.nbytes)
                 with piece.shard.lock:

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from surgery.perturb import partfile
 from surgery.perturb.partfile import PartFile
 
-BUFFER = partfile._BUFFER
+BUFFER = partfile._WINDOW
 SIZES = [0, 1, 511, 512, 4095, 4096, 4097, BUFFER - 1, BUFFER, BUFFER + 1, 2 * BUFFER, 3 * BUFFER + 777]
 
 
@@ -65,9 +67,8 @@ def test_a_full_disk_is_raised(tmp_path, monkeypatch, when):
 
     part = PartFile(tmp_path / "f")
     monkeypatch.setattr(os, "pwrite", full)
-    part.append(memoryview(bytes(BUFFER)))  # on its way: the next call hears of it
     with pytest.raises(OSError, match="No space left"):
-        part.append(memoryview(bytes(BUFFER))) if when == "append" else part.finish()
+        part.append(bytes(BUFFER)) if when == "append" else (part.append(bytes(100)), part.finish())
     part.close()
     part.close()
 
@@ -80,3 +81,40 @@ def test_mode_follows_the_umask(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == mode
+
+
+def test_windows_are_written_in_any_order(tmp_path):
+    sizes = [10, 5000, 4096, 1, 3, 70_000, 4086, 8192, 123]
+    data = np.random.default_rng(0).bytes(sum(sizes))
+    part, position, left = PartFile(tmp_path / "f"), 0, []
+    for nbytes in sizes:
+        window = partfile.new_window(70_000)
+        partfile.place_in(window, position, nbytes)[:] = data[position : position + nbytes]
+        left.append(part.take(window, nbytes))
+        position += nbytes
+    for write in reversed(left):
+        write()
+    assert part.finish() == len(data)
+    assert (tmp_path / "f").read_bytes() == data
+
+
+def test_two_writes_at_once_may_find_direct_writes_refused(tmp_path, monkeypatch):
+    real, both = os.pwrite, threading.Barrier(2, timeout=10)
+
+    def refuse_direct(fd, data, offset):
+        if part._is_direct:
+            both.wait()
+            raise OSError(22, "Invalid argument")
+        return real(fd, data, offset)
+
+    part, data = PartFile(tmp_path / "f"), np.random.default_rng(0).bytes(2 * 8192)
+    left = []
+    for start in (0, 8192):
+        window = partfile.new_window(8192)
+        window[:8192] = data[start : start + 8192]
+        left.append(part.take(window, 8192))
+    monkeypatch.setattr(os, "pwrite", refuse_direct)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda write: write(), left))
+    part.finish()
+    assert (tmp_path / "f").read_bytes() == data
