@@ -85,11 +85,9 @@ def shorten(digest: str) -> str:
     return f"{algorithm_of(digest)} {hex_of(digest)[:12]}..."
 
 
-def digest_of(
-    path: Path, algorithm: str, *, at_rest: bool = False, on_bytes: Callable[[int], object] = lambda _: None
-) -> str:
-    """Return one digest of a file. See `digests_of`."""
-    return digests_of(path, [algorithm], at_rest=at_rest, on_bytes=on_bytes)[algorithm]
+def digest_of(path: Path, algorithm: str) -> str:
+    """Return a file's digest, as `digests_of` does."""
+    return digests_of(path, [algorithm])[algorithm]
 
 
 def digests_of(
