@@ -158,7 +158,7 @@ def merge_blocks(blocks: np.ndarray, n: int, shift: float, *, what: str) -> Mome
             f"{what}: expected finite values, got NaN, Inf or values whose spread overflows. Repair the checkpoint, or "
             "leave the tensor out with `exclude`."
         )
-    s1, s2 = math.fsum(blocks[:, 0]), math.fsum(blocks[:, 1])
+    s1, s2 = (math.fsum(column) for column in blocks.T.tolist())
     return Moments(n, shift + s1 / n, max(s2 - s1 * s1 / n, 0.0))
 
 
@@ -199,5 +199,5 @@ def merge_effect(blocks: np.ndarray, n: int, std: float, *, what: str) -> Effect
         )
     stride = BLOCK * SAMPLED_BLOCKS
     sampled = n // stride * LANES + min(n % stride, LANES)
-    product, drawn, changed = (math.fsum(blocks[:, column]) for column in range(3))
+    product, drawn, changed = (math.fsum(column) for column in blocks[::SAMPLED_BLOCKS, :3].T.tolist())
     return Effect(math.sqrt(changed / sampled) / std, product / drawn if drawn else 0.0)

@@ -6,8 +6,8 @@ _MOST = 16
 
 
 def streaming_workers() -> int:
-    """Two threads per core, so that one computes while another waits for the disk or its turn; at most 16."""
-    return min(2 * _cores(), _MOST)
+    """Three threads per core, so that one computes while others wait for the disk or their turn; at most 16."""
+    return min(3 * _cores(), _MOST)
 
 
 def computing_workers() -> int:

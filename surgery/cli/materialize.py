@@ -14,7 +14,7 @@ from surgery.cli.group import command, main
 @options.out
 @options.source
 @options.token
-@options.workers("two per core")
+@options.workers("three per core")
 @options.overwrite
 @command
 def materialize(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @options.variant()
 @options.key
 @options.token
-@options.workers("two per core")
+@options.workers("three per core")
 @options.overwrite
 @options.plot("Draw what the noise did.")
 @options.dry_run("Print what would be done, and write nothing.")

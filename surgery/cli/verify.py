@@ -14,7 +14,7 @@ from surgery.exit_codes import FAILED
 @click.argument("folder", metavar="DIR")
 @options.source
 @options.token
-@options.workers("two per core")
+@options.workers("three per core")
 @command
 def verify(folder: str, *, source: str | None, token: str | None, workers: int | None, as_json: bool) -> None:
     """Compute DIR again from its source and its recipe, and compare it bit for bit.

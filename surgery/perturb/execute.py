@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def perturb_checkpoint(
         key: which state_dict to take of a PyTorch file that holds several.
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
-        workers: threads; default: two per core, at most 16. The bytes written do not depend on it.
+        workers: threads; default: three per core, at most 16. The bytes written do not depend on it.
     Returns:
         What was done to every tensor.
     Raises:
@@ -96,6 +97,7 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
                 workers=workers,
                 on_done=lambda task: _finish_shard(task, plan, by_name[task.name], folder, measured),
                 on_bytes=on_bytes,
+                meanwhile=partial(import_module, "surgery.perturb.card"),  # it takes a while
             )
         companions = _write_companions(plan, folder)
         recipe = _recipe(plan, folder, companions, measured.pooled)
@@ -171,7 +173,7 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
 
 def _write_card(recipe: Recipe, plan: Plan, folder: OutputFolder) -> Recipe:
     """Write the card, and note it in the recipe."""
-    from surgery.perturb.card import make_card, read_metadata  # not before it is needed: it takes a while to import
+    from surgery.perturb.card import make_card, read_metadata
 
     own = plan.checkpoint.path(CARD) if CARD in plan.checkpoint.layout.companions else None
     card = make_card(recipe, read_metadata(own) if own else {}).encode()

@@ -39,7 +39,7 @@ def materialize_checkpoint(
         source: where the source is now, if not where it was: Hub id, folder or file.
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
-        workers: threads; default: two per core, at most 16.
+        workers: threads; default: three per core, at most 16.
     Returns:
         The recipe, as it was written to `out`.
     Raises:

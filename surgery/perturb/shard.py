@@ -2,7 +2,8 @@
 
 Pieces may be worked on in any order and at once, since noise is a function of position; only the two digests and the
 order in which a file is handed over want them in file order, and a `Sequencer` sees to each. A tensor of several
-pieces is read twice: once for its std, once for the noise. Small tensors that follow one another share a piece.
+pieces is passed over twice: for its std, and for the noise. Its first pieces stay in memory meanwhile, the others are
+read again. Small tensors that follow one another share a piece.
 """
 
 import threading
@@ -20,10 +21,8 @@ from surgery.kernels import cpu
 from surgery.noise import BLOCK, key
 from surgery.noisytune import Effect, Moments, NoisyTune, merge_blocks, merge_effect
 from surgery.perturb.partfile import new_window, place_in
+from surgery.perturb.pieces import PIECE, PerturbedTensor, Piece, Run
 from surgery.perturb.sequencer import Sequencer, StoppedError
-
-# Bytes at a time: small enough for a core's cache, whole blocks of the noise contract in every dtype.
-PIECE = 2 << 20
 
 
 class Sink(Protocol):
@@ -69,54 +68,12 @@ class ShardTask:
     digest: str = ""
 
 
-class _PerturbedTensor:
-    """A tensor that gets noise: its pieces' block sums come in, and the last of them settles its std."""
-
-    def __init__(self, pieces: int, std: float | None) -> None:
-        self.moments: dict[int, np.ndarray] = {}
-        self.effects: dict[int, np.ndarray] = {}
-        self.pieces = pieces
-        self.std = std
-        self.shift: float | None = None
-        self.is_settled = threading.Event()
-        self.lock = threading.Lock()
-        if std is not None:
-            self.is_settled.set()
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run of one tensor's bytes, the whole of it or one of several; `state` is that of a tensor that gets noise."""
-
-    tensor: Tensor
-    state: _PerturbedTensor | None
-    index: int
-    start: int
-    nbytes: int
-
-    @property
-    def position(self) -> int:
-        """Where in the file it begins."""
-        return self.tensor.begin + self.start
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Runs that follow one another in a file, and what is to be done with them."""
-
-    shard: "OpenShard"
-    runs: tuple[Run, ...]
-    nbytes: int
-    is_measured: bool
-    read_turn: int | None
-    write_turn: int | None
-
-
 class OpenShard:
     """A task under way: its open files, digests and turnstiles, and what is done with each of its pieces."""
 
-    def __init__(self, task: ShardTask, settings: NoisyTune, stop: threading.Event) -> None:
+    def __init__(self, task: ShardTask, settings: NoisyTune, held: int, stop: threading.Event) -> None:
         self.task = task
+        self._held = held
         self.left = 0
         self.lock = threading.Lock()
         self._settings = settings
@@ -155,6 +112,8 @@ class OpenShard:
                 measured = [self._piece([run], reads=True, writes=False) for run in runs]
                 plan += [piece for pair in zip_longest(measured, second_pass) for piece in pair if piece]
                 second_pass = [self._piece([run], reads=False, writes=True) for run in runs]
+                for piece, heir in zip(measured[: self._held], second_pass, strict=False):
+                    piece.heir, heir.is_heir = heir, True
             else:
                 batches = [[run] for run in runs] if is_large else [runs]
                 plan += second_pass + [self._piece(batch, reads=True, writes=writes) for batch in batches]
@@ -166,13 +125,16 @@ class OpenShard:
     def _batches(self) -> Iterator[list[Run]]:
         """Yield the runs of each tensor that is larger than a piece, and of smaller ones as many as one holds."""
         small: list[Run] = []
+        nbytes = 0
         for tensor in self._header.tensors:
             runs = self._runs(tensor)
-            if small and (len(runs) > 1 or sum(run.nbytes for run in small) + tensor.nbytes > PIECE):
+            nbytes += tensor.nbytes
+            if small and nbytes > PIECE:
                 yield small
-                small = []
+                small, nbytes = [], tensor.nbytes
             if len(runs) > 1:
                 yield runs
+                nbytes = 0
             else:
                 small += runs
         if small:
@@ -182,7 +144,7 @@ class OpenShard:
         """Cut a tensor; into nothing where there is nothing to be done with it."""
         starts, state = range(0, tensor.nbytes, PIECE), None
         if tensor.name not in self.task.copied:
-            state = _PerturbedTensor(len(starts), self.task.pooled_std)
+            state = PerturbedTensor(len(starts), self.task.pooled_std)
         is_measured = state is not None and self.task.pooled_std is None
         if not (self.task.open_sink or is_measured or self._hashes_reads):
             return []
@@ -192,7 +154,6 @@ class OpenShard:
     def _piece(self, runs: list[Run], *, reads: bool, writes: bool) -> Piece:
         """Make a piece; `reads` says whether it is the first to read its bytes."""
         return Piece(
-            shard=self,
             runs=tuple(runs),
             nbytes=sum(run.nbytes for run in runs),
             is_measured=reads and self.task.pooled_std is None,
@@ -200,10 +161,21 @@ class OpenShard:
             write_turn=next(self._write_numbers) if writes else None,
         )
 
+    def take_over(self, heir: Piece) -> memoryview:
+        """Wait until all of a tensor has been measured; return the window with what its heir is to write."""
+        state = heir.runs[0].state
+        assert state is not None
+        self._await_std(state)
+        assert heir.window is not None
+        return heir.window
+
     def process(self, piece: Piece, window: memoryview) -> None:
         """Do one piece's work; `window`, of partfile.new_window(PIECE), holds it meanwhile."""
         data = place_in(window, piece.runs[0].position, piece.nbytes)
-        parts = list(self._read(piece, data))
+        parts = list(self._parts(piece, data))
+        if not piece.is_heir:
+            for run, part in parts:
+                self._source.read_into(run.tensor, run.start, part)
         if piece.read_turn is not None:
             with self._read_turns.turn(piece.read_turn):
                 self._read_digest.update(data)
@@ -222,15 +194,13 @@ class OpenShard:
             hand_over = self.task.sink.take(window, piece.nbytes)
         hand_over()
 
-    def _read(self, piece: Piece, data: memoryview) -> Iterator[tuple[Run, memoryview]]:
+    def _parts(self, piece: Piece, data: memoryview) -> Iterator[tuple[Run, memoryview]]:
         start = 0
         for run in piece.runs:
-            part = data[start : start + run.nbytes]
-            self._source.read_into(run.tensor, run.start, part)
-            yield run, part
+            yield run, data[start : start + run.nbytes]
             start += run.nbytes
 
-    def _measure(self, run: Run, state: _PerturbedTensor, data: memoryview) -> None:
+    def _measure(self, run: Run, state: PerturbedTensor, data: memoryview) -> None:
         tensor = run.tensor
         w = np.frombuffer(data, cpu.STORAGE[tensor.dtype])
         with state.lock:
@@ -248,10 +218,8 @@ class OpenShard:
         state.std = moments.std
         state.is_settled.set()
 
-    def _perturb(self, run: Run, state: _PerturbedTensor, data: memoryview) -> None:
-        while not state.is_settled.wait(0.1):
-            if self._stop.is_set():
-                raise StoppedError
+    def _perturb(self, run: Run, state: PerturbedTensor, data: memoryview) -> None:
+        self._await_std(state)
         if not state.std:
             return
         tensor = run.tensor
@@ -272,6 +240,11 @@ class OpenShard:
         blocks = np.concatenate([state.effects[i] for i in range(state.pieces)])
         self.task.effects[tensor.name] = merge_effect(blocks, tensor.size, state.std, what=self._name(tensor))
         state.effects.clear()
+
+    def _await_std(self, state: PerturbedTensor) -> None:
+        while not state.is_settled.wait(0.1):
+            if self._stop.is_set():
+                raise StoppedError
 
     def _first_element(self, tensor: Tensor) -> float:
         w = np.empty(1, cpu.STORAGE[tensor.dtype])

@@ -1,13 +1,21 @@
-"""The threads that stream shards: each holds one piece at a time, whatever the size of a tensor or a checkpoint."""
+"""The threads that stream shards, a piece at a time: memory does not grow with a tensor or a checkpoint."""
 
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from queue import Empty, LifoQueue
 
 from surgery.noisytune import NoisyTune
 from surgery.perturb.partfile import new_window
+from surgery.perturb.pieces import PIECE, Piece
 from surgery.perturb.sequencer import StoppedError
-from surgery.perturb.shard import PIECE, OpenShard, Piece, ShardTask
+from surgery.perturb.shard import OpenShard, ShardTask
+
+_PER_SHARD = 8
+"""Threads at most; more would wait for the digest."""
+_HELD = 6
+"""Pieces of a tensor that stay in memory between its two passes: most matrices whole."""
 
 
 def run(
@@ -17,11 +25,16 @@ def run(
     workers: int,
     on_done: Callable[[ShardTask], None],
     on_bytes: Callable[[int], object],
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> None:
     """Do all tasks with `workers` threads; call `on_done` from a worker as each task ends, `on_bytes` as bytes pass.
 
-    A shard is bound by its sequential digests, so there are two threads to a shard and as many shards at once as that
-    allows. The first error of any thread stops all of them and is raised; so is KeyboardInterrupt.
+    The digest of a shard is sequential, and keeps up with some threads; so many work on a shard, and as many shards are
+    streamed at once as that allows. The first error of any thread stops all of them and is raised; so is
+    KeyboardInterrupt.
+
+    Args:
+        meanwhile: is called once they are under way.
     """
     shared = _Shared(tasks, settings, workers, on_done, on_bytes)
     threads: list[threading.Thread] = []
@@ -30,6 +43,7 @@ def run(
             thread = threading.Thread(target=shared.work, args=(i,), daemon=True, name=f"surgery-{i}")
             thread.start()
             threads.append(thread)
+        meanwhile()
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.5)  # a join without a timeout would hold up Ctrl-C
@@ -63,14 +77,20 @@ class _Shared:
         self._on_bytes = on_bytes
         self._open: list[OpenShard] = []
         self._lock = threading.Lock()
-        self._lanes = [_ShardQueue(self) for _ in range(max(1, workers // 2))]
+        lanes = -(-workers // _PER_SHARD)
+        self._held = _HELD // lanes
+        self._lanes = [_ShardQueue(self) for _ in range(lanes)]
+        # a shard may hold two tensors, one that is being measured and one that is being written
+        self._windows: LifoQueue[memoryview] = LifoQueue()
+        for _ in range(workers + 2 * lanes * self._held):
+            self._windows.put(new_window(PIECE))  # takes memory when it is first used
 
     def next_task(self) -> ShardTask | None:
         with self._lock:
             return next(self._tasks, None)
 
     def start(self, task: ShardTask) -> OpenShard:
-        shard = OpenShard(task, self._settings, self.stop)
+        shard = OpenShard(task, self._settings, self._held, self.stop)
         with self._lock:
             self._open.append(shard)
         return shard
@@ -87,31 +107,44 @@ class _Shared:
         for shard in self._open:
             shard.abandon()
 
-    def _next_piece(self, number: int) -> Piece | None:
+    def _next_piece(self, number: int) -> tuple[OpenShard, Piece] | None:
         """Take a piece of the thread's own lane, or help out in another when there is none left."""
         n = len(self._lanes)
         lanes = (self._lanes[(number + i) % n] for i in range(n))
-        return next((piece for lane in lanes if (piece := lane.next_piece())), None)
+        return next((found for lane in lanes if (found := lane.next_piece())), None)
+
+    def _free_window(self) -> memoryview:
+        while not self.stop.is_set():
+            with suppress(Empty):
+                return self._windows.get(timeout=0.1)
+        raise StoppedError
 
     def work(self, number: int) -> None:
         """Take pieces until there are none left. The body of every thread."""
-        window = new_window(PIECE)
         try:
-            while not self.stop.is_set() and (piece := self._next_piece(number)):
-                piece.shard.process(piece, window)
-                if piece.write_turn is not None or not piece.shard.task.open_sink:
-                    self._on_bytes(piece.nbytes)
-                with piece.shard.lock:
-                    piece.shard.left -= 1
-                    is_last = piece.shard.left == 0
-                if is_last:
-                    self.close(piece.shard)
+            while not self.stop.is_set() and (found := self._next_piece(number)):
+                self._do(*found)
         except StoppedError:
             pass
         except BaseException as error:
             with self._lock:
                 self.error = self.error or error
             self.stop.set()
+
+    def _do(self, shard: OpenShard, piece: Piece) -> None:
+        window = shard.take_over(piece) if piece.is_heir else self._free_window()
+        if piece.heir:
+            piece.heir.window = window
+        shard.process(piece, window)
+        if not piece.heir:
+            self._windows.put(window)
+        if piece.write_turn is not None or not shard.task.open_sink:
+            self._on_bytes(piece.nbytes)
+        with shard.lock:
+            shard.left -= 1
+            is_last = shard.left == 0
+        if is_last:
+            self.close(shard)
 
 
 class _ShardQueue:
@@ -121,14 +154,14 @@ class _ShardQueue:
         self._lock = threading.Lock()
         self._pieces = self._all(shared)
 
-    def _all(self, shared: _Shared) -> Iterator[Piece]:
+    def _all(self, shared: _Shared) -> Iterator[tuple[OpenShard, Piece]]:
         while task := shared.next_task():
             shard = shared.start(task)
             pieces = shard.pieces()
             if not pieces:
                 shared.close(shard)
-            yield from pieces
+            yield from ((shard, piece) for piece in pieces)
 
-    def next_piece(self) -> Piece | None:
+    def next_piece(self) -> tuple[OpenShard, Piece] | None:
         with self._lock:
             return next(self._pieces, None)

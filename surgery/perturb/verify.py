@@ -65,7 +65,7 @@ def verify_checkpoint(
         folder: what `surgery perturb` wrote, or a Hub id, which may end in `@revision`.
         source: where the source is now, if not where the recipe says: Hub id, folder or file.
         token: Hub token; default: the one stored on this machine.
-        workers: threads; default: two per core, at most 16.
+        workers: threads; default: three per core, at most 16.
     Returns:
         What differs, if anything does.
     Raises:
