@@ -292,7 +292,7 @@ typedef struct {
 BODY int add_to_floats(int dtype, char *w, int64_t n, float scale, Words words)
 {
     const uint32_t infinite = dtype == F16 ? 0x7C00u : dtype == BF16 ? 0x7F80u : 0x7F800000u;
-    uint32_t bits[LANES], largest = 0;
+    uint32_t largest = 0;
     float u[LANES];
     if (words.second)
         for (int64_t i = 0; i < n; i++)
@@ -302,23 +302,24 @@ BODY int add_to_floats(int dtype, char *w, int64_t n, float scale, Words words)
             u[i] = to_uniform(words.noise[i]);
     for (int64_t i = 0; i < n; i++)
         u[i] = read_float(w, i, dtype) + u[i] * scale;
-    if (dtype == F32)
-        memcpy(bits, u, sizeof bits);
-    else if (words.rounding)
-        for (int64_t i = 0; i < n; i++)
-            bits[i] = narrow_stochastic(u[i], words.rounding[i], dtype);
+    if (dtype == F32) {
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t exponent = bits_of(u[i]) & infinite;
+            largest = largest > exponent ? largest : exponent;
+        }
+        memcpy(w, u, (size_t)n * sizeof *u);
+    } else if (words.rounding)
+        for (int64_t i = 0; i < n; i++) {
+            uint16_t half = narrow_stochastic(u[i], words.rounding[i], dtype);
+            write_u16(w, i, half);
+            largest = largest > (half & infinite) ? largest : (half & infinite);
+        }
     else
-        for (int64_t i = 0; i < n; i++)
-            bits[i] = narrow(u[i], dtype);
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t exponent = bits[i] & infinite;
-        largest = largest > exponent ? largest : exponent;
-    }
-    if (dtype == F32)
-        memcpy(w, bits, (size_t)n * sizeof *bits);
-    else
-        for (int64_t i = 0; i < n; i++)
-            write_u16(w, i, (uint16_t)bits[i]);
+        for (int64_t i = 0; i < n; i++) {
+            uint16_t half = narrow(u[i], dtype);
+            write_u16(w, i, half);
+            largest = largest > (half & infinite) ? largest : (half & infinite);
+        }
     return largest == infinite;
 }
 
@@ -405,6 +406,11 @@ BODY double larger(double a, double b)
     return a > b ? a : b; /* unlike fmax it vectorizes, since it says nothing of NaN */
 }
 
+/* Of some pairs of elements: the sums of the squares of their changes, of x and of y, and the largest change. */
+typedef struct {
+    double change2, x2, y2, most;
+} Pair;
+
 /* What follows is written for the two types that values are computed in, VALUE, and the three integer types, INT, whose
  * order is that of the bits of the floats that they hold. A lane of a block is its four rows' elements i + k * LANES. */
 
@@ -438,40 +444,35 @@ BODY double larger(double a, double b)
         out[1] = fold(t2, QUARTER / 2);                                                                               \
     }                                                                                                                 \
                                                                                                                       \
-    BODY double change_lane_##suffix(const VALUE *x, const VALUE *y)                                                  \
+    BODY Pair pair_lane_##suffix(const VALUE *x, const VALUE *y)                                                      \
     {                                                                                                                 \
-        double d0 = (double)y[0] - (double)x[0], d1 = (double)y[LANES] - (double)x[LANES];                            \
-        double d2 = (double)y[2 * LANES] - (double)x[2 * LANES], d3 = (double)y[3 * LANES] - (double)x[3 * LANES];    \
-        return (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);                                                             \
+        double x0 = (double)x[0], x1 = (double)x[LANES], x2 = (double)x[2 * LANES], x3 = (double)x[3 * LANES];        \
+        double y0 = (double)y[0], y1 = (double)y[LANES], y2 = (double)y[2 * LANES], y3 = (double)y[3 * LANES];        \
+        double d0 = y0 - x0, d1 = y1 - x1, d2 = y2 - x2, d3 = y3 - x3;                                                \
+        Pair sums = {(d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3), (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3),            \
+                     (y0 * y0 + y1 * y1) + (y2 * y2 + y3 * y3),                                                       \
+                     larger(larger(fabs(d0), fabs(d1)), larger(fabs(d2), fabs(d3)))};                                 \
+        return sums;                                                                                                  \
     }                                                                                                                 \
                                                                                                                       \
     /* Sum d * d, x * x and y * y of d = y - x over a block in the same order, and take the largest |d|. */           \
     BODY void block_changes_##suffix(const VALUE *x, const VALUE *y, double *out)                                     \
     {                                                                                                                 \
-        double t[3][QUARTER], most = 0.0, largest[QUARTER] = {0};                                                     \
+        double t[4][QUARTER], most = 0.0;                                                                             \
         for (int i = 0; i < QUARTER; i++) {                                                                           \
-            const VALUE *a = x + i, *b = a + QUARTER, *c = b + QUARTER, *d = c + QUARTER;                             \
-            t[1][i] = (square_lane_##suffix(a, 0.0) + square_lane_##suffix(c, 0.0)) +                                 \
-                      (square_lane_##suffix(b, 0.0) + square_lane_##suffix(d, 0.0));                                  \
+            Pair a = pair_lane_##suffix(x + i, y + i);                                                                \
+            Pair b = pair_lane_##suffix(x + i + QUARTER, y + i + QUARTER);                                            \
+            Pair c = pair_lane_##suffix(x + i + 2 * QUARTER, y + i + 2 * QUARTER);                                    \
+            Pair d = pair_lane_##suffix(x + i + 3 * QUARTER, y + i + 3 * QUARTER);                                    \
+            t[0][i] = (a.change2 + c.change2) + (b.change2 + d.change2);                                              \
+            t[1][i] = (a.x2 + c.x2) + (b.x2 + d.x2);                                                                  \
+            t[2][i] = (a.y2 + c.y2) + (b.y2 + d.y2);                                                                  \
+            t[3][i] = larger(larger(a.most, c.most), larger(b.most, d.most));                                         \
         }                                                                                                             \
-        for (int i = 0; i < QUARTER; i++) {                                                                           \
-            const VALUE *a = y + i, *b = a + QUARTER, *c = b + QUARTER, *d = c + QUARTER;                             \
-            t[2][i] = (square_lane_##suffix(a, 0.0) + square_lane_##suffix(c, 0.0)) +                                 \
-                      (square_lane_##suffix(b, 0.0) + square_lane_##suffix(d, 0.0));                                  \
-        }                                                                                                             \
-        for (int i = 0; i < QUARTER; i++) {                                                                           \
-            const VALUE *a = x + i, *b = a + QUARTER, *c = b + QUARTER, *d = c + QUARTER;                             \
-            const VALUE *e = y + i, *f = e + QUARTER, *g = f + QUARTER, *h = g + QUARTER;                             \
-            t[0][i] = (change_lane_##suffix(a, e) + change_lane_##suffix(c, g)) +                                     \
-                      (change_lane_##suffix(b, f) + change_lane_##suffix(d, h));                                      \
-        }                                                                                                             \
-        for (int j = 0; j < BLOCK; j += QUARTER)                                                                      \
-            for (int i = 0; i < QUARTER; i++)                                                                         \
-                largest[i] = larger(largest[i], fabs((double)y[i + j] - (double)x[i + j]));                           \
-        for (int i = 0; i < QUARTER; i++)                                                                             \
-            most = larger(most, largest[i]);                                                                          \
         for (int j = 0; j < 3; j++)                                                                                   \
             out[j] = fold(t[j], QUARTER / 2);                                                                         \
+        for (int i = 0; i < QUARTER; i++)                                                                             \
+            most = larger(most, t[3][i]);                                                                             \
         out[3] = most;                                                                                                \
     }
 
