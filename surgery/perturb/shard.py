@@ -205,7 +205,7 @@ class OpenShard:
         w = np.frombuffer(data, cpu.STORAGE[tensor.dtype])
         with state.lock:
             if state.shift is None:
-                state.shift = self._first_element(tensor)
+                state.shift = cpu.to_float(w[:1], tensor.dtype) if run.start == 0 else self._first_element(tensor)
         sums = cpu.moments(w, tensor.dtype, state.shift)
         with state.lock:
             state.moments[run.index] = sums

