@@ -56,4 +56,4 @@ $(VENV_4)/.installed: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_4) build dist *.egg-info demo-out
+	rm -rf $(VENV) $(VENV_4) build dist *.egg-info surgery/kernels/*.so demo-out
