@@ -85,14 +85,15 @@ class OpenShard:
         self._read_numbers, self._write_numbers = count(), count()
         task.source_digest = task.source_digest or self._source.digest(task.source_algorithm) or ""
         self._hashes_reads = not task.source_digest
-        self._read_digest.update(self._header.raw)
-        self._written_digest.update(self._header.raw)
+        if self._hashes_reads:
+            self._read_digest.update(self._header.raw)
         if task.open_sink:
             task.sink = task.open_sink()
             self._hand_over_header(task.sink)
 
     def _hand_over_header(self, sink: Sink) -> None:
         raw = self._header.raw
+        self._written_digest.update(raw)
         window = new_window(len(raw))
         place_in(window, 0, len(raw))[:] = raw
         sink.take(window, len(raw))()

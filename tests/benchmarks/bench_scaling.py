@@ -22,7 +22,8 @@ import numpy as np
 from safetensors.numpy import save_file
 rng = np.random.default_rng(0)
 names = [f"model.layers.{i // 10}.part{i % 10}.weight" for i in range(int(sys.argv[2]))]
-save_file({name: rng.normal(size=(32, 32)).astype(np.float32) for name in names}, sys.argv[1], metadata={"format": "pt"})
+w = {name: rng.normal(size=(32, 32)).astype(np.float32) for name in names}
+save_file(w, sys.argv[1], metadata={"format": "pt"})
 """
 
 
