@@ -20,11 +20,10 @@ from typing import Any, NoReturn
 from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
 from surgery.errors import OutputError
 from surgery.perturb.former_run import is_edited, names_in, read_json
-from surgery.perturb.partfile import PartFile
+from surgery.perturb.partfile import FULL, PartFile
 
 _log = logging.getLogger(__name__)
 _PART = ".surgery-part"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputFolder:
@@ -174,7 +173,7 @@ class OutputFolder:
         """Open a file to be written under a temporary name."""
         path = self.path / (name + _PART)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return PartFile(path)
+        return PartFile(path, self._planned.get(name, 0))
 
     def finish_part(self, name: str, part: PartFile) -> int:
         """Put a complete part on the disk and give it its name; return its size in bytes."""
@@ -251,7 +250,7 @@ def _as_output_error(path: Path, resume: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise OutputError(
                 f"{path}: expected room on the disk, got {os.strerror(error.errno)}. Finished shards are kept: "
                 f"free some space and run `{resume}`."

@@ -1,5 +1,6 @@
 """Files written past the page cache: the same bytes, whatever their size and the file system."""
 
+import errno
 import os
 import stat
 import threading
@@ -118,3 +119,34 @@ def test_two_writes_at_once_may_find_direct_writes_refused(tmp_path, monkeypatch
         list(pool.map(lambda write: write(), left))
     part.finish()
     assert (tmp_path / "f").read_bytes() == data
+
+
+@pytest.mark.parametrize("size", [1, 5000, 100_000])
+def test_room_that_was_taken_and_not_used_is_given_back(tmp_path, size):
+    part, data = PartFile(tmp_path / "f", size), np.random.default_rng(0).bytes(5000)
+    part.append(data)
+    assert part.finish() == 5000
+    assert (tmp_path / "f").read_bytes() == data
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_is_raised_before_anything_is_written(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(partfile.PartFile, "_write", None)
+    if not partfile._DIRECT:
+        pytest.skip("this system has no direct writes")
+    with pytest.raises(OSError, match=os.strerror(code)):
+        PartFile(tmp_path / "f", 5000)
+
+
+def test_file_system_that_cannot_take_room_is_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    part = PartFile(tmp_path / "f", 5000)
+    part.append(bytes(5000))
+    assert part.finish() == 5000
