@@ -32,7 +32,7 @@ def _on_cpu() -> native.Native | ModuleType:
     except (OSError, AttributeError) as error:  # built for another machine, or by another version
         compiled, fault = None, str(error)
     if compiled and not native.is_exact(compiled):
-        compiled, fault = None, f"{path}, which does not give the contract's bits: unset CFLAGS"
+        compiled, fault = None, f"{path}, of another version or built with flags that change the bits"
     if compiled:
         return compiled
     _log.warning(

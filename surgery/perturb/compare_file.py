@@ -95,12 +95,10 @@ class FileComparison:
         self._file = TensorFile(path, label=name)
         self._theirs = {tensor.name: tensor for tensor in self._file.header.tensors}
         self._ends = [tensor.end for tensor in header.tensors]
-        self._position = 0
         self._lock = threading.Lock()
 
-    def take(self, window: memoryview, nbytes: int) -> Callable[[], None]:
+    def take(self, position: int, window: memoryview, nbytes: int) -> Callable[[], None]:
         """Take the next bytes: the header, which `faults` compares, or runs of tensors; return what compares them."""
-        position, self._position = self._position, self._position + nbytes
         return partial(self._compare, place_in(window, position, nbytes), position)
 
     def _compare(self, data: memoryview, position: int) -> None:

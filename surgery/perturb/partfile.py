@@ -1,5 +1,6 @@
 """A new file, written with O_DIRECT where the file system has it, from the buffers in which its bytes are made."""
 
+import ctypes
 import errno
 import mmap
 import os
@@ -53,23 +54,24 @@ class PartFile:
         self._rest = b""  # what was handed over since the last page boundary
 
     def _reserve(self, size: int) -> None:
-        """Take room on the disk: writes into it are faster, and can be made at once. Where that cannot be, go on.
+        """Take room on the disk by fallocate(2), since writes into it are faster; go on where that cannot be had.
 
-        On a file system without it, glibc would write a byte into every block, which a direct file refuses.
+        os.posix_fallocate would write a byte into every block of a file system without it, such as NFS before 4.2.
         """
-        try:
-            os.posix_fallocate(self._fd, 0, size)
-        except OSError as error:
-            if error.errno in FULL:
-                self.close()
-                raise
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fallocate(self._fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) and ctypes.get_errno() in FULL:
+            code = ctypes.get_errno()
+            self.close()
+            raise OSError(code, os.strerror(code))
 
-    def take(self, window: memoryview, nbytes: int) -> Callable[[], None]:
+    def take(self, position: int, window: memoryview, nbytes: int) -> Callable[[], None]:
         """Take the next bytes; return the call that writes them, to be made before the window is used again.
 
         Args:
+            position: where in the file they belong: behind all that came before.
             window: of `new_window`, with the bytes where `place_in` says; those before them are overwritten.
         """
+        assert position == self._size
         start = self._size - len(self._rest)
         end = len(self._rest) + nbytes
         whole = end // PAGE * PAGE
@@ -84,7 +86,7 @@ class PartFile:
         for start in range(0, len(data), _WINDOW):
             piece = data[start : start + _WINDOW]
             place_in(window, self._size, len(piece))[:] = piece
-            self.take(window, len(piece))()
+            self.take(self._size, window, len(piece))()
 
     def finish(self) -> int:
         """Write what is left, put the file on the disk and close it; return its size in bytes."""

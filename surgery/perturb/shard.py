@@ -31,7 +31,7 @@ class Sink(Protocol):
     `take` is called in the order of the bytes, and says what to do with them before their window is used again.
     """
 
-    def take(self, window: memoryview, nbytes: int) -> Callable[[], None]: ...
+    def take(self, position: int, window: memoryview, nbytes: int) -> Callable[[], None]: ...
     def close(self) -> None: ...
 
 
@@ -96,7 +96,7 @@ class OpenShard:
         self._written_digest.update(raw)
         window = new_window(len(raw))
         place_in(window, 0, len(raw))[:] = raw
-        sink.take(window, len(raw))()
+        sink.take(0, window, len(raw))()
 
     def pieces(self) -> list[Piece]:
         """List the work in an order in which no piece waits for a later one.
@@ -172,7 +172,8 @@ class OpenShard:
 
     def process(self, piece: Piece, window: memoryview) -> None:
         """Do one piece's work; `window`, of partfile.new_window(PIECE), holds it meanwhile."""
-        data = place_in(window, piece.runs[0].position, piece.nbytes)
+        position = piece.runs[0].position
+        data = place_in(window, position, piece.nbytes)
         parts = list(self._parts(piece, data))
         if not piece.is_heir:
             for run, part in parts:
@@ -192,7 +193,7 @@ class OpenShard:
         assert self.task.sink is not None
         with self._write_turns.turn(piece.write_turn):
             self._written_digest.update(data)
-            hand_over = self.task.sink.take(window, piece.nbytes)
+            hand_over = self.task.sink.take(position, window, piece.nbytes)
         hand_over()
 
     def _parts(self, piece: Piece, data: memoryview) -> Iterator[tuple[Run, memoryview]]:

@@ -1,10 +1,12 @@
 """Files written past the page cache: the same bytes, whatever their size and the file system."""
 
+import ctypes
 import errno
 import os
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,7 +93,7 @@ def test_windows_are_written_in_any_order(tmp_path):
     for nbytes in sizes:
         window = partfile.new_window(70_000)
         partfile.place_in(window, position, nbytes)[:] = data[position : position + nbytes]
-        left.append(part.take(window, nbytes))
+        left.append(part.take(position, window, nbytes))
         position += nbytes
     for write in reversed(left):
         write()
@@ -113,7 +115,7 @@ def test_two_writes_at_once_may_find_direct_writes_refused(tmp_path, monkeypatch
     for start in (0, 8192):
         window = partfile.new_window(8192)
         window[:8192] = data[start : start + 8192]
-        left.append(part.take(window, 8192))
+        left.append(part.take(start, window, 8192))
     monkeypatch.setattr(os, "pwrite", refuse_direct)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda write: write(), left))
@@ -129,24 +131,49 @@ def test_room_that_was_taken_and_not_used_is_given_back(tmp_path, size):
     assert (tmp_path / "f").read_bytes() == data
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_no_room_is_raised_before_anything_is_written(tmp_path, monkeypatch, code):
-    def refuse(*_):
-        raise OSError(code, os.strerror(code))
+@pytest.fixture
+def refusing(monkeypatch):
+    """Let fallocate fail; call it with an errno."""
 
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    monkeypatch.setattr(partfile.PartFile, "_write", None)
+    def refuse(code):
+        def fallocate(*_):
+            ctypes.set_errno(code)
+            return -1
+
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(fallocate=fallocate))
+
     if not partfile._DIRECT:
         pytest.skip("this system has no direct writes")
+    return refuse
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_is_raised_before_anything_is_written(tmp_path, refusing, code):
+    refusing(code)
     with pytest.raises(OSError, match=os.strerror(code)):
         PartFile(tmp_path / "f", 5000)
+    assert (tmp_path / "f").stat().st_size == 0
 
 
-def test_file_system_that_cannot_take_room_is_written_all_the_same(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_file_system_that_cannot_take_room_is_written_all_the_same(tmp_path, refusing, code):
+    refusing(code)
     part = PartFile(tmp_path / "f", 5000)
     part.append(bytes(5000))
     assert part.finish() == 5000
+
+
+def test_room_is_really_taken(tmp_path):
+    part = PartFile(tmp_path / "f", 1 << 20)
+    taken = (tmp_path / "f").stat().st_blocks * 512
+    part.close()
+    if not part._is_direct:
+        pytest.skip("this file system has no direct writes")
+    assert taken >= 1 << 20
+
+
+def test_bytes_that_belong_elsewhere_are_refused(tmp_path):
+    part = PartFile(tmp_path / "f")
+    with pytest.raises(AssertionError):
+        part.take(1, partfile.new_window(10), 10)
+    part.close()
