@@ -51,6 +51,9 @@ class PickleFile:
         repeating: names that shall stand for others, where they share a storage.
     """
 
+    descriptor: int | None = None
+    """Tensors do not lie in the file as the header says."""
+
     def __init__(self, path: Path, *, label: str, key: str | None = None, repeating: Collection[str] = ()) -> None:
         self.path = path
         self._stamp = Stamp.of(path)

@@ -11,6 +11,9 @@ from surgery.errors import SourceError
 class SeveralFiles:
     """What the readers of such files have in common; the first file stands for all in messages."""
 
+    descriptor: int | None = None
+    """There is not one file."""
+
     def __init__(self, paths: Sequence[Path]) -> None:
         self._stamps = {path: Stamp.of(path) for path in paths}
 

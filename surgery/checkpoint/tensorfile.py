@@ -73,6 +73,11 @@ class TensorFile:
         self._seek_lock = threading.Lock()
         self._stat = os.fstat(self._fd)
 
+    @property
+    def descriptor(self) -> int:
+        """Of the open file."""
+        return self._fd
+
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on.
 

@@ -17,10 +17,14 @@ class WeightFile(Protocol):
     Args:
         header: of the file, or of the safetensors file to write in its place.
         tied: names that repeat another tensor, and that tensor's name.
+        descriptor: of the open file, if all tensors' bytes are in it where `begin` and `end` say.
     """
 
     header: Header
     tied: dict[str, str]
+
+    @property
+    def descriptor(self) -> int | None: ...
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None: ...
     def digest(self, algorithm: str) -> str | None: ...

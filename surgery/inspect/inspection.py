@@ -17,8 +17,7 @@ from surgery.checkpoint.value_rules import find_suspects
 from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError
 from surgery.noisytune import NO_SPREAD, NoisyTune
-from surgery.perturb.plan import floats, is_packed
-from surgery.perturb.shard_plan import ShardPlan
+from surgery.perturb.shard_plan import ShardPlan, floats, is_packed
 from surgery.progress import bar
 from surgery.recipe import Recipe
 from surgery.roles import Role

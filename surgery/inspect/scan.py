@@ -1,5 +1,6 @@
 """Read tensors a piece at a time in a few threads, alone or in pairs, so that no whole tensor is ever in memory."""
 
+import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -11,9 +12,41 @@ from surgery.checkpoint.weight_file import WeightFile
 from surgery.dtypes import BITS
 from surgery.noise import BLOCK
 
-_PIECE = 2 << 20  # bytes: enough that a call costs nothing beside the work
+_PIECE = 4 << 20  # bytes: enough that a call costs nothing beside the work
 _Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
+
+
+class Run:
+    """A run of a tensor's elements, to be read once or not at all.
+
+    Args:
+        source, tensor: the tensor and the file it is in.
+        first, elements: where the run begins, and how many elements it has.
+        buffer: with room for it.
+    """
+
+    def __init__(self, source: WeightFile, tensor: Tensor, first: int, elements: int, buffer: memoryview) -> None:
+        self.tensor = tensor
+        self.elements = elements
+        self._source = source
+        self._start = first * BITS[tensor.dtype] // 8
+        self._buffer = buffer[: elements * BITS[tensor.dtype] // 8]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._buffer)
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """The descriptor of a file, and where in it the run's bytes begin; None where they are not so simply had."""
+        descriptor = self._source.descriptor
+        return None if descriptor is None else (descriptor, self.tensor.begin + self._start)
+
+    def read(self) -> memoryview:
+        """Read the run's bytes, and return them."""
+        self._source.read_into(self.tensor, self._start, self._buffer)
+        return self._buffer
 
 
 @dataclass
@@ -22,12 +55,12 @@ class Measurement(Generic[_Part, _Result]):
 
     Args:
         readers: each tensor and the file it is in.
-        measure: takes the same run of elements of each, as bytes; runs in any thread and in any order.
+        measure: takes the same run of elements of each; is called in any thread and in any order.
         merge: takes what `measure` returned, in the order of the elements.
     """
 
     readers: "Sequence[tuple[WeightFile, Tensor]]"
-    measure: Callable[[list[memoryview]], _Part]
+    measure: Callable[[list[Run]], _Part]
     merge: Callable[[list[_Part]], _Result]
     parts: dict[int, _Part] = field(default_factory=dict)
     result: _Result | None = None
@@ -50,7 +83,7 @@ def scan(measurements: Iterable[Measurement[Any, Any]], *, workers: int, on_byte
         buffers: list[memoryview] = []
         try:
             while piece := next_piece():
-                buffers += [memoryview(bytearray(_PIECE)) for _ in piece.measurement.readers[len(buffers) :]]
+                buffers += [memoryview(mmap.mmap(-1, _PIECE)) for _ in piece.measurement.readers[len(buffers) :]]
                 on_bytes(_process(piece, buffers, lock))
         finally:
             stop.set()
@@ -90,16 +123,14 @@ def _pieces(measurements: Iterable[Measurement[Any, Any]]) -> Iterator[_Piece]:
 
 def _process(piece: _Piece, buffers: list[memoryview], lock: threading.Lock) -> int:
     """Read and measure one piece; the last of a measurement merges them all. Returns the bytes read."""
-    measurement, data = piece.measurement, []
-    for (source, tensor), buffer in zip(measurement.readers, buffers, strict=False):
-        bits = BITS[tensor.dtype]
-        data.append(buffer[: piece.elements * bits // 8])
-        source.read_into(tensor, piece.first * bits // 8, data[-1])
-    part = measurement.measure(data)
+    measurement = piece.measurement
+    readers = zip(measurement.readers, buffers, strict=False)
+    runs = [Run(*reader, piece.first, piece.elements, buffer) for reader, buffer in readers]
+    part = measurement.measure(runs)
     with lock:
         measurement.parts[piece.index] = part
         is_last = len(measurement.parts) == piece.count
     if is_last:
         measurement.result = measurement.merge([measurement.parts[index] for index in range(piece.count)])
         measurement.parts.clear()
-    return sum(map(len, data))
+    return sum(run.nbytes for run in runs)

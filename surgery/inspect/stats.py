@@ -9,8 +9,8 @@ import numpy as np
 from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile
 from surgery.dtypes import BITS, storage, to_numbers
-from surgery.inspect.scan import Measurement
-from surgery.kernels.sums import Sums, summarize
+from surgery.inspect.scan import Measurement, Run
+from surgery.kernels.sums import Sums, summarize, summarize_file
 from surgery.noisytune import FLOATS, Moments, merge_blocks, pool
 
 
@@ -37,7 +37,7 @@ def stats_measurement(source: WeightFile, tensor: Tensor) -> Measurement[Sums, S
     shift = first_number(source, tensor)
     return Measurement(
         [(source, tensor)],
-        measure=lambda data: sums_of(data[0], tensor.dtype, shift),
+        measure=lambda runs: sums_of(runs[0], shift),
         merge=lambda parts: merge_sums(parts, tensor.size, shift),
     )
 
@@ -50,10 +50,13 @@ def first_number(source: WeightFile, tensor: Tensor) -> float:
     return next((value for value in values.tolist() if math.isfinite(value)), 0.0)
 
 
-def sums_of(data: memoryview, dtype: str, shift: float) -> Sums:
+def sums_of(run: Run, shift: float) -> Sums:
     """Sum up a run of a tensor's elements that starts on a block boundary."""
-    w = storage(data, dtype)
-    return summarize(w, dtype, shift) if dtype in FLOATS else summarize(*to_numbers(w, dtype), shift)
+    dtype = run.tensor.dtype
+    if dtype not in FLOATS:
+        return summarize(*to_numbers(storage(run.read(), dtype), dtype), shift)
+    found = summarize_file(run.place, run.elements, dtype, shift) if run.place else None
+    return found or summarize(storage(run.read(), dtype), dtype, shift)
 
 
 def merge_sums(parts: Sequence[Sums], size: int, shift: float) -> Stats:

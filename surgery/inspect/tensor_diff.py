@@ -9,9 +9,9 @@ import numpy as np
 from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile
 from surgery.dtypes import is_measurable, storage, to_numbers
-from surgery.inspect.scan import Measurement
+from surgery.inspect.scan import Measurement, Run
 from surgery.inspect.stats import Stats, first_number, merge_sums, sums_of
-from surgery.kernels.sums import PairSums, Sums, compare
+from surgery.kernels.sums import PairSums, Sums, compare, compare_files
 from surgery.noisytune import FLOATS
 
 
@@ -69,10 +69,10 @@ def diff_measurement(
     """Return the work that compares two tensors of one shape: of dtypes that hold numbers, or else of one dtype."""
     if not is_measurable(a[1].dtype):
         return Measurement([a, b], measure=_compare_bytes, merge=_merge_bytes)
-    dtypes, shift = (a[1].dtype, b[1].dtype), first_number(*a)
+    shift = first_number(*a)
     return Measurement(
         [a, b],
-        measure=lambda data: (sums_of(data[0], dtypes[0], shift), _compare(data, dtypes)),
+        measure=lambda runs: _measure(*runs, shift=shift),
         merge=lambda parts: _merge(parts, a[1].size, shift),
     )
 
@@ -83,15 +83,23 @@ def is_comparable(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and is_same
 
 
-def _compare(data: Sequence[memoryview], dtypes: tuple[str, str]) -> PairSums:
-    a, b = (storage(part, dtype) for part, dtype in zip(data, dtypes, strict=True))
-    if dtypes[0] == dtypes[1] and dtypes[0] in FLOATS:
-        return compare(a, b, dtypes[0])
-    (x, wide), (y, other) = to_numbers(a, dtypes[0]), to_numbers(b, dtypes[1])
-    if wide != other:
+def _measure(a: Run, b: Run, *, shift: float) -> tuple[Sums, PairSums]:
+    dtype, other = a.tensor.dtype, b.tensor.dtype
+    if dtype == other and dtype in FLOATS and a.place and b.place:
+        found = compare_files(a.place, b.place, a.elements, dtype, shift)
+        if found:
+            return found
+    return sums_of(a, shift), _compare(storage(a.read(), dtype), dtype, storage(b.read(), other), other)
+
+
+def _compare(a: np.ndarray, dtype: str, b: np.ndarray, other: str) -> PairSums:
+    if dtype == other and dtype in FLOATS:
+        return compare(a, b, dtype)
+    (x, wide), (y, wide_too) = to_numbers(a, dtype), to_numbers(b, other)
+    if wide != wide_too:
         x, y, wide = x.astype(np.float64), y.astype(np.float64), "F64"
     found = compare(x, y, wide)
-    if dtypes[0] != dtypes[1]:
+    if dtype != other:
         return found
     changed = int(np.count_nonzero(a != b))  # integers beyond 2^53 may differ where their floats do not
     return PairSums(found.blocks, changed, found.broken, found.skipped)
@@ -113,8 +121,8 @@ def _merge(parts: Sequence[tuple[Sums | None, PairSums]], size: int, shift: floa
     )
 
 
-def _compare_bytes(data: Sequence[memoryview]) -> tuple[None, PairSums]:
-    a, b = (np.frombuffer(part, np.uint8) for part in data)
+def _compare_bytes(runs: Sequence[Run]) -> tuple[None, PairSums]:
+    a, b = (np.frombuffer(run.read(), np.uint8) for run in runs)
     return None, PairSums(np.empty((0, 4)), int(np.count_nonzero(a != b)), 0, 0)
 
 

@@ -7,9 +7,17 @@
  * To be compiled with -ffp-contract=off and never with -ffast-math: a fused or reordered operation changes the bits.
  */
 
+#define _FILE_OFFSET_BITS 64
+
+#include <errno.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+
+#ifndef _WIN32
+#include <unistd.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -677,3 +685,63 @@ EXPORTED(add_noise,
          (int level, int dtype, char *w, int64_t n, uint64_t first_block, uint32_t k0, uint32_t k1, double scale,
           int is_normal, int is_stochastic, double *out),
          (level, dtype, w, n, first_block, k0, k1, scale, is_normal, is_stochastic, out))
+
+/* -- the sums of tensors in files, read as much at a time as stays in a core's cache ------------------------------ */
+
+enum { CHUNK = 16 * BLOCK };
+
+/* Fill `to` from a file. Returns 0 where that cannot be had, as on Windows, where threads share a file's position. */
+static int read_at(int fd, char *to, int64_t nbytes, int64_t at)
+{
+#ifdef _WIN32
+    (void)fd, (void)to, (void)at;
+    return nbytes == 0;
+#else
+    while (nbytes > 0) {
+        ssize_t got = pread(fd, to, (size_t)nbytes, (off_t)at);
+        if (got == 0 || (got < 0 && errno != EINTR))
+            return 0;
+        if (got > 0)
+            to += got, at += got, nbytes -= got;
+    }
+    return 1;
+#endif
+}
+
+/* summarize the n elements at `at` in a file. Returns whether they could be read. */
+EXPORT int surgery_summarize_file(int level, int dtype, int fd, int64_t at, int64_t n, double shift, double *out,
+                                  int64_t *keys, int64_t *counts)
+{
+    const int width = dtype == F64 ? 8 : dtype == F32 ? 4 : 2;
+    char *chunk = malloc((size_t)CHUNK * width);
+    int is_read = chunk != NULL;
+    for (int64_t start = 0; is_read && start < n; start += CHUNK) {
+        const int64_t count = n - start < CHUNK ? n - start : CHUNK;
+        is_read = read_at(fd, chunk, count * width, at + start * width);
+        if (is_read)
+            surgery_summarize(level, dtype, chunk, count, shift, out + start / BLOCK * 2, keys, counts);
+    }
+    free(chunk);
+    return is_read;
+}
+
+/* summarize the n elements at `at` in a file, and compare them with as many in another. Returns as above. */
+EXPORT int surgery_compare_files(int level, int dtype, int fd, int64_t at, int other, int64_t other_at, int64_t n,
+                                 double shift, double *out, int64_t *keys, int64_t *counts, double *pair_out,
+                                 int64_t *pair_counts)
+{
+    const int width = dtype == F64 ? 8 : dtype == F32 ? 4 : 2;
+    char *chunks = malloc((size_t)CHUNK * width * 2), *mine = chunks, *theirs = chunks + (size_t)CHUNK * width;
+    int is_read = chunks != NULL;
+    for (int64_t start = 0; is_read && start < n; start += CHUNK) {
+        const int64_t count = n - start < CHUNK ? n - start : CHUNK;
+        is_read = read_at(fd, mine, count * width, at + start * width) &&
+                  read_at(other, theirs, count * width, other_at + start * width);
+        if (is_read) {
+            surgery_summarize(level, dtype, mine, count, shift, out + start / BLOCK * 2, keys, counts);
+            surgery_compare(level, dtype, mine, theirs, count, pair_out + start / BLOCK * 4, pair_counts);
+        }
+    }
+    free(chunks);
+    return is_read;
+}

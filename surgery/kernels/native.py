@@ -12,6 +12,8 @@ import numpy as np
 
 from surgery.noise import BLOCK
 
+Place = tuple[int, int]
+"""A file's descriptor, and where in it elements begin, in bytes."""
 _CODES = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
 _INT, _LONG, _DOUBLE, _ARRAY = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _TYPES = {
@@ -21,7 +23,12 @@ _TYPES = {
     "add_noise": [
         _INT, _INT, _ARRAY, _LONG, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, _DOUBLE, _INT, _INT, _ARRAY,
     ],
+    "summarize_file": [_INT, _INT, _INT, _LONG, _LONG, _DOUBLE, _ARRAY, _ARRAY, _ARRAY],
+    "compare_files": [
+        _INT, _INT, _INT, _LONG, _INT, _LONG, _LONG, _DOUBLE, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _ARRAY,
+    ],
 }  # fmt: skip
+_TELLING = ("summarize_file", "compare_files")
 LEVELS = ("baseline", "AVX2", "AVX-512")
 """The instruction sets that the functions are compiled for; on other processors than x86-64 the first alone."""
 _PROBE = "a6d06024fe2511975a1977179bbb50f3"
@@ -44,7 +51,7 @@ class Native:
         self.level = self.highest if level is None else level
         for name, types in _TYPES.items():
             function = getattr(library, f"surgery_{name}")
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, _INT if name in _TELLING else None
         self._library = library
 
     def moments(self, w: np.ndarray, dtype: str, shift: float, out: np.ndarray) -> None:
@@ -59,6 +66,27 @@ class Native:
     def compare(self, a: np.ndarray, b: np.ndarray, dtype: str, out: np.ndarray, counts: np.ndarray) -> None:
         arrays = _at(a), _at(b), a.size, _at(out), _at(counts)
         self._library.surgery_compare(self.level, _CODES[dtype], *arrays)
+
+    def summarize_file(
+        self, place: Place, n: int, dtype: str, shift: float, out: np.ndarray, keys: np.ndarray, counts: np.ndarray
+    ) -> bool:
+        """As `summarize`, of n elements of a file; tells whether they could be read."""
+        arrays = _at(out), _at(keys), _at(counts)
+        return bool(self._library.surgery_summarize_file(self.level, _CODES[dtype], *place, n, shift, *arrays))
+
+    def compare_files(
+        self,
+        a: Place,
+        b: Place,
+        n: int,
+        dtype: str,
+        shift: float,
+        sums: tuple[np.ndarray, np.ndarray, np.ndarray],
+        pairs: tuple[np.ndarray, np.ndarray],
+    ) -> bool:
+        """As `summarize` of a, with `sums` to fill, and `compare`, with `pairs`, of n elements of two files."""
+        arrays = map(_at, (*sums, *pairs))
+        return bool(self._library.surgery_compare_files(self.level, _CODES[dtype], *a, *b, n, shift, *arrays))
 
     def add_noise(
         self,

@@ -11,10 +11,12 @@ import numpy as np
 
 from surgery.dtypes import to_numbers
 from surgery.kernels import backends
+from surgery.kernels.native import Native, Place
 from surgery.noise import BLOCK
 
 _INT: dict[str, type[np.signedinteger[Any]]] = {"F64": np.int64, "F32": np.int32, "F16": np.int16, "BF16": np.int16}
 """Integers that sort as the floats do whose bits they are, but for the sign."""
+_LARGEST = {dtype: int(np.iinfo(kind).max) for dtype, kind in _INT.items()}
 
 
 @dataclass(frozen=True)
@@ -60,23 +62,53 @@ def summarize(w: np.ndarray, dtype: str, shift: float) -> Sums:
         dtype: "F64", "F32", "F16" or "BF16".
         shift: the tensor's first element, or any finite number if that is not finite.
     """
-    largest = int(np.iinfo(_INT[dtype]).max)
-    out, keys, counts = np.empty((-(-w.size // BLOCK), 2)), np.array([largest, ~largest]), np.zeros(2, np.int64)
-    backends.on_cpu().summarize(w, dtype, shift, out, keys, counts)
-    low, high = _values(keys.astype(_INT[dtype]), dtype) if keys[0] <= keys[1] else (np.inf, -np.inf)
-    return Sums(out, low, high, int(counts[0]), int(counts[1]))
+    arrays = _room_for_sums(w.size, dtype)
+    backends.on_cpu().summarize(w, dtype, shift, *arrays)
+    return _sums(*arrays, dtype)
+
+
+def summarize_file(place: Place, n: int, dtype: str, shift: float) -> Sums | None:
+    """Return what `summarize` does, of n elements of a file; None where they cannot be read from here."""
+    kernels, arrays = backends.on_cpu(), _room_for_sums(n, dtype)
+    is_read = isinstance(kernels, Native) and kernels.summarize_file(place, n, dtype, shift, *arrays)
+    return _sums(*arrays, dtype) if is_read else None
 
 
 def compare(a: np.ndarray, b: np.ndarray, dtype: str) -> PairSums:
     """Compare two runs of elements of one dtype, as `summarize` takes them."""
-    out, counts = np.empty((-(-a.size // BLOCK), 4)), np.zeros(3, np.int64)
-    backends.on_cpu().compare(a, b, dtype, out, counts)
-    return PairSums(out, *(int(count) for count in counts))
+    arrays = _room_for_pairs(a.size)
+    backends.on_cpu().compare(a, b, dtype, *arrays)
+    return _pair_sums(*arrays)
+
+
+def compare_files(a: Place, b: Place, n: int, dtype: str, shift: float) -> tuple[Sums, PairSums] | None:
+    """Return what `summarize` of a and `compare` do, of n elements of two files; None as `summarize_file`."""
+    kernels, sums, pairs = backends.on_cpu(), _room_for_sums(n, dtype), _room_for_pairs(n)
+    is_read = isinstance(kernels, Native) and kernels.compare_files(a, b, n, dtype, shift, sums, pairs)
+    return (_sums(*sums, dtype), _pair_sums(*pairs)) if is_read else None
+
+
+def _room_for_sums(n: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    largest = _LARGEST[dtype]
+    return np.empty((-(-n // BLOCK), 2)), np.array([largest, ~largest]), np.zeros(2, np.int64)
+
+
+def _sums(out: np.ndarray, keys: np.ndarray, counts: np.ndarray, dtype: str) -> Sums:
+    low, high = _values(keys.astype(_INT[dtype]), dtype) if keys[0] <= keys[1] else (np.inf, -np.inf)
+    return Sums(out, low, high, int(counts[0]), int(counts[1]))
+
+
+def _room_for_pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.empty((-(-n // BLOCK), 4)), np.zeros(3, np.int64)
+
+
+def _pair_sums(out: np.ndarray, counts: np.ndarray) -> PairSums:
+    return PairSums(out, *counts.tolist())
 
 
 def _values(keys: np.ndarray, dtype: str) -> tuple[float, float]:
     """Return the floats that two keys stand for."""
-    bits = np.where(keys < 0, keys ^ np.iinfo(keys.dtype).max, keys).astype(keys.dtype)
+    bits = np.where(keys < 0, keys ^ _LARGEST[dtype], keys).astype(keys.dtype)
     unsigned = bits.view(np.uint16) if bits.itemsize == 2 else bits.view(f"f{bits.itemsize}")
     low, high = to_numbers(unsigned, dtype)[0].tolist()
     return low + 0.0, high + 0.0  # no -0

@@ -15,6 +15,7 @@ from surgery.dtypes import BITS, storage, to_numbers
 from surgery.errors import some
 from surgery.perturb.partfile import place_in
 
+_CHUNK = 1 << 18  # bytes at a time
 _RUN = 1 << 15  # elements at a time: their values stay in a core's cache
 
 
@@ -112,13 +113,15 @@ class FileComparison:
         theirs = self._theirs.get(tensor.name)
         if theirs is None or (theirs.dtype, theirs.shape) != (tensor.dtype, tensor.shape):
             return
-        found = np.empty(len(data), np.uint8).data
-        self._file.read_into(theirs, start, found)
-        if _is_equal(data, found):
-            return
         new = TensorMismatch(self._name, tensor.name, tensor.dtype, tensor.size)
-        with self._lock:
-            self.differences.setdefault(tensor.name, new).add(data, found)
+        buffer = np.empty(min(_CHUNK, len(data)), np.uint8).data
+        for done in range(0, len(data), _CHUNK):
+            expected = data[done : done + _CHUNK]
+            found = buffer[: len(expected)]
+            self._file.read_into(theirs, start + done, found)
+            if not _is_equal(expected, found):
+                with self._lock:
+                    self.differences.setdefault(tensor.name, new).add(expected, found)
 
     def close(self) -> None:
         self._file.close()

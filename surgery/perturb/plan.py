@@ -11,17 +11,16 @@ from pathlib import Path
 from surgery.checkpoint.config_files import refuse_quantized
 from surgery.checkpoint.digests import BLAKE3, SHA256, algorithm_of
 from surgery.checkpoint.layout import CARD, WeightSet
-from surgery.checkpoint.packed_names import is_quantized
 from surgery.checkpoint.resolve import Checkpoint, resolve
 from surgery.checkpoint.roles import find_roles, read_model_type
-from surgery.checkpoint.tensorfile import Header, Tensor
+from surgery.checkpoint.tensorfile import Header
 from surgery.checkpoint.value_rules import find_suspects, warn_of_suspects
 from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError, SourceError
-from surgery.noisytune import FLOATS, NoisyTune
+from surgery.noisytune import NoisyTune
 from surgery.perturb.indexes import plan_index
 from surgery.perturb.output import refuse_output
-from surgery.perturb.shard_plan import ShardPlan
+from surgery.perturb.shard_plan import ShardPlan, floats, is_packed
 from surgery.recipe import Recipe
 from surgery.roles import Role
 
@@ -215,16 +214,6 @@ def _refuse_packed(path: Path, header: Header) -> None:
 def _reasons_to_copy(header: Header, settings: NoisyTune, roles: Mapping[str, Role]) -> dict[str, str]:
     reasons = {t.name: settings.reason_to_copy(t.name, t.dtype, t.shape, roles[t.name]) for t in header.tensors}
     return {name: reason for name, reason in reasons.items() if reason}
-
-
-def floats(header: Header) -> list[Tensor]:
-    """Return the tensors whose dtype can be perturbed."""
-    return [tensor for tensor in header.tensors if tensor.dtype in FLOATS]
-
-
-def is_packed(tensor: Tensor) -> bool:
-    """Tell whether a tensor's dtype or name is one of quantized weights, which are refused."""
-    return (tensor.dtype.startswith("F") and tensor.dtype not in FLOATS) or is_quantized(tensor)
 
 
 def _output_name(weight_set: WeightSet, name: str) -> str:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from surgery.checkpoint.tensorfile import Header
+from surgery.checkpoint.packed_names import is_quantized
+from surgery.checkpoint.tensorfile import Header, Tensor
+from surgery.noisytune import FLOATS
 from surgery.roles import Role
 
 
@@ -31,3 +33,13 @@ class ShardPlan:
     @property
     def nbytes(self) -> int:
         return self.header.file_size
+
+
+def floats(header: Header) -> list[Tensor]:
+    """Return the tensors whose dtype can be perturbed."""
+    return [tensor for tensor in header.tensors if tensor.dtype in FLOATS]
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Tell whether a tensor's dtype or name is one of quantized weights, which are refused."""
+    return (tensor.dtype.startswith("F") and tensor.dtype not in FLOATS) or is_quantized(tensor)

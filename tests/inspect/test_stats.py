@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from surgery.checkpoint.tensorfile import TensorFile
 from surgery.dtypes import BITS, is_measurable, storage, to_numbers
 from surgery.inspect import scan as scan_module
-from surgery.inspect.scan import Measurement, scan
+from surgery.inspect.scan import Measurement, Run, scan
 from surgery.inspect.stats import Stats, merge_sums, pool_stats, stats_measurement
 from surgery.inspect.tensor_diff import TensorDiff, diff_measurement
-from surgery.kernels import cpu
+from surgery.kernels import backends, cpu, plain
 from surgery.kernels.sums import compare, summarize
 from surgery.noisytune import Moments, merge_blocks, pool
 
@@ -250,6 +250,18 @@ def test_results_do_not_depend_on_pieces_and_threads(workers, piece, n, dtype, t
     assert found == (scanned(paths[0], workers=1), scanned(*paths, workers=1))
 
 
+def test_results_do_not_depend_on_who_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        drawn = {dtype: draw(100_000, dtype, seed) for dtype in FLOATS}
+        save_file(drawn, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    expected = scanned(paths[0]), scanned(*paths)
+    monkeypatch.setattr(TensorFile, "descriptor", None)
+    assert (scanned(paths[0]), scanned(*paths)) == expected
+    monkeypatch.setattr(backends, "on_cpu", lambda: plain)
+    assert (scanned(paths[0]), scanned(*paths)) == expected
+
+
 def test_pool_is_the_stats_of_all_elements_together() -> None:
     parts = [draw(n, "F32", seed=n) for n in (10, 5_000)]
     pooled = pool_stats([stats_of(part, "F32") for part in parts])
@@ -274,7 +286,7 @@ def test_error_in_one_thread_stops_the_others(tmp_path: Path) -> None:
     file = TensorFile(tmp_path / "w.safetensors", label="w")
     done: list[int] = []
 
-    def measure(_: list[memoryview]) -> None:
+    def measure(_: list[Run]) -> None:
         done.append(1)
         if len(done) == 3:
             raise ValueError("third")

@@ -1,16 +1,19 @@
 """The compiled kernels against NumPy's, bit for bit: every dtype, noise and rounding, instruction set and compiler."""
 
+import os
 import shutil
 import subprocess
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
 from surgery.kernels import backends, cpu, native, plain
 from surgery.kernels.native import LEVELS, Native
+from surgery.kernels.sums import compare_files, summarize_file
 from surgery.noise import BLOCK
 
 SOURCE = Path(native.__file__).with_name("native.c")
@@ -115,6 +118,45 @@ def test_noise_has_the_bits_of_numpy(kernels):
 
 def test_sums_have_the_bits_of_numpy(kernels):
     assert [case for case in SUM_CASES if sums(kernels, *case) != plain_sums(*case)] == []
+
+
+def open_files(folder: Path, *contents: bytes) -> list[BinaryIO]:
+    for i, content in enumerate(contents):
+        (folder / f"{i}").write_bytes(content)
+    return [(folder / f"{i}").open("rb", buffering=0) for i in range(len(contents))]
+
+
+def test_sums_of_files_have_the_bits_of_numpy(kernels, tmp_path):
+    for dtype, n in product(cpu.STORAGE, (1, 4097, 200_001)):
+        a, b = wild(dtype, n), weights(dtype, n)
+        b[::5] = a[::5]
+        blocks = -(-n // BLOCK)
+        alone, sums, expected = ((np.zeros((blocks, 2)), np.array([9, -9]), np.zeros(2, np.int64)) for _ in range(3))
+        pairs, expected_pairs = ((np.zeros((blocks, 4)), np.zeros(3, np.int64)) for _ in range(2))
+        plain.summarize(a, dtype, 0.5, *expected)
+        plain.compare(a, b, dtype, *expected_pairs)
+        one, other = open_files(tmp_path, b"odd" + a.tobytes(), b.tobytes())
+        with one, other:
+            assert kernels.summarize_file((one.fileno(), 3), n, dtype, 0.5, *alone)
+            assert kernels.compare_files((one.fileno(), 3), (other.fileno(), 0), n, dtype, 0.5, sums, pairs)
+        for found in (alone, sums):
+            assert [part.tobytes() for part in found] == [part.tobytes() for part in expected]
+        assert [part.tobytes() for part in pairs] == [part.tobytes() for part in expected_pairs]
+
+
+def test_sums_of_a_file_that_is_too_short_are_none(tmp_path):
+    if not isinstance(backends.on_cpu(), Native):
+        pytest.skip("needs the compiled kernels")
+    short, long = open_files(tmp_path, bytes(100_000), bytes(200_000))
+    with short, long:
+        assert summarize_file((long.fileno(), 0), 50_000, "F32", 0.0)
+        assert summarize_file((short.fileno(), 0), 50_000, "F32", 0.0) is None
+        assert summarize_file((short.fileno(), 200_000), 1, "F32", 0.0) is None
+        for a, b in ((short, long), (long, short)):
+            assert compare_files((a.fileno(), 0), (b.fileno(), 0), 50_000, "F32", 0.0) is None
+        closed = os.dup(long.fileno())
+    os.close(closed)
+    assert summarize_file((closed, 0), 1, "F32", 0.0) is None
 
 
 def test_storage_need_not_be_aligned(kernels):
