@@ -15,6 +15,8 @@ from surgery.roles import Role, role_of_reason
 FORMAT = "surgery-recipe-2"
 FORMAT_1 = "surgery-recipe-1"
 """Its digests are bare sha256."""
+PERTURBED = "the source has noise already: it holds a surgery.json"
+"""A note on a run."""
 _VANISHED = 0.01
 _log = logging.getLogger(__name__)
 _FILE_FIELDS = ("name", "digest", "source", "source_digest", "tied")

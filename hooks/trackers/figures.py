@@ -36,7 +36,7 @@ def figures_of(models: Sequence[nn.Module], *, is_collective: bool = True) -> di
             out.
     """
     found: dict[str, float] = {}
-    for noise in find_noise(models):
+    for *_, noise in find_noise(models):
         found.setdefault("noise_lam", noise.lam)
     for number, root in enumerate(find_patched(models), 1):
         figures = _figures_of_patch(root, is_collective=is_collective)
@@ -57,7 +57,7 @@ def _figures_of_patch(root: nn.Module, *, is_collective: bool) -> dict[str, floa
 def settings_of(models: Sequence[nn.Module]) -> dict[str, Any]:
     """Return what was asked for, flat, for a tracker's config: `surgery_mixout`, `surgery_mixout_granularity`."""
     found = dict(_of_run)
-    for noise in find_noise(models):
+    for *_, noise in find_noise(models):
         found |= {"surgery_noisytune": noise.lam, "surgery_noise_seed": noise.seed}
     for number, root in enumerate(find_patched(models), 1):
         patch: Patch = root.__dict__[PATCH]

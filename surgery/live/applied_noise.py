@@ -12,9 +12,14 @@ from surgery.noisytune import NoisyTune
 _noise: Any = WeakIdKeyDictionary()
 
 
+def note_added(model: nn.Module, noise: NoisyTune) -> None:
+    """Note what was added to a model, on top of what it has."""
+    _noise[unwrap(model)] = (*_noise.get(unwrap(model), ()), noise)
+
+
 def note_noise(model: nn.Module, noise: NoisyTune) -> None:
-    """Note what was added to a model, or what is known to be in its weights."""
-    _noise[unwrap(model)] = noise
+    """Note what is known to be in a model's weights."""
+    _noise[unwrap(model)] = (noise,)
 
 
 def forget_noise(model: nn.Module) -> None:
@@ -22,7 +27,7 @@ def forget_noise(model: nn.Module) -> None:
     _noise.pop(unwrap(model), None)
 
 
-def find_noise(models: Iterable[nn.Module]) -> Iterator[NoisyTune]:
-    """Yield the noise of the parts of these models, or of what they are parts of."""
+def find_noise(models: Iterable[nn.Module]) -> Iterator[tuple[NoisyTune, ...]]:
+    """Yield the noise of the parts of these models, or of what they are parts of: of each what was added, in order."""
     for part in find_related(models, _noise):
         yield _noise[part]

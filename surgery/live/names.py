@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoint.layout import WeightSet
+from surgery.checkpoint.layout import RECIPE, WeightSet
 from surgery.checkpoint.pickles import DTYPES
 from surgery.checkpoint.resolve import Checkpoint, resolve
 from surgery.checkpoint.roles import find_roles, read_model_type
@@ -21,6 +21,7 @@ from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SourceError
 from surgery.live.parts import LIVE_NAMES, NEW, pretrained_parts, unwrap
 from surgery.live.renames import CheckpointNames, Counterparts, match_names
+from surgery.recipe import PERTURBED
 from surgery.roles import BUFFER, CLASS, Role
 
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
@@ -83,7 +84,7 @@ def find_names(model: torch.nn.Module, source: str | Path | Checkpoint | None) -
             notes.append(_no_checkpoint(part, checkpoint, is_given=source is not None))
             continue
         read.append(checkpoint)
-        notes += _apply(found, members, names, checkpoint)
+        notes += [*_apply(found, members, names, checkpoint), *([PERTURBED] if checkpoint.is_perturbed else [])]
     if not read:
         notes = notes or [_no_checkpoint(model, None, is_given=False)]
         return replace(names, notes=tuple(notes))
@@ -206,6 +207,7 @@ def _read_names(checkpoint: Checkpoint) -> CheckpointNames:
         dtypes={tensor.name: tensor.dtype for tensor in tensors},
         roles=find_roles(shapes, model_type),
         repeating=frozenset(model_type.find_ties(shapes) if model_type and model_type.is_tied else ()),
+        is_perturbed=checkpoint.path(RECIPE).is_file(),
     )
 
 

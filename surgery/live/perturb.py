@@ -1,7 +1,7 @@
 """perturb_model and perturb_state_dict: NoisyTune on torch tensors in place, measured whole before the first write."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import torch
 from surgery.checkpoint.roles import find_roles
 from surgery.errors import SettingError, SourceError
 from surgery.kernels import tensors as kernels
-from surgery.live.applied_noise import note_noise
+from surgery.live.applied_noise import find_noise, note_added
 from surgery.live.foreign import is_flat, is_fsdp1
 from surgery.live.names import find_names
 from surgery.live.parts import NEW
+from surgery.live.present_noise import measure_share
 from surgery.live.targets import LiveTensor, find_targets, tie_equal
 from surgery.noise import key
 from surgery.noisytune import (
@@ -29,6 +30,9 @@ from surgery.noisytune import (
 from surgery.recipe import FileRecord, Recipe, warn_of_vanished
 
 _log = logging.getLogger(__name__)
+HAS_IT = "has this noise already"
+"""Why a tensor is left as it is that a former call has perturbed."""
+_LEAST_SHARE, _IS_THIS = 0.2, (0.8, 1.25)  # of this noise in the weights
 _LARGEST_U = 2.5  # the normal distribution's: its quantile at 2^-53 is 8.3, times 1/sqrt(12)
 
 
@@ -77,6 +81,7 @@ def perturb_model(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     source: str | Path | None = None,
+    again: bool = False,
 ) -> Recipe:
     """Add NoisyTune's noise to a model's parameters, in place: the bits of `surgery perturb` on its checkpoint.
 
@@ -84,13 +89,19 @@ def perturb_model(
     untouched. Everything is measured before the first write, so an error leaves the model as it was. A parameter that
     is not in the checkpoint, such as a new head, is not perturbed.
 
+    Where the weights hold this noise already, as when a cell of a notebook is run twice, a warning says so and nothing
+    is done. That is measured: of a model that was trained since, copied, or loaded from a perturbed checkpoint as well.
+    Noise of another seed or lam comes on top, with a warning.
+
     Args:
         model: may be wrapped by torch.compile, DDP, PEFT or a module of your own.
         lam, seed, noise, scale, rounding, include, exclude: see NoisyTune. Globs match the checkpoint's names.
         source: the checkpoint whose names the noise is drawn for: folder, file or Hub id. Default: the one that the
             model was loaded from, if it is on this machine; else the model's own names are used, and `notes` says so.
+        again: add the noise even if it is there.
     Returns:
-        What was done to every parameter and buffer, with `notes` on names that could not be mapped.
+        What was done to every parameter and buffer, with `notes` on names that could not be mapped and on noise that
+        was there before.
     Raises:
         SettingError: a setting is out of range, or would do nothing.
         SourceError: the model is quantized, sharded, on the meta device, or holds NaN or Inf; or `source` is unusable.
@@ -99,8 +110,6 @@ def perturb_model(
     _refuse_quantized(model)
     refuse_flattened(model)
     names = find_names(model, source)
-    for note in names.notes:  # the recipe has them too, but it is easily thrown away
-        _log.warning(note)
     roles = {name: settings.overrule(names.canonical[name], role) for name, role in names.roles.items()}
     new = {name: reason for name, reason in names.copied.items() if reason == NEW}
     targets, tied = find_targets(names.tensors, names.canonical, new, roles, settings, names.repeating)
@@ -112,8 +121,12 @@ def perturb_model(
         commit=names.commit,
         notes=names.notes,
         repeating=names.repeating,
+        former=None if again else [noise for added in find_noise([model]) for noise in added],
     )
-    note_noise(model, settings)
+    for note in recipe.notes:  # the recipe is easily thrown away
+        _log.warning(note)
+    if any(tensor.copied is None for tensor in recipe.tensors):
+        note_added(model, settings)
     return recipe
 
 
@@ -146,13 +159,20 @@ def _perturb(
     commit: str | None = None,
     notes: Iterable[str] = (),
     repeating: Collection[str] = (),
+    former: Sequence[NoisyTune] | None = None,
 ) -> Recipe:
-    """Measure everything, check everything, then write."""
+    """Measure everything, check everything, then write.
+
+    Args:
+        former: the noise that is known to have been added before; None: whatever is there, add it.
+    """
     settings.check_globs([*(target.name for target in targets), *tied] or [""])
     with kernels.workers() as workers, torch.no_grad():
         pooled = _measure(targets, settings, workers)
         tied = tied | tie_equal(targets, repeating)
         _refuse_nothing(targets, settings, source)
+        if former is not None:
+            notes = [*notes, *_notes_on_noise(targets, settings, pooled, workers, former)]
         todo = [target for target in targets if target.copied is None]
         for target in todo:
             if _may_overflow(target, settings, pooled):
@@ -190,6 +210,36 @@ def _refuse_nothing(targets: list[LiveTensor], settings: NoisyTune, source: str)
             f"{source}: expected a tensor to perturb, got {len(targets)} to leave ({reasons}). "
             "Correct include, exclude or source."
         )
+
+
+def _notes_on_noise(
+    targets: list[LiveTensor],
+    settings: NoisyTune,
+    pooled: float | None,
+    workers: ThreadPoolExecutor,
+    former: Sequence[NoisyTune],
+) -> Iterator[str]:
+    """Say what noise there is; where it is this one, leave the tensors as they are.
+
+    Of what is known of former calls, weights tell whether it is there still.
+    """
+    todo = [target for target in targets if target.copied is None]
+    share = measure_share(todo, settings, pooled, workers)
+    is_gone = share is not None and abs(share) < _LEAST_SHARE
+    others = [noise for noise in dict.fromkeys(former) if not is_gone or noise.seed != settings.seed]
+    if settings in others or (share is not None and not others and _IS_THIS[0] < share < _IS_THIS[1]):
+        for target in todo:
+            target.copied = HAS_IT
+        yield f"the weights have this noise already ({_text(settings)}): nothing was done; again=True adds it once more"
+        return
+    yield from (f"the weights have other noise already ({_text(noise)}): this comes on top of it" for noise in others)
+    if share is not None and not is_gone and not others:
+        what = f"noise of seed {settings.seed} already, about {share:.2f} times that of lam {settings.lam:g}"
+        yield f"the weights have {what}: this comes on top of it"
+
+
+def _text(settings: NoisyTune) -> str:
+    return f"lam {settings.lam:g}, seed {settings.seed}"
 
 
 def _scale(target: LiveTensor, settings: NoisyTune, pooled: float | None) -> float:

@@ -26,6 +26,7 @@ class CheckpointNames:
         written: every name, and the one that `surgery perturb` writes it under: another for what a pickle holds twice.
         shapes, dtypes, roles: by written name.
         repeating: written names that the class ties to others.
+        is_perturbed: `surgery perturb` wrote it.
     """
 
     id: str
@@ -35,6 +36,7 @@ class CheckpointNames:
     dtypes: dict[str, str]
     roles: dict[str, Role] = field(default_factory=dict)
     repeating: frozenset[str] = frozenset()
+    is_perturbed: bool = False
 
 
 @dataclass

