@@ -9,7 +9,30 @@ from typing import Any
 
 import click
 
+from surgery.errors import SettingError
+
+_SEED = "{seed}"
+_MOST_SEEDS = 1000
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class _Seeds(click.ParamType):  # type: ignore[type-arg]
+    """One seed, or a range such as 0..9, both ends included."""
+
+    name = "seeds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        if isinstance(value, range):
+            return value
+        first, dots, last = str(value).partition("..")
+        try:
+            seeds = range(int(first), int(last if dots else first) + 1)
+        except ValueError:
+            seeds = range(0)
+        if not 0 < seeds.stop - seeds.start <= _MOST_SEEDS:
+            self.fail(f"expected a seed, or a range such as 0..9 of at most {_MOST_SEEDS}, got {value}.", param, ctx)
+        return seeds
+
 
 debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 json = click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON on stdout.")
@@ -22,6 +45,25 @@ out = click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-noisytune-lam…-seed…]"
 )
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what a former run wrote to the folder.")
+
+
+def seed(help: str, **settings: Any) -> _Decorator:
+    """Add --seed, of which there may be several."""
+    return click.option("--seed", "seeds", type=_Seeds(), metavar="N|A..B", help=help, **settings)
+
+
+def fill_in(value: Any, option: str, seeds: range, seed: int | None) -> Any:
+    """Put a seed where an option's value says {seed}.
+
+    Raises:
+        SettingError: there are several seeds, and the value would be the same for all of them.
+    """
+    if value is None or seed is None:
+        return value
+    text = str(value)
+    if len(seeds) > 1 and _SEED not in text:
+        raise SettingError(f"{option}: expected {_SEED} in it with several seeds, got {text}. Write {text}-{_SEED}.")
+    return type(value)(text.replace(_SEED, str(seed)))
 
 
 def variant(of: str = "") -> _Decorator:
@@ -70,6 +112,16 @@ def private(help: str) -> _Decorator:
 def create_pr(help: str) -> _Decorator:
     """Add --create-pr."""
     return click.option("--create-pr", is_flag=True, help=help)
+
+
+def recipe_only(help: str) -> _Decorator:
+    """Add --recipe-only."""
+    return click.option("--recipe-only", is_flag=True, help=help)
+
+
+def collection(help: str) -> _Decorator:
+    """Add --collection."""
+    return click.option("--collection", metavar="TITLE", help=help)
 
 
 def commit_message(help: str) -> _Decorator:

@@ -1,8 +1,9 @@
 """`surgery perturb`: write a perturbed copy of a checkpoint, and push it if asked to."""
 
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from surgery.cli.push import push_and_print
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
+    from surgery.noisytune import NoisyTune
     from surgery.perturb.plan import Plan
     from surgery.push.push import PushOptions
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @options.out
 @click.option("--lam", type=float, default=0.15, help="Noise intensity, from 0 to 1; the paper uses 0.1 to 0.15.")
-@click.option("--seed", type=int, default=0, help="The same seed gives the same bytes.")
+@options.seed("The same seed gives the same bytes. 0..9: ten checkpoints.", default="0")
 @click.option("--noise", type=click.Choice(["uniform", "normal"]), default="uniform", help="Shape of the noise.")
 @click.option("--scale", type=click.Choice(["matrix", "global"]), default="matrix", help="Whose std scales the noise.")
 @click.option(
@@ -37,16 +39,19 @@ if TYPE_CHECKING:
 @options.workers("three per core")
 @options.overwrite
 @options.plot("Draw what the noise did.")
+@options.recipe_only("Write no weights: `surgery materialize` makes them.")
 @options.dry_run("Print what would be done, and write nothing.")
 @click.option("--push", "repo", metavar="REPO", help="Push the result to this model on the Hub.")
 @options.private("With --push: make the model private, if it is new.")
 @options.create_pr("With --push: open a pull request.")
 @options.commit_message("With --push: first line of the commit.")
+@options.collection("With --push: add the model to this collection, made if need be.")
 @command
 def perturb(
     model: str,
     out: Path | None,
     *,
+    seeds: range,
     revision: str | None,
     variant: str | None,
     key: str | None,
@@ -54,42 +59,91 @@ def perturb(
     workers: int | None,
     overwrite: bool,
     plot: Path | None,
+    recipe_only: bool,
     dry_run: bool,
     repo: str | None,
     private: bool,
     create_pr: bool,
     commit_message: str | None,
+    collection: str | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Write a copy of MODEL with NoisyTune's noise in its weights.
 
     MODEL is a Hub id, a folder, or a .safetensors or PyTorch file. An interrupted run is resumed by the same command.
+    With several seeds, {seed} stands for each in the values of -o, --push and --plot.
     """
     import surgery.perturb.execute  # noqa: F401  (takes time that is not the run's)
     from surgery.noisytune import NoisyTune
     from surgery.perturb.output import refuse_windows
     from surgery.perturb.plan import make_plan
 
-    start = time.perf_counter()
     if not dry_run:
         refuse_windows("perturb")
-    noisytune = NoisyTune(**settings)
-    if plot:
-        from surgery.report.pictures import check_noise_plot
+    asked = []
+    for seed in seeds:
+        noisytune = NoisyTune(seed=seed, **settings)
+        picture = options.fill_in(plot, "--plot", seeds, seed)
+        if picture:
+            from surgery.report.pictures import check_noise_plot
 
-        check_noise_plot(plot, noisytune, dry_run=dry_run)
-    push = _push_options(repo, private=private, create_pr=create_pr, commit_message=commit_message, token=token)
-    if push and not dry_run:
-        from surgery.push.push import check
+            check_noise_plot(picture, noisytune, dry_run=dry_run)
+        push = _push_options(
+            options.fill_in(repo, "--push", seeds, seed),
+            private=private,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            collection=collection,
+            token=token,
+            recipe_only=recipe_only,
+        )
+        asked.append(_Asked(noisytune, options.fill_in(out, "--out", seeds, seed), picture, push))
+    if not dry_run:
+        _check_pushes(one.push for one in asked)
+    every = []
+    for i, one in enumerate(asked):
+        start = time.perf_counter()
+        plan = make_plan(
+            model,
+            one.out,
+            one.settings,
+            revision=revision,
+            variant=variant,
+            key=key,
+            token=token,
+            recipe_only=recipe_only,
+        )
+        one = replace(one, push=replace(one.push, folder=plan.out) if one.push else None)
+        if i and not as_json:
+            click.echo()
+        if dry_run:
+            every.append(_print_plan(plan, one.push, is_quiet=as_json))
+        else:
+            every.append(_write(plan, one, start=start, overwrite=overwrite, workers=workers, is_quiet=as_json))
+    if as_json:
+        from surgery.report.text import as_json as to_json
 
-        check(push)
-    plan = make_plan(model, out, noisytune, revision=revision, variant=variant, key=key, token=token)
-    push = replace(push, folder=plan.out) if push else None
-    if dry_run:
-        _print_plan(plan, push, as_json=as_json)
-    else:
-        _write(plan, push, start=start, overwrite=overwrite, workers=workers, plot=plot, as_json=as_json)
+        click.echo(to_json(every[0] if len(seeds) == 1 else {"variants": every}))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked for of one seed."""
+
+    settings: "NoisyTune"
+    out: Path | None
+    plot: Path | None
+    push: "PushOptions | None"
+
+
+def _check_pushes(pushes: "Iterable[PushOptions | None]") -> None:
+    """Refuse what cannot be pushed before anything is written."""
+    for push in pushes:
+        if push:
+            from surgery.push.push import check
+
+            check(push)
 
 
 def _push_options(repo: str | None, **settings: Any) -> "PushOptions | None":
@@ -98,52 +152,44 @@ def _push_options(repo: str | None, **settings: Any) -> "PushOptions | None":
         from surgery.push.push import PushOptions
 
         return PushOptions(Path(), repo, **settings)
-    for name in ("private", "create_pr", "commit_message"):
+    for name in ("private", "create_pr", "commit_message", "collection"):
         if settings[name]:
             option = f"--{name.replace('_', '-')}"
             raise SettingError(f"{option}: expected --push REPO with it, got none. Add it, or leave {option} out.")
     return None
 
 
-def _print_plan(plan: "Plan", push: "PushOptions | None", *, as_json: bool) -> None:
+def _print_plan(plan: "Plan", push: "PushOptions | None", *, is_quiet: bool) -> dict[str, Any]:
     from surgery.report import perturb as report
     from surgery.report.tables import stdout_terminal
-    from surgery.report.text import as_json as to_json
 
     rows = report.plan_rows(plan) | ({"push": push.command} if push else {})
-    click.echo(to_json(rows) if as_json else report.plan_table(rows, stdout_terminal()))
+    if not is_quiet:
+        click.echo(report.plan_table(rows, stdout_terminal()))
+    return rows
 
 
 def _write(
-    plan: "Plan",
-    push: "PushOptions | None",
-    *,
-    start: float,
-    overwrite: bool,
-    workers: int | None,
-    plot: Path | None,
-    as_json: bool,
-) -> None:
-    """Do what is planned, print what was done, and push it."""
+    plan: "Plan", asked: _Asked, *, start: float, overwrite: bool, workers: int | None, is_quiet: bool
+) -> dict[str, Any]:
+    """Do what is planned, print what was done unless quiet, push it, and return what was done."""
     from surgery.perturb.execute import execute
     from surgery.perturb.output import is_finished
     from surgery.report import perturb as report
     from surgery.report.tables import stdout_terminal
-    from surgery.report.text import as_json as to_json
 
     is_new = overwrite or not is_finished(plan.out)
     recipe = execute(plan, overwrite=overwrite, workers=workers)
     rows = report.rows(recipe, plan, time.perf_counter() - start, is_new=is_new)
-    if plot:
+    if asked.plot:
         from surgery.report.pictures import noise_picture
         from surgery.report.plot import draw
 
-        draw(noise_picture(recipe, plan), plot)
-    if not as_json:
+        draw(noise_picture(recipe, plan), asked.plot)
+    if not is_quiet:
         # a reader that has gone does not keep the push from being made
-        with suppress(BrokenPipeError) if push else nullcontext():
+        with suppress(BrokenPipeError) if asked.push else nullcontext():
             click.echo(report.table(rows, stdout_terminal()))
-    if push:
-        rows["push"] = push_and_print(push, is_quiet=as_json)
-    if as_json:
-        click.echo(to_json(rows))
+    if asked.push:
+        rows["push"] = push_and_print(asked.push, is_quiet=is_quiet)
+    return rows

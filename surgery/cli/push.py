@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 @options.create_pr("Open a pull request, or go on with the one a former push opened.")
 @options.commit_message("First line of the commit.  [default: names source, lam and seed]")
 @options.token
-@click.option("--recipe-only", is_flag=True, help="Leave the weights out: `surgery materialize` makes them again.")
+@options.recipe_only("Leave the weights out: `surgery materialize` makes them again.")
+@options.collection("Add the model to this collection, made if need be.")
+@options.seed("A range such as 0..9: push ten, with {seed} in DIR and REPO.")
 @options.dry_run("Print what would be pushed, and change nothing.")
 @command
-def push(folder: Path, repo: str, *, dry_run: bool, as_json: bool, **settings: Any) -> None:
+def push(folder: Path, repo: str, *, seeds: range | None, dry_run: bool, as_json: bool, **settings: Any) -> None:
     """Push the checkpoint in DIR to the model REPO on the Hub.
 
     DIR is a folder that `surgery perturb` wrote. A push that failed is resumed by the same command.
@@ -31,14 +33,19 @@ def push(folder: Path, repo: str, *, dry_run: bool, as_json: bool, **settings: A
     from surgery.push.push import PushOptions, refuse_without_token
     from surgery.report.text import as_json as to_json
 
-    asked = PushOptions(folder, repo, **settings)
-    if dry_run:
-        rows = _print_plan(asked, is_quiet=as_json)
-    else:
-        refuse_without_token(asked)
-        rows = push_and_print(asked, is_quiet=as_json)
+    several = seeds or range(1)
+    asked = [
+        PushOptions(
+            options.fill_in(folder, "DIR", several, seed), options.fill_in(repo, "REPO", several, seed), **settings
+        )
+        for seed in seeds or (None,)
+    ]
+    if not dry_run:
+        refuse_without_token(asked[0])
+    do = _print_plan if dry_run else push_and_print
+    every = [do(one, is_quiet=as_json) for one in asked]
     if as_json:
-        click.echo(to_json(rows))
+        click.echo(to_json(every[0] if len(every) == 1 else {"variants": every}))
 
 
 def push_and_print(asked: "PushOptions", *, is_quiet: bool) -> dict[str, Any]:

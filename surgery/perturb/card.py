@@ -80,9 +80,10 @@ def _name(recipe: Recipe) -> str:
 
 def _title(recipe: Recipe) -> str:
     name = _name(recipe)
+    settings = recipe.settings
     link = f"[{name}](https://huggingface.co/{name}/tree/{recipe.commit})" if recipe.commit else f"`{name}`"
     return (
-        f"# {name.rpartition('/')[2]} with NoisyTune's noise\n\n"
+        f"# {name.rpartition('/')[2]} with NoisyTune's noise, lam {settings.lam:g}, seed {settings.seed}\n\n"
         f"The weights of {link}, with a little noise added to each matrix. Nothing was trained. "
         "[NoisyTune](https://arxiv.org/abs/2202.12024) (Wu et al., ACL 2022) finds that models fine-tune better from "
         "such weights."

@@ -1,6 +1,6 @@
 """perturb_checkpoint: carry out a Plan shard by shard, then copy companions, and write model card and recipe."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -19,7 +19,7 @@ from surgery.perturb.compare_recipe import file_faults, recipe_faults
 from surgery.perturb.output import OutputFolder, is_finished, refuse_windows
 from surgery.perturb.partfile import PartFile
 from surgery.perturb.plan import Plan, make_plan
-from surgery.perturb.shard import ShardTask
+from surgery.perturb.shard import ShardTask, Sink
 from surgery.perturb.shard_plan import ShardPlan
 from surgery.perturb.tasks import GlobalMoments, make_record, make_task, measure, with_ties
 from surgery.progress import bar
@@ -44,6 +44,7 @@ def perturb_checkpoint(
     token: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
+    recipe_only: bool = False,
 ) -> Recipe:
     """Write a copy of a checkpoint with NoisyTune's noise in every floating-point parameter.
 
@@ -61,6 +62,7 @@ def perturb_checkpoint(
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
         workers: threads; default: three per core, at most 16. The bytes written do not depend on it.
+        recipe_only: write all but the weights and their indexes: materialize_checkpoint makes them from the recipe.
     Returns:
         What was done to every tensor.
     Raises:
@@ -70,7 +72,9 @@ def perturb_checkpoint(
     """
     refuse_windows("perturb")
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
-    plan = make_plan(source, out, settings, revision=revision, variant=variant, key=key, token=token)
+    plan = make_plan(
+        source, out, settings, revision=revision, variant=variant, key=key, token=token, recipe_only=recipe_only
+    )
     recipe = execute(plan, overwrite=overwrite, workers=workers)
     warn_of_vanished(recipe)
     return recipe
@@ -92,7 +96,7 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
             folder.note("measured", measured.to_json())
         with bar(sum(shard.nbytes for shard in todo), "perturbing") as on_bytes:
             stream.run(
-                (make_task(plan, shard, measured, partial(folder.open_part, shard.name)) for shard in todo),
+                (make_task(plan, shard, measured, partial(_open_sink, plan, folder, shard.name)) for shard in todo),
                 plan.settings,
                 workers=workers,
                 on_done=lambda task: _finish_shard(task, plan, by_name[task.name], folder, measured),
@@ -117,11 +121,12 @@ def _job(plan: Plan) -> dict[str, Any]:
             stat = checkpoint.path(name).stat()
             files[name] = [stat.st_size, stat.st_mtime_ns]
     source = {"id": checkpoint.id, "commit": checkpoint.commit, "variant": plan.variant, "files": files}
-    return {
+    job = {
         "contract": CONTRACT,
         "source": source | ({} if checkpoint.key is None else {"key": checkpoint.key}),
         "settings": asdict(plan.settings),
     }
+    return job | {"recipe_only": True} if plan.is_recipe_only else job
 
 
 def _is_record(plan: Plan, name: str, entry: Any) -> bool:
@@ -134,15 +139,30 @@ def _is_record(plan: Plan, name: str, entry: Any) -> bool:
     return found == (plan.algorithm(name), plan.source_algorithm(shard.source))
 
 
+class _Discarded:
+    """Where a shard goes of which only the digest is wanted."""
+
+    def take(self, position: int, window: memoryview, nbytes: int) -> Callable[[], None]:  # noqa: ARG002
+        """Take nothing."""
+        return lambda: None
+
+    def close(self) -> None:
+        """Release nothing."""
+
+
+def _open_sink(plan: Plan, folder: OutputFolder, name: str) -> Sink:
+    return _Discarded() if plan.is_recipe_only else folder.open_part(name)
+
+
 def _finish_shard(task: ShardTask, plan: Plan, shard: ShardPlan, folder: OutputFolder, measured: GlobalMoments) -> None:
     """Give a complete shard its name and note in the journal what was done to it."""
     record = make_record(task, shard, measured)
     if plan.recorded:
         recorded = next(file for file in plan.recorded.files if file.name == record.name)
         _refuse(file_faults(recorded, record), folder)
-    assert isinstance(task.sink, PartFile)
-    size = folder.finish_part(shard.name, task.sink)
-    folder.record(shard.name, {"size": size, **record.to_json()})
+    if isinstance(task.sink, PartFile):
+        folder.finish_part(shard.name, task.sink)
+    folder.record(shard.name, {"size": shard.nbytes, **record.to_json()})
 
 
 def _refuse(faults: list[str], folder: OutputFolder) -> None:
@@ -166,7 +186,8 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
         folder.finish_part(name, part)
         digests[name] = digest.text()
     for name, data in plan.indexes.items():
-        folder.write(name, data)
+        if not plan.is_recipe_only:
+            folder.write(name, data)
         digests[name] = digest_of_bytes(data, plan.algorithm(name))
     return digests
 
@@ -223,6 +244,8 @@ def _already_done(plan: Plan) -> Recipe | None:
         if any(tensor.role.is_buffer != shard.roles[tensor.name].is_buffer for tensor in floats):
             return None  # an older version took other tensors for buffers
         path = plan.out / file.name
+        if plan.is_recipe_only:
+            continue
         if not path.is_file() or path.stat().st_size != shard.nbytes:
             return None
     known = recipe.source_digests

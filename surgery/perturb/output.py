@@ -124,7 +124,7 @@ class OutputFolder:
         if is_same:
             self.finished = {n: r for n, r in former["finished"].items() if self._is_whole(n, r)}
             self.notes = former["notes"]
-        doomed = present - {*self.finished, JOURNAL}
+        doomed = present - {*(self.finished.keys() & self._planned.keys()), JOURNAL}
         self._check_space(sum((self.path / name).lstat().st_size for name in doomed))
         self._write_journal()
         # the journal is there: from here on the folder counts as unfinished, so a stale file is never loaded
@@ -154,6 +154,8 @@ class OutputFolder:
             )
 
     def _is_whole(self, name: str, record: dict[str, Any]) -> bool:
+        if name not in self._planned:  # only its record is wanted
+            return self._is_record(name, record)
         path = self.path / name
         is_there = path.is_file() and not path.is_symlink()
         return is_there and self._is_record(name, record) and path.stat().st_size == record.get("size")

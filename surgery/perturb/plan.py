@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Plan:
         indexes: to write, by name.
         command: the shell command that does this.
         recorded: the recipe that the run repeats, if it does; what it writes must be what that says.
+        is_recipe_only: the weights and their indexes are computed, for the recipe, and not written.
     """
 
     checkpoint: Checkpoint
@@ -43,6 +44,7 @@ class Plan:
     variant: str | None
     command: str
     recorded: Recipe | None = None
+    is_recipe_only: bool = False
 
     @property
     def companions(self) -> tuple[str, ...]:
@@ -61,6 +63,8 @@ class Plan:
         """Bytes of every file that will be written, by name."""
         sizes = {shard.name: shard.nbytes for shard in self.shards}
         sizes |= {name: len(data) for name, data in self.indexes.items()}
+        if self.is_recipe_only:
+            sizes = {}
         return sizes | {name: self.checkpoint.path(name).stat().st_size for name in self.companions}
 
     def algorithm(self, name: str) -> str:
@@ -113,6 +117,7 @@ def make_plan(
     variant: str | None = None,
     key: str | None = None,
     token: str | None = None,
+    recipe_only: bool = False,
 ) -> Plan:
     """Read the source's headers and settle what happens to every tensor. Writes nothing.
 
@@ -121,7 +126,8 @@ def make_plan(
     """
     checkpoint = resolve(source, revision=revision, variant=variant, key=key, token=token)
     out = choose_out(out, checkpoint, settings, name=checkpoint.short_name)
-    return plan_checkpoint(checkpoint, out, settings, variant=variant)
+    plan = plan_checkpoint(checkpoint, out, settings, variant=variant)
+    return replace(plan, is_recipe_only=True, command=f"{plan.command} --recipe-only") if recipe_only else plan
 
 
 def choose_out(out: str | Path | None, checkpoint: Checkpoint, settings: NoisyTune, *, name: str) -> Path:

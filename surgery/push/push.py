@@ -17,6 +17,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from surgery.checkpoint.hub_errors import PUSH, HttpLibraryError, one_line, wait_before_retry
 from surgery.errors import OutputError, SettingError
+from surgery.push.collection import add_to_collection
 from surgery.push.contents import Contents, read_contents
 from surgery.push.remote import PushPlan, RemoteRevision, plan_push, read_revision
 
@@ -34,6 +35,7 @@ class PushOptions:
         revision: branch, made if need be.
         token: None for the one stored on this machine.
         recipe_only: without the weights.
+        collection: title or slug of one to add the model to.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class PushOptions:
     commit_message: str | None = None
     token: str | None = field(default=None, repr=False)
     recipe_only: bool = False
+    collection: str | None = None
 
     def __post_init__(self) -> None:
         if self.create_pr and self.revision not in (None, constants.DEFAULT_REVISION):
@@ -59,7 +62,11 @@ class PushOptions:
     @property
     def command(self) -> str:
         """The command that does this, without the token."""
-        valued = {"--revision": self.revision, "--commit-message": self.commit_message}
+        valued = {
+            "--revision": self.revision,
+            "--commit-message": self.commit_message,
+            "--collection": self.collection,
+        }
         flags = {"--private": self.private, "--create-pr": self.create_pr, "--recipe-only": self.recipe_only}
         given = [part for option, value in valued.items() if value for part in (option, value)]
         parts = ["surgery", "push", str(self.folder), self.repo_id, *(flag for flag, on in flags.items() if on), *given]
@@ -75,12 +82,14 @@ class Pushed:
         commit: sha of the commit that holds the checkpoint.
         shipment: what was sent, and what was there already.
         notes: what the Hub remarked.
+        collection: URL of the one that the model was added to, if it was.
     """
 
     url: str
     commit: str
     shipment: PushPlan
     notes: tuple[str, ...] = ()
+    collection: str | None = None
 
 
 def push_checkpoint(
@@ -93,6 +102,7 @@ def push_checkpoint(
     commit_message: str | None = None,
     token: str | None = None,
     recipe_only: bool = False,
+    collection: str | None = None,
 ) -> Pushed:
     """Push what `perturb_checkpoint` wrote to a model repository on the Hub, in one commit.
 
@@ -109,6 +119,7 @@ def push_checkpoint(
         commit_message: default: names source, lam and seed.
         token: default: the one stored on this machine. It is kept nowhere.
         recipe_only: leave the weights out: `surgery materialize` makes them again.
+        collection: add the model to it: a slug, or a title in the model's namespace, made if need be.
     Returns:
         The URL, the commit, and what was sent.
     Raises:
@@ -125,6 +136,7 @@ def push_checkpoint(
         commit_message=commit_message,
         token=token,
         recipe_only=recipe_only,
+        collection=collection,
     )
     refuse_without_token(options)
     return execute(options, read_contents(options.folder, recipe_only=recipe_only))
@@ -172,13 +184,22 @@ def _try_often(options: PushOptions, contents: Contents) -> Pushed:
         try:
             plan = _plan(api, options, contents)
             first = first or plan
-            return replace(_send(api, options, plan), shipment=first)
+            pushed = replace(_send(api, options, plan), shipment=first)
+            return replace(pushed, collection=_collect(api, options, pushed))
         except (OSError, ValueError, RuntimeError, HttpLibraryError) as error:
             wait = wait_before_retry(error, attempt)
             if wait is None or attempt == _TRIES - 1:
                 raise
             time.sleep(wait)
     raise AssertionError
+
+
+def _collect(api: HfApi, options: PushOptions, pushed: Pushed) -> str | None:
+    if options.collection is None:
+        return None
+    remote = pushed.shipment.remote
+    private = options.private or bool(remote.is_private)
+    return add_to_collection(api, remote.repo_id, options.collection, private=private)
 
 
 def _remote(api: HfApi, options: PushOptions) -> RemoteRevision:

@@ -3,7 +3,6 @@
 import math
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.layout import RECIPE
@@ -35,6 +34,7 @@ def plan_rows(plan: Plan) -> dict[str, Any]:
         "commit": plan.checkpoint.commit,
         "out": str(plan.out),
         "bytes": sum(plan.sizes.values()),
+        "recipe_only": plan.is_recipe_only,
         "shards": len(plan.shards),
         "parameters": _parameters(tensors),
         "command": plan.command,
@@ -53,7 +53,7 @@ def rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> dict[st
     """
     tensors = [{"file": file.name, **tensor.to_json()} for file in recipe.files for tensor in file.tensors]
     effects = [(math.prod(t.shape), t.effect) for t in recipe.tensors if t.effect]
-    nbytes = sum(plan.sizes.values()) if is_new else 0
+    nbytes = sum(plan.sizes.values()) + plan.is_recipe_only * len(recipe.to_json().encode()) if is_new else 0
     weight = sum(size for size, _ in effects)
     return {
         "source": recipe.source,
@@ -67,10 +67,11 @@ def rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> dict[st
         "survived": sum(size * e.survived for size, e in effects) / weight if weight else 0.0,
         "vanished": recipe.vanished,
         "bytes": nbytes,
+        "recipe_only": plan.is_recipe_only,
         "seconds": seconds,
         "gb_per_second": nbytes / 1e9 / seconds,
         "notes": _notes(recipe, plan),
-        "next": _next_command(recipe, plan.out),
+        "next": _next_command(recipe, plan),
         "left_out": recipe.left_out,
         "tied": {name: kept for file in recipe.files for name, kept in file.tied.items()},
         "tensors": tensors,
@@ -90,8 +91,11 @@ def _notes(recipe: Recipe, plan: Plan) -> list[str]:
     return notes
 
 
-def _next_command(recipe: Recipe, out: Path) -> str:
-    """Return a command that loads the result with the library whose config it holds."""
+def _next_command(recipe: Recipe, plan: Plan) -> str:
+    """Return a command that loads the result with the library whose config it holds, or that makes the weights."""
+    out = plan.out
+    if plan.is_recipe_only:
+        return shlex.join(["surgery", "materialize", str(out), "-o", f"{out}-weights"])
     if "config.json" in recipe.companions:
         code = f"from transformers import AutoModel; print(AutoModel.from_pretrained({str(out)!r}))"
     elif "model_index.json" in recipe.companions:
@@ -105,6 +109,8 @@ def _next_command(recipe: Recipe, out: Path) -> str:
 def _written(rows: Mapping[str, Any]) -> str:
     if not rows["bytes"]:
         return "nothing: this command had finished here before"
+    if rows["recipe_only"]:
+        return f"{as_bytes(rows['bytes'])}: the recipe and its companions, without weights"
     return f"{as_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"
 
 

@@ -12,12 +12,13 @@ from surgery.report.text import as_bytes, line
 
 def plan_rows(options: PushOptions, plan: PushPlan) -> dict[str, Any]:
     """Describe what a push would do: where to, what it sends, what is there already, what it deletes."""
-    return _rows(options, plan) | {"logged_in": options.is_logged_in, "command": options.command}
+    planned = {"collection": options.collection, "logged_in": options.is_logged_in, "command": options.command}
+    return _rows(options, plan) | planned
 
 
 def rows(options: PushOptions, pushed: Pushed) -> dict[str, Any]:
     """Describe what a push did, with the URL of the commit or the pull request."""
-    result = {"url": pushed.url, "commit": pushed.commit, "notes": list(pushed.notes)}
+    result = {"url": pushed.url, "commit": pushed.commit, "collection": pushed.collection, "notes": list(pushed.notes)}
     return _rows(options, pushed.shipment) | result
 
 
@@ -46,6 +47,8 @@ def plan_table(rows: Mapping[str, Any], terminal: Terminal) -> str:
     """Lay out plan_rows for people."""
     state = f"{'new' if rows['new'] else 'existing'}, {'private' if rows['private'] else 'public'}"
     lines = [f"would push {_amount(rows)}, to {_target(rows)}, {state}", *_lines(rows, "would go")]
+    if rows["collection"]:
+        lines.append(line("collection", f"{rows['collection']}: the model would be added"))
     if not rows["logged_in"]:
         unknown = "; if the model is there and private, it is not seen" if rows["new"] else ""
         lines.append(line("login", f"none: `hf auth login`, or give --token, to push{unknown}"))
@@ -59,7 +62,8 @@ def table(rows: Mapping[str, Any], terminal: Terminal) -> str:
     else:
         title = f"nothing to push: all of it is in {_branch(rows)}"
     lines = [title, *_lines(rows, "are gone"), *(line("note", note) for note in rows["notes"])]
-    return "\n".join([*terminal.wrap_all(lines), line("url", rows["url"])])
+    urls = [line(name, rows[name]) for name in ("url", "collection") if rows[name]]
+    return "\n".join([*terminal.wrap_all(lines), *urls])
 
 
 def _amount(rows: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ class Hub:
     Args:
         users: by token.
         stored: content of large files by sha256, whether or not a commit has it.
+        collections: by slug.
         chunk: if set, large files are asked for in parts of that many bytes.
         status: if set, what every request gets instead of an answer.
         headers: of files, in place of those they would have; None for none at all.
@@ -52,6 +53,7 @@ class Hub:
     stored: dict[str, bytes] = field(default_factory=dict)
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    collections: dict[str, dict[str, Any]] = field(default_factory=dict)
     chunk: int | None = None
     status: int | None = None
     headers: dict[str, str | None] = field(default_factory=dict)
@@ -128,6 +130,8 @@ class _Handler(Writes, Xet):
             self.xet_route(path)
         elif self.command in ("POST", "PUT"):
             self.write_route(path)
+        elif path.startswith("/api/collections"):
+            self._collections(path.removeprefix("/api/collections").removeprefix("/"))
         elif path.startswith("/api/models/"):
             self._api(path.removeprefix("/api/models/"))
         elif "/resolve/" in path:
@@ -142,6 +146,18 @@ class _Handler(Writes, Xet):
         else:
             orgs = [{"name": name, "type": "org"} for name in self.user.orgs]
             self.send_json({"type": "user", "name": self.user.name, "orgs": orgs, "auth": {"type": "access_token"}})
+
+    # -- /api/collections[/{slug}]?owner=… ----------------------------------------------------------------------------
+
+    def _collections(self, slug: str) -> None:
+        if slug in self.state.collections:
+            self.send_json(self.state.collections[slug])
+        elif slug:
+            self.refuse(404, message="Collection not found")
+        else:
+            owner = self.query.get("owner")
+            rows = [one for one in self.state.collections.values() if one["owner"]["name"] == owner]
+            self.send_json([{name: value for name, value in row.items() if name != "position"} for row in rows])
 
     # -- /api/models/{id}[/revision/{revision} | /tree/{revision} | /refs | /discussions] ------------------------------
 

@@ -17,7 +17,9 @@ class Writes(Wire):
 
     def write_route(self, path: str) -> None:
         model = path.removeprefix("/api/models/")
-        if path == "/api/repos/create":
+        if path.startswith("/api/collections"):
+            self._collect(path.removeprefix("/api/collections").removesuffix("/items"), json.loads(self.body))
+        elif path == "/api/repos/create":
             self._create(json.loads(self.body))
         elif path == "/api/validate-yaml":
             self._validate(json.loads(self.body)["content"])
@@ -71,6 +73,33 @@ class Writes(Wire):
         elif repo:
             repo.heads[branch] = repo.commit
             self.send_json({})
+
+    # -- collections --------------------------------------------------------------------------------------------------
+
+    def _collect(self, slug: str, wanted: dict[str, Any]) -> None:
+        """Make a collection, or add an item to the one of a slug."""
+        namespace = slug.strip("/").partition("/")[0] or wanted["namespace"]
+        if not self.user or namespace not in self.user.namespaces:
+            self.refuse(403, message=f"You don't have the rights to write to collections of {namespace}")
+            return
+        if not slug:
+            slug = f"/{namespace}/{wanted['title'].lower().replace(' ', '-')}-{len(self.state.collections):024x}"
+            self.state.collections[slug[1:]] = {
+                "slug": slug[1:], "title": wanted["title"], "owner": {"name": namespace}, "items": [],
+                "lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "private": wanted["private"],
+                "theme": "blue", "upvotes": 0,
+            }  # fmt: skip
+        elif slug[1:] not in self.state.collections:
+            self.refuse(404, message="Collection not found")
+            return
+        else:
+            items = self.state.collections[slug[1:]]["items"]
+            item = {"id": wanted["item"]["id"], "type": wanted["item"]["type"], "_id": str(len(items)), "position": 0}
+            if any(one["id"] == item["id"] for one in items):
+                self.refuse(409, message="Item is already in the collection")
+                return
+            items.append(item)
+        self.send_json(self.state.collections[slug[1:]])
 
     # -- content ------------------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ tags:
 base_model_relation: finetune
 ---
 
-# tiny.model-v1 with NoisyTune's noise
+# tiny.model-v1 with NoisyTune's noise, lam 0.1, seed 3
 
 The weights of [org/tiny.model-v1](https://huggingface.co/org/tiny.model-v1/tree/{commit}), with a little noise \
 added to each matrix. Nothing was trained. [NoisyTune](https://arxiv.org/abs/2202.12024) (Wu et al., ACL 2022) finds \
@@ -309,7 +309,7 @@ def test_perturbed_model_is_perturbed_again(source: Path, tmp_path: Path) -> Non
     perturb_checkpoint(source, tmp_path / "once")
     recipe = perturb_checkpoint(tmp_path / "once", tmp_path / "twice", seed=1)
     card = (tmp_path / "twice/README.md").read_text()
-    assert "# once with NoisyTune's noise" in card
+    assert "# once with NoisyTune's noise, lam 0.15, seed 1" in card
     assert ModelCard(card).data.license_name == "tiny-1"
     assert recipe.left_out == {"README.md": "replaced by a card of its own"}
     assert set(recipe.companions) == {"config.json", "tokenizer.json"}

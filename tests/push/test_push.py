@@ -250,6 +250,56 @@ def test_recipe_only_leaves_weights_and_indexes_out(hub: Hub, push: Push, finish
     assert "recipe only  no weights" in stdout
 
 
+@pytest.mark.parametrize("collection", ["Noisy ones", "me/old-000000000000000000000000"], ids=["title", "slug"])
+def test_model_is_added_to_a_collection(hub: Hub, push: Push, collection: str) -> None:
+    if collection.startswith("me/"):
+        push("me/first", "--collection", "Old")
+    for repo in (REPO, REPO, "me/other"):
+        stdout = succeeded(push(repo, "--collection", collection))
+        (slug,) = hub.collections
+        assert f"collection   {hub.url}/collections/{slug}" in stdout
+    added = [REPO, "me/other"]
+    (made,) = hub.collections.values()
+    assert [item["id"] for item in made["items"]] == (["me/first", *added] if made["title"] == "Old" else added)
+    assert made["private"] is False
+
+
+def test_collection_is_that_of_the_namespace(hub: Hub, push: Push) -> None:
+    succeeded(push("lab/noisy", "--private", "--collection", "Noisy"))
+    succeeded(push(REPO, "--collection", "Noisy"))
+    owners = {one["owner"]["name"]: (one["private"], len(one["items"])) for one in hub.collections.values()}
+    assert owners == {"lab": (True, 1), "me": (False, 1)}
+
+
+def test_failed_collection_is_one_line_with_the_command_that_resumes(hub: Hub, push: Push, out: Path) -> None:
+    done = push(REPO, "--collection", "them/theirs-000000000000000000000000")
+    assert done.exit_code == 1
+    assert "rights to write to collections of them" in done.stderr
+    assert f"Resume with `surgery push {out} {REPO} --collection them/theirs-0" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert hub.repos[REPO].files.keys() == _OURS
+    planned = succeeded(push(REPO, "--collection", "Noisy", "--dry-run"))
+    assert "collection   Noisy: the model would be added" in planned
+    assert not hub.collections
+
+
+def test_variants_are_pushed_each_to_its_own(hub: Hub, push: Push, source: Path, tmp_path: Path) -> None:
+    where, repo = tmp_path / "v-{seed}", "me/v-{seed}"
+    for extra in ([], ["--recipe-only"]):
+        args = ["perturb", str(source), "-o", str(where), "--seed", "0..1", "--push", repo, "--collection", "Variants"]
+        rows = json.loads(succeeded(CliRunner().invoke(main, [*args, *extra, "--overwrite", "--json"])))
+        assert [row["push"]["repo"] for row in rows["variants"]] == ["me/v-0", "me/v-1"]
+    (made,) = hub.collections.values()
+    assert [item["id"] for item in made["items"]] == ["me/v-0", "me/v-1"]
+    titles = [hub.repos[f"me/v-{n}"].files["README.md"].decode().split("# ")[1].splitlines()[0] for n in (0, 1)]
+    assert titles == [f"source with NoisyTune's noise, lam 0.15, seed {n}" for n in (0, 1)]
+    stdout = succeeded(push("me/w-{seed}", "--seed", "0..1", "--recipe-only", folder=where))
+    assert stdout.count("pushed ") == 2
+    assert WEIGHTS not in hub.repos["me/w-1"].files
+    refused = push("me/w", "--seed", "0..1", folder=where)
+    assert "REPO: expected {seed} in it with several seeds, got me/w." in refused.stderr
+
+
 def test_recipe_only_needs_no_weights(push: Push, out: Path) -> None:
     (out / WEIGHTS).unlink()
     succeeded(push(REPO, "--recipe-only"))
