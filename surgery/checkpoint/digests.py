@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Protocol, TypeGuard
 
 from surgery.caches import cache_folder
+from surgery.io_errors import naming
 from surgery.progress import bar
+from surgery.threads import streaming_workers
 
 BLAKE3 = "blake3"
 SHA256 = "sha256"
@@ -129,7 +131,10 @@ def digests_of_all(
             raise CancelledError
         on_bytes(n)
 
-    with bar(sum(path.stat().st_size for path in wanted), what) as on_bytes, ThreadPoolExecutor() as pool:
+    with (
+        bar(sum(path.stat().st_size for path in wanted), what) as on_bytes,
+        ThreadPoolExecutor(streaming_workers()) as pool,
+    ):
         digests = pool.map(lambda path: digests_of(path, wanted[path], at_rest=at_rest, on_bytes=advance), wanted)
         try:
             return dict(zip(wanted, digests, strict=True))
@@ -152,7 +157,7 @@ def digest_of_list(digests: Mapping[Path, str]) -> str:
 
 def _hash(path: Path, algorithms: Collection[str], on_bytes: Callable[[int], object]) -> list[str]:
     hashers, buffer = [new_digest(algorithm) for algorithm in algorithms], memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
+    with naming(path), path.open("rb", buffering=0) as file:
         while n := file.readinto(buffer):
             for hasher in hashers:
                 hasher.update(buffer[:n])

@@ -5,13 +5,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from surgery.checkpoint.digests import algorithm_of, digest_of_bytes, new_digest
 from surgery.checkpoint.layout import CARD, RECIPE
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError, SourceError
+from surgery.io_errors import naming
 from surgery.noise import CONTRACT
 from surgery.noisytune import FLOATS, Moments, NoisyTune, as_globs
 from surgery.perturb import stream
@@ -25,6 +26,8 @@ from surgery.perturb.tasks import GlobalMoments, make_record, make_task, measure
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, warn_of_vanished
 from surgery.threads import streaming_workers
+
+_CHUNK = 1 << 20
 
 
 def perturb_checkpoint(
@@ -158,8 +161,9 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
         plan.checkpoint.refuse_changed(name)
         digest = new_digest(plan.algorithm(name))
         part = folder.open_part(name)
-        with plan.checkpoint.path(name).open("rb") as source:
-            while chunk := source.read(1 << 20):
+        path = plan.checkpoint.path(name)
+        with path.open("rb") as source:
+            while chunk := _read(source, path):
                 digest.update(chunk)
                 part.append(memoryview(chunk))
         plan.checkpoint.refuse_changed(name)
@@ -169,6 +173,11 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
         folder.write(name, data)
         digests[name] = digest_of_bytes(data, plan.algorithm(name))
     return digests
+
+
+def _read(source: BinaryIO, path: Path) -> bytes:
+    with naming(path):
+        return source.read(_CHUNK)
 
 
 def _write_card(recipe: Recipe, plan: Plan, folder: OutputFolder) -> Recipe:
