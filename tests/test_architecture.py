@@ -23,7 +23,6 @@ SURGERY = (
     (
         "noise",
         "errors",
-        "io_errors",
         "files",
         "exit_codes",
         "dtypes",
@@ -33,6 +32,7 @@ SURGERY = (
         "threads",
         "roles",
     ),
+    ("io_errors",),
 )
 METHODS = tuple(kind.name for kind in registry.METHODS)
 HOOKS = (

@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeGuard
 
-from surgery.caches import cache_folder
+from surgery.caches import cache_folder, read_cached, write_cached
 from surgery.io_errors import naming
 from surgery.progress import bar
 from surgery.threads import streaming_workers
@@ -168,10 +168,7 @@ def _hash(path: Path, algorithms: Collection[str], on_bytes: Callable[[int], obj
 def recall(path: Path, algorithm: str) -> str | None:
     """Return the digest of a file that has not changed since it was remembered, or None; a damaged one is none."""
     entry = _entry(path, path.stat(), algorithm)
-    try:
-        kept = entry.read_text() if entry else None
-    except (OSError, ValueError):
-        return None
+    kept = read_cached(entry) if entry else None
     return kept if is_digest(kept) and algorithm_of(kept) == algorithm else None
 
 
@@ -181,12 +178,7 @@ def remember(path: Path, digest: str, stat: os.stat_result, *, at_rest: bool = F
     entry = _entry(path, stat, algorithm_of(digest))
     if not entry or not is_settled or _identity(path, stat) != _identity(path, path.stat()):
         return
-    part = entry.with_name(f"{entry.name}.{os.getpid()}")
-    try:
-        part.write_text(digest)
-        part.replace(entry)
-    except OSError:  # a full or read-only cache only costs time
-        part.unlink(missing_ok=True)
+    write_cached(entry, digest)
 
 
 def _identity(path: Path, stat: os.stat_result) -> str:
