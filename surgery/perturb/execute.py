@@ -5,14 +5,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from surgery.checkpoint.digests import algorithm_of, digest_of_bytes, new_digest
 from surgery.checkpoint.layout import CARD, RECIPE
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError, SourceError
-from surgery.io_errors import naming
+from surgery.files import open_file
 from surgery.noise import CONTRACT
 from surgery.noisytune import FLOATS, Moments, NoisyTune, as_globs
 from surgery.perturb import stream
@@ -162,8 +162,8 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
         digest = new_digest(plan.algorithm(name))
         part = folder.open_part(name)
         path = plan.checkpoint.path(name)
-        with path.open("rb") as source:
-            while chunk := _read(source, path):
+        with open_file(path) as source:  # what fails of the part has a name already
+            while chunk := source.read(_CHUNK):
                 digest.update(chunk)
                 part.append(memoryview(chunk))
         plan.checkpoint.refuse_changed(name)
@@ -173,11 +173,6 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
         folder.write(name, data)
         digests[name] = digest_of_bytes(data, plan.algorithm(name))
     return digests
-
-
-def _read(source: BinaryIO, path: Path) -> bytes:
-    with naming(path):
-        return source.read(_CHUNK)
 
 
 def _write_card(recipe: Recipe, plan: Plan, folder: OutputFolder) -> Recipe:

@@ -28,6 +28,7 @@ def lock_folder(path: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         fd = os.open(path, os.O_RDONLY)
+        stack.enter_context(naming(path))
         stack.callback(os.close, fd)
         try:
             is_ours = _flock(fd)

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from surgery.checkpoint.layout import CARD, JOURNAL, LOCK, RECIPE
 from surgery.errors import OutputError
 from surgery.files import kind_of_mode, list_files
+from surgery.io_errors import naming
 from surgery.perturb.former_run import is_edited, names_in, read_json
 from surgery.perturb.lock import lock_folder
 from surgery.perturb.output_errors import as_output_error
@@ -266,7 +267,8 @@ def _sync_folder(path: Path) -> None:
     try:
         sync(fd, path)
     finally:
-        os.close(fd)
+        with naming(path):
+            os.close(fd)
 
 
 def _gb(nbytes: int) -> str:
