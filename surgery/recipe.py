@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from surgery.checkpoint.digests import SHA256, hex_of, is_digest
 from surgery.errors import SettingError, SourceError
+from surgery.files import read_file
 from surgery.noise import CONTRACT
 from surgery.noisytune import Effect, NoisyTune
 from surgery.roles import Role, role_of_reason
@@ -217,7 +218,7 @@ class Recipe:
     @classmethod
     def read(cls, path: Path) -> "Recipe":
         # bytes that are no UTF-8 make it no recipe, not an error of their own
-        return cls.from_json(path.read_text(encoding="utf-8", errors="replace"), what=str(path))
+        return cls.from_json(read_file(path).decode(errors="replace"), what=str(path))
 
 
 def warn_of_vanished(recipe: Recipe) -> None:

@@ -20,7 +20,19 @@ SURGERY = (
     ("perturb", "push", "live"),
     ("recipe",),
     ("noisytune", "checkpoint", "kernels"),
-    ("noise", "errors", "exit_codes", "dtypes", "globs", "caches", "progress", "threads", "roles"),
+    (
+        "noise",
+        "errors",
+        "files",
+        "exit_codes",
+        "dtypes",
+        "globs",
+        "caches",
+        "progress",
+        "threads",
+        "roles",
+    ),
+    ("io_errors",),
 )
 METHODS = tuple(kind.name for kind in registry.METHODS)
 HOOKS = (

@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.errors import SourceError
+from surgery.files import read_file
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -33,14 +34,14 @@ def quantized(checkpoint: Checkpoint) -> dict[str, str]:
 def is_untied(checkpoint: Checkpoint, folder: str) -> bool:
     """Tell whether the config of a folder with weights says that output embeddings are not tied to the input's."""
     config = checkpoint.path((PurePosixPath(folder) / "config.json").as_posix())
-    loaded = json.loads(config.read_bytes()) if config.is_file() else None
+    loaded = json.loads(read_file(config)) if config.is_file() else None
     parts = [loaded, *loaded.values()] if isinstance(loaded, dict) else []
     return any(isinstance(part, dict) and part.get("tie_word_embeddings") is False for part in parts)
 
 
 def _quantization_of(config: Path) -> str | None:
     try:
-        loaded = json.loads(config.read_bytes())
+        loaded = json.loads(read_file(config))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{config}: expected JSON, got another or a damaged file. Repair it.") from error
     nested = [loaded, *loaded.values()] if isinstance(loaded, dict) else []

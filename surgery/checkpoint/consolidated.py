@@ -18,6 +18,7 @@ from surgery.checkpoint.pickles import PickleFile
 from surgery.checkpoint.several_files import SeveralFiles
 from surgery.checkpoint.tensorfile import Header, Tensor, build_header
 from surgery.errors import SourceError, some
+from surgery.files import read_file
 
 _PARAMS = "params.json"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -151,12 +152,12 @@ def _cut_of(tensor: Tensor, sizes: Mapping[str, int], path: Path) -> _Cut:
 def _read_sizes(path: Path) -> dict[str, int]:
     """Return the sizes that params.json tells, by the names in _CUTS."""
     try:
-        params = json.loads(path.read_bytes())
+        params = json.loads(read_file(path))
         dim, heads = int(params["dim"]), int(params.get("n_heads") or 0)
         head = int(params.get("head_dim") or (dim // heads if heads else 0))
         kv_heads = int(params.get("n_kv_heads") or heads)
         vocab = max(0, int(params.get("vocab_size") or 0))  # -1: the tokenizer knows
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(
             f"{path}: expected the sizes of the shards beside it, such as dim, got none. Fetch it too."
         ) from error

@@ -16,8 +16,10 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeGuard
 
-from surgery.caches import cache_folder
+from surgery.caches import cache_folder, read_cached, write_cached
+from surgery.io_errors import naming
 from surgery.progress import bar
+from surgery.threads import streaming_workers
 
 BLAKE3 = "blake3"
 SHA256 = "sha256"
@@ -129,7 +131,10 @@ def digests_of_all(
             raise CancelledError
         on_bytes(n)
 
-    with bar(sum(path.stat().st_size for path in wanted), what) as on_bytes, ThreadPoolExecutor() as pool:
+    with (
+        bar(sum(path.stat().st_size for path in wanted), what) as on_bytes,
+        ThreadPoolExecutor(streaming_workers()) as pool,
+    ):
         digests = pool.map(lambda path: digests_of(path, wanted[path], at_rest=at_rest, on_bytes=advance), wanted)
         try:
             return dict(zip(wanted, digests, strict=True))
@@ -152,7 +157,7 @@ def digest_of_list(digests: Mapping[Path, str]) -> str:
 
 def _hash(path: Path, algorithms: Collection[str], on_bytes: Callable[[int], object]) -> list[str]:
     hashers, buffer = [new_digest(algorithm) for algorithm in algorithms], memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
+    with naming(path), path.open("rb", buffering=0) as file:
         while n := file.readinto(buffer):
             for hasher in hashers:
                 hasher.update(buffer[:n])
@@ -163,10 +168,7 @@ def _hash(path: Path, algorithms: Collection[str], on_bytes: Callable[[int], obj
 def recall(path: Path, algorithm: str) -> str | None:
     """Return the digest of a file that has not changed since it was remembered, or None; a damaged one is none."""
     entry = _entry(path, path.stat(), algorithm)
-    try:
-        kept = entry.read_text() if entry else None
-    except (OSError, ValueError):
-        return None
+    kept = read_cached(entry) if entry else None
     return kept if is_digest(kept) and algorithm_of(kept) == algorithm else None
 
 
@@ -176,12 +178,7 @@ def remember(path: Path, digest: str, stat: os.stat_result, *, at_rest: bool = F
     entry = _entry(path, stat, algorithm_of(digest))
     if not entry or not is_settled or _identity(path, stat) != _identity(path, path.stat()):
         return
-    part = entry.with_name(f"{entry.name}.{os.getpid()}")
-    try:
-        part.write_text(digest)
-        part.replace(entry)
-    except OSError:  # a full or read-only cache only costs time
-        part.unlink(missing_ok=True)
+    write_cached(entry, digest)
 
 
 def _identity(path: Path, stat: os.stat_result) -> str:

@@ -89,7 +89,7 @@ class DistributedFile(SeveralFiles):
         path = self._files[chunk.file]
         try:
             if chunk.file not in self._maps:
-                self._maps[chunk.file] = np.memmap(path, np.uint8, "r")
+                self._maps[chunk.file] = _map(path)
             return chunk.offset, _view_chunk(self._maps[chunk.file], chunk, tensor.dtype)
         except OSError:
             raise
@@ -101,6 +101,15 @@ class DistributedFile(SeveralFiles):
 
     def close(self) -> None:
         self._boxes, self._maps = {}, {}
+
+
+def _map(path: Path) -> np.ndarray:
+    """Map a file without a descriptor, which np.memmap keeps: a tensor may be in the files of hundreds of ranks."""
+    try:
+        size = path.stat().st_size
+        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError:  # larger than memory, of which Linux may not promise that much
+        return np.memmap(path, np.uint8, "r")
 
 
 def _view_chunk(file: np.ndarray, chunk: Chunk, dtype: torch.dtype) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from surgery.errors import SourceError
+from surgery.files import open_file
 
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 _CLASSES = {
@@ -109,7 +110,7 @@ def read_metadata(path: Path) -> DistributedMetadata:
         SourceError: it calls what DCP does not, is damaged, names files out of its folder, or needs a transformation.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             fields = _fields(_Unpickler(file).load(), "Metadata")
         return _parse(fields, path)
     except _ForeignNameError as error:

@@ -14,6 +14,7 @@ from surgery.checkpoint.digests import SHA256, digests_of_all, shorten
 from surgery.checkpoint.hub_errors import BAD_ANSWER, FETCH, HttpLibraryError, one_line
 from surgery.checkpoint.layout import RECIPE, Layout, arrange
 from surgery.errors import SourceError
+from surgery.files import list_names
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -94,7 +95,7 @@ def _cached(repo_id: str, *, revision: str | None, variant: str | None) -> tuple
     """Find the copy in the cache; if the cache knows all of the repository's files, check that it is complete."""
     folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[]))
     known = _cached_digests(repo_id, folder.name)
-    present = {path.relative_to(folder).as_posix(): None for path in folder.rglob("*") if path.is_file()}
+    present = {name: None for name in list_names(folder) if (folder / name).is_file()}
     digests = present if known is None else known
     wanted = _wanted(arrange(digests, variant=variant, what=repo_id), digests)
     for name in wanted:

@@ -15,6 +15,7 @@ from surgery.errors import NoWeightsError, SourceError
 
 METADATA = ".metadata"  # of a torch.distributed checkpoint
 RECIPE, JOURNAL, CARD = "surgery.json", "surgery.unfinished.json", "README.md"
+LOCK = ".surgery.lock"  # of a run that is under way, or was killed, on a disk without flock
 
 _DISTRIBUTED = ".distcp"
 _ANOTHER = "weights in another format"
@@ -34,7 +35,7 @@ _OTHER_FORMATS = re.compile(
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state.*|training_args|random_states.*)\.(pt|pth|bin|pkl)")
 _RANK = re.compile(r"consolidated\.(\d\d)\.pth")
 _COPY_FOLDERS = re.compile(r"onnx|openvino|coreml|original|gguf|flax|tf|checkpoint-\d+|global_step\d+|optimizer_\d+")
-_IGNORED = re.compile(r"\.git|\.cache|\.locks|\.ipynb_checkpoints|\.DS_Store|__pycache__")
+_IGNORED = re.compile(r"\.git|\.cache|\.locks|\.ipynb_checkpoints|\.DS_Store|__pycache__|\.surgery\.lock.*")
 
 
 @dataclass(frozen=True)

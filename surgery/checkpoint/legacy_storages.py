@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SourceError
+from surgery.files import open_file
 
 _BEFORE = 3  # pickles: a number that marks the format, its version, and sizes of C's types
 
@@ -36,7 +37,7 @@ class _Storages(pickle.Unpickler):
 
 
 def _unlisted(path: Path) -> set[str]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for _ in range(_BEFORE):
             _Storages(file).load()
         referring = _Storages(file)

@@ -5,6 +5,7 @@ longer; without mmap it inflates or refuses. torch.load to the meta device tells
 latter as torch.save would have placed it.
 """
 
+import errno
 import struct
 import sys
 import zipfile
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 
 from surgery.errors import SourceError
+from surgery.files import open_file
+from surgery.io_errors import naming
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of an entry in a zip archive: signature, lengths of name and extra field
 LOCAL_HEADER = _LOCAL_HEADER.size
 _SIGNATURE = b"PK\3\4"
 _FOLDER = 0x10  # of an entry's attributes
-_UNREADABLE = (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError)
+_UNREADABLE = (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError)
 _DEPTH = 8  # of nests that tensors are looked for in: a pickle may hold itself
 
 
@@ -59,7 +62,7 @@ def _has_own_sizes(path: Path) -> bool:
 
 def _entries(path: Path) -> list[zipfile.ZipInfo]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with naming(path), zipfile.ZipFile(path) as archive:
             return archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
         return []  # torch.load says what it is
@@ -67,7 +70,7 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
 
 def _is_archive(path: Path) -> bool:
     """Tell it as torch does, which lists some archives that Python does not."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(len(_SIGNATURE)) == _SIGNATURE
 
 
@@ -80,9 +83,12 @@ def _is_native(path: Path, entries: Iterable[zipfile.ZipInfo]) -> bool:
     if not named:
         return True
     try:
-        with zipfile.ZipFile(path) as archive:
+        with naming(path), zipfile.ZipFile(path) as archive:
             return all(entry.file_size < 10 and archive.read(entry).decode() == sys.byteorder for entry in named)
     except _UNREADABLE:  # to Python, which compares the two headers of an entry
+        return False
+    except OSError as error:
+        _raise_unless_damaged(error)
         return False
 
 
@@ -110,18 +116,27 @@ def _is_readable(path: Path, entry: zipfile.ZipInfo) -> bool:
     if not entry.compress_type:
         return True
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(entry) as file:
+        with naming(path), zipfile.ZipFile(path) as archive, archive.open(entry) as file:
             while file.read(1 << 20):
                 pass
     except (*_UNREADABLE, zlib.error):
         return False
+    except OSError as error:
+        _raise_unless_damaged(error)
+        return False
     return True
+
+
+def _raise_unless_damaged(error: OSError) -> None:
+    """Tell the disk's errors from that of an archive which has an entry before its beginning."""
+    if error.errno != errno.EINVAL:
+        raise error
 
 
 def _sizes(path: Path) -> dict[int, int]:
     """Return the size of each record with a header of its own by the offset of its bytes."""
     sizes = {}
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for entry in _entries(path):
             file.seek(max(entry.header_offset, 0))  # damaged archives have it before their beginning
             begin = begin_of(entry, file.read(LOCAL_HEADER))

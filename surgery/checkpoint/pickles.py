@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
+from surgery.checkpoint.descriptors import Descriptor
 from surgery.checkpoint.digests import algorithm_of, digest_of
 from surgery.checkpoint.foreign_files import PYTORCH, foreign_file, holds_a_module
 from surgery.checkpoint.legacy_storages import refuse_unlisted
@@ -51,7 +52,7 @@ class PickleFile:
         repeating: names that shall stand for others, where they share a storage.
     """
 
-    descriptor: int | None = None
+    descriptor: Descriptor | None = None
     """Tensors do not lie in the file as the header says."""
 
     def __init__(self, path: Path, *, label: str, key: str | None = None, repeating: Collection[str] = ()) -> None:

@@ -12,6 +12,7 @@ from surgery.checkpoint.foreign_files import kind_of_file, kind_of_part, kind_of
 from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
 from surgery.checkpoint.links import find_links
 from surgery.errors import SettingError, SourceError
+from surgery.files import list_names, read_file
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -129,7 +130,7 @@ def _snapshot_of(cached: Path) -> Path:
     """Return the snapshot of main in a model's folder of the Hub's cache, whose other files are blobs."""
     snapshots = sorted(path for path in (cached / "snapshots").iterdir() if path.is_dir())
     main = cached / "refs" / "main"
-    commit = main.read_text(errors="replace").strip() if main.is_file() else ""
+    commit = read_file(main).decode(errors="replace").strip() if main.is_file() else ""
     for snapshot in snapshots:
         if snapshot.name == commit or (not commit and len(snapshots) == 1):
             return snapshot
@@ -166,8 +167,7 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
 
 def _list(root: Path) -> list[str]:
     """Name all files. A linked folder is not entered: it is listed as a file, and refused as one."""
-    found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
-    return [path.relative_to(root).as_posix() for path in found]
+    return list_names(root)
 
 
 def _files(layout: Layout) -> list[str]:
@@ -230,7 +230,7 @@ def _with_shards(root: Path, weight_set: WeightSet, names: Collection[str] | Non
 def read_weight_map(path: Path) -> dict[str, str]:
     """Read the weight_map of an index: tensor name to shard, both as written."""
     try:
-        weight_map: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        weight_map: dict[str, str] = json.loads(read_file(path))["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from surgery.checkpoint.buffer_rules import role_by_rules
 from surgery.checkpoint.model_types import ModelType, find_model_type
 from surgery.checkpoint.resolve import Checkpoint
+from surgery.files import read_file
 from surgery.roles import CLASS, NAME, Role
 
 
@@ -36,9 +37,9 @@ def read_model_type(checkpoint: Checkpoint, folder: str) -> ModelType | None:
     """
     path = checkpoint.path((PurePosixPath(folder) / "config.json").as_posix())
     try:
-        text = path.read_bytes()
+        text = read_file(path)
         config = json.loads(text)
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     if not isinstance(config, dict):
         return None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
+from surgery.checkpoint.descriptors import Descriptor
 from surgery.checkpoint.digests import algorithm_of, digest_of, digest_of_list
 from surgery.errors import SourceError
 
@@ -11,7 +12,7 @@ from surgery.errors import SourceError
 class SeveralFiles:
     """What the readers of such files have in common; the first file stands for all in messages."""
 
-    descriptor: int | None = None
+    descriptor: Descriptor | None = None
     """There is not one file."""
 
     def __init__(self, paths: Sequence[Path]) -> None:

@@ -16,10 +16,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
+from surgery.checkpoint.descriptors import Descriptor
 from surgery.checkpoint.digests import recall, remember
 from surgery.checkpoint.foreign_files import SAFETENSORS, foreign_file
 from surgery.dtypes import BITS
 from surgery.errors import SourceError
+from surgery.files import open_file
+from surgery.io_errors import naming
 
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
@@ -69,14 +72,15 @@ class TensorFile:
         self.path = path
         self._stamp = Stamp.of(path)
         self.header = read_header(path, label=label)
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        self._descriptor = Descriptor(path, self._stamp)
         self._seek_lock = threading.Lock()
-        self._stat = os.fstat(self._fd)
+        with self._descriptor.use() as fd, naming(path):
+            self._stat = os.fstat(fd)
 
     @property
-    def descriptor(self) -> int:
-        """Of the open file."""
-        return self._fd
+    def descriptor(self) -> Descriptor:
+        """Of the file."""
+        return self._descriptor
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on.
@@ -94,11 +98,15 @@ class TensorFile:
             done += n
 
     def _read_at(self, position: int, buffer: memoryview) -> int:
+        with self._descriptor.use() as fd, naming(self.path):
+            return self._read(fd, position, buffer)
+
+    def _read(self, fd: int, position: int, buffer: memoryview) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(self._fd, [buffer], position)
+            return os.preadv(fd, [buffer], position)
         with self._seek_lock:  # Windows: the position is the descriptor's, and threads share that
-            os.lseek(self._fd, position, os.SEEK_SET)
-            data = os.read(self._fd, len(buffer))
+            os.lseek(fd, position, os.SEEK_SET)
+            data = os.read(fd, len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
@@ -124,7 +132,7 @@ class TensorFile:
         refuse_changed(self.path, self._stamp)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._descriptor.close()
 
 
 def read_header(path: Path, *, label: str) -> Header:
@@ -136,7 +144,7 @@ def read_header(path: Path, *, label: str) -> Header:
         SourceError: truncated, malformed, duplicate names, overlapping or missing ranges, unknown dtype.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 0 < length <= min(size - 8, MAX_HEADER):
@@ -152,8 +160,11 @@ def read_header(path: Path, *, label: str) -> Header:
             "The file is truncated or damaged; fetch it again."
         )
     try:
-        with safe_open(path, framework="numpy"):
+        with naming(path), safe_open(path, framework="numpy"):
             pass
+    except FileNotFoundError as error:  # safetensors says so of any file that it cannot open
+        with open_file(path):
+            raise SourceError(f"{label}: expected a file to read, got {error}. Run again.") from error
     except SafetensorError as error:
         raise SourceError(f"{label}: expected a valid safetensors file, got {error}. Fetch it again.") from error
     return Header(raw, tensors)

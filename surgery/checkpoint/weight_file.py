@@ -4,11 +4,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from surgery.checkpoint.descriptors import Descriptor
 from surgery.checkpoint.digests import algorithm_of, digest_of_list, digests_of_all
 from surgery.checkpoint.layout import METADATA
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
 from surgery.errors import SourceError
+from surgery.io_errors import advice, cause
 
 
 class WeightFile(Protocol):
@@ -17,14 +19,14 @@ class WeightFile(Protocol):
     Args:
         header: of the file, or of the safetensors file to write in its place.
         tied: names that repeat another tensor, and that tensor's name.
-        descriptor: of the open file, if all tensors' bytes are in it where `begin` and `end` say.
+        descriptor: of the file, if all tensors' bytes are in it where `begin` and `end` say.
     """
 
     header: Header
     tied: dict[str, str]
 
     @property
-    def descriptor(self) -> int | None: ...
+    def descriptor(self) -> Descriptor | None: ...
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None: ...
     def digest(self, algorithm: str) -> str | None: ...
@@ -45,7 +47,9 @@ def open_weights(checkpoint: Checkpoint, name: str) -> WeightFile:
         paths = [checkpoint.path(part) for part in checkpoint.parts(name)]
         file = _open(paths, checkpoint.key, checkpoint.repeating.get(name, ()))
     except OSError as error:
-        raise SourceError(f"{path}: expected a file to read, got {error.strerror}. Check its permissions.") from error
+        raise SourceError(
+            f"{error.filename or path}: expected a file to read, got {cause(error)}. {advice(error)}"
+        ) from error
     try:
         checkpoint.refuse_changed(name)  # it may have been replaced between the two
     except SourceError:

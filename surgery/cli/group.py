@@ -12,6 +12,7 @@ import click
 from surgery.cli import options
 from surgery.errors import SurgeryError
 from surgery.exit_codes import FAILED, INTERRUPTED
+from surgery.io_errors import one_line
 
 
 def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -44,7 +45,7 @@ def command(function: Callable[..., None], *, code: int = FAILED, has_json: bool
         except BrokenPipeError:  # `| head`: click ends quietly
             raise
         except (SurgeryError, OSError, MemoryError) as error:
-            _fail(str(error), code, as_json=kwargs.get("as_json", False), debug=debug)
+            _fail(one_line(error), code, as_json=kwargs.get("as_json", False), debug=debug)
         except KeyboardInterrupt:
             click.echo("interrupted: run the same command again.", err=True)
             sys.exit(INTERRUPTED)

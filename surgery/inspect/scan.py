@@ -4,6 +4,7 @@ import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -37,11 +38,15 @@ class Run:
     def nbytes(self) -> int:
         return len(self._buffer)
 
-    @property
-    def place(self) -> tuple[int, int] | None:
-        """The descriptor of a file, and where in it the run's bytes begin; None where they are not so simply had."""
+    @contextmanager
+    def place(self) -> Iterator[tuple[int, int] | None]:
+        """Keep a file open; say its descriptor, and where the run's bytes begin; None where that is not so simple."""
         descriptor = self._source.descriptor
-        return None if descriptor is None else (descriptor, self.tensor.begin + self._start)
+        if descriptor is None:
+            yield None
+            return
+        with descriptor.use() as fd:
+            yield fd, self.tensor.begin + self._start
 
     def read(self) -> memoryview:
         """Read the run's bytes, and return them."""

@@ -55,7 +55,8 @@ def sums_of(run: Run, shift: float) -> Sums:
     dtype = run.tensor.dtype
     if dtype not in FLOATS:
         return summarize(*to_numbers(storage(run.read(), dtype), dtype), shift)
-    found = summarize_file(run.place, run.elements, dtype, shift) if run.place else None
+    with run.place() as place:
+        found = summarize_file(place, run.elements, dtype, shift) if place else None
     return found or summarize(storage(run.read(), dtype), dtype, shift)
 
 

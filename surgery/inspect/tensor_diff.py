@@ -85,8 +85,9 @@ def is_comparable(a: Tensor, b: Tensor) -> bool:
 
 def _measure(a: Run, b: Run, *, shift: float) -> tuple[Sums, PairSums]:
     dtype, other = a.tensor.dtype, b.tensor.dtype
-    if dtype == other and dtype in FLOATS and a.place and b.place:
-        found = compare_files(a.place, b.place, a.elements, dtype, shift)
+    if dtype == other and dtype in FLOATS:
+        with a.place() as here, b.place() as there:
+            found = compare_files(here, there, a.elements, dtype, shift) if here and there else None
         if found:
             return found
     return sums_of(a, shift), _compare(storage(a.read(), dtype), dtype, storage(b.read(), other), other)

@@ -63,7 +63,7 @@ def read_metadata(card: Path) -> dict[str, Any]:
     try:
         found = read_fields(card, _INHERITED).items()
         return {name: value for name, value in found if isinstance(value, str) or name == "license"}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (ValueError, yaml.YAMLError):
         _log.warning("%s: its metadata is damaged, so its licence and task are not in the new card", card)
         return {}
 

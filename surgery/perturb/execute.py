@@ -12,6 +12,7 @@ from surgery.checkpoint.layout import CARD, RECIPE
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError, SourceError
+from surgery.files import open_file
 from surgery.noise import CONTRACT
 from surgery.noisytune import FLOATS, Moments, NoisyTune, as_globs
 from surgery.perturb import stream
@@ -25,6 +26,8 @@ from surgery.perturb.tasks import GlobalMoments, make_record, make_task, measure
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, warn_of_vanished
 from surgery.threads import streaming_workers
+
+_CHUNK = 1 << 20
 
 
 def perturb_checkpoint(
@@ -178,8 +181,9 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
         plan.checkpoint.refuse_changed(name)
         digest = new_digest(plan.algorithm(name))
         part = folder.open_part(name)
-        with plan.checkpoint.path(name).open("rb") as source:
-            while chunk := source.read(1 << 20):
+        path = plan.checkpoint.path(name)
+        with open_file(path) as source:  # what fails of the part has a name already
+            while chunk := source.read(_CHUNK):
                 digest.update(chunk)
                 part.append(memoryview(chunk))
         plan.checkpoint.refuse_changed(name)

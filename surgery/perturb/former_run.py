@@ -6,14 +6,15 @@ from typing import Any
 
 from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of_bytes, is_digest
 from surgery.checkpoint.layout import CARD
+from surgery.files import read_file
 from surgery.recipe import FORMAT_1
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return a journal or a recipe; None if there is none that is JSON."""
     try:
-        loaded = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        loaded = json.loads(read_file(path))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
         return None
     return loaded if isinstance(loaded, dict) else None
 
@@ -33,4 +34,4 @@ def is_edited(card: Path, recipe: dict[str, Any]) -> bool:
     if not written or not card.is_file():
         return False
     written = f"{SHA256}:{written}" if recipe.get("format") == FORMAT_1 else written
-    return not is_digest(written) or digest_of_bytes(card.read_bytes(), algorithm_of(written)) != written
+    return not is_digest(written) or digest_of_bytes(read_file(card), algorithm_of(written)) != written

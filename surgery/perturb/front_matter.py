@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from surgery.files import open_file
+
 Text = str | list[str]
 
 _FRONT_MATTER = re.compile(rb"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)  # as the Hub finds it
@@ -27,7 +29,7 @@ def read_fields(card: Path, wanted: Collection[str]) -> dict[str, Text]:
         OSError: it cannot be read.
         ValueError, yaml.YAMLError: its metadata is damaged, too long or more than plain YAML.
     """
-    with card.open("rb") as file:
+    with open_file(card) as file:
         head = file.read(_MOST_BYTES).removeprefix(b"\xef\xbb\xbf")
     found = _FRONT_MATTER.match(head)
     if not found:

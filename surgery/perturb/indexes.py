@@ -10,6 +10,7 @@ from surgery.checkpoint.resolve import Checkpoint, read_weight_map
 from surgery.checkpoint.roles import read_model_type
 from surgery.checkpoint.tied_names import may_be_dropped
 from surgery.errors import SourceError
+from surgery.files import read_file
 from surgery.perturb.shard_plan import ShardPlan
 
 
@@ -38,8 +39,8 @@ def plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[Shar
                 f"{index}: expected tensor {name!r} in {file}, got no such tensor. Fetch the checkpoint again."
             )
     if not weight_set.is_pickle:
-        return {weight_set.index: index.read_bytes()}
-    document = json.loads(index.read_bytes())
+        return {weight_set.index: read_file(index)}
+    document = json.loads(read_file(index))
     document["weight_map"] = {name: shard.name.rpartition("/")[2] for name, shard in sorted(where.items())}
     name = re.sub(r"pytorch_model(.*)\.bin\.index", r"model\1.safetensors.index", weight_set.index)
     return {name: (json.dumps(document, indent=2) + "\n").encode()}

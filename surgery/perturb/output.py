@@ -1,4 +1,4 @@
-"""The output folder: locked with flock, written atomically (rename, fsync), resumable through a journal.
+"""The output folder: locked, written atomically (rename, fsync), resumable through a journal.
 
 While a run is under way the folder holds `surgery.unfinished.json`, the journal: the job, and the results of every
 shard that is finished. Shards get their name when they are complete and on the disk; indexes, configs and the other
@@ -6,23 +6,27 @@ companions come after them, so no loader finds a checkpoint before that; card an
 """
 
 import errno
+import hashlib
 import json
-import logging
 import os
 import shutil
+import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
+from surgery.checkpoint.layout import CARD, JOURNAL, LOCK, RECIPE
 from surgery.errors import OutputError
+from surgery.files import kind_of_mode, list_files
+from surgery.io_errors import naming
 from surgery.perturb.former_run import is_edited, names_in, read_json
-from surgery.perturb.partfile import FULL, PartFile
+from surgery.perturb.lock import lock_folder
+from surgery.perturb.output_errors import as_output_error
+from surgery.perturb.partfile import PartFile, sync
 
-_log = logging.getLogger(__name__)
 _PART = ".surgery-part"
 
 
@@ -54,6 +58,7 @@ class OutputFolder:
         self._planned = planned
         self._is_record = is_record
         self._owned: set[str] = set()
+        self._parts: set[Path] = set()
         self._journal_lock = threading.Lock()
 
     # -- claiming -------------------------------------------------------------------------------------------------
@@ -67,49 +72,29 @@ class OutputFolder:
         Raises:
             OutputError: in use, not empty, unfinished by another command, not writable, or full.
         """
-        with _as_output_error(self.path, self._resume):
+        with as_output_error(self.path, self._resume):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path, os.O_RDONLY)
-        try:
-            self._lock(lock)
-            with _as_output_error(self.path, self._resume):
-                self._prepare(overwrite=overwrite)
+            with lock_folder(self.path):
                 try:
+                    self._prepare(overwrite=overwrite)
                     yield self
                 finally:
-                    for part in self.path.rglob(f"*{_PART}"):
-                        part.unlink(missing_ok=True)
-        finally:
-            os.close(lock)
-
-    def _lock(self, fd: int) -> None:
-        """Lock the folder itself: the lock goes with the process that holds it, and leaves no file behind."""
-        from filelock import lock_descriptor  # not before there is something to lock: it takes a while to import
-
-        try:
-            is_ours = lock_descriptor(fd, blocking=False)
-        except OSError as error:  # ENOSYS, ENOLCK, EOPNOTSUPP: nobody holds it
-            _log.warning(
-                "%s: its file system has no locks (%s): let no other run write to it", self.path, error.strerror
-            )
-            return
-        if not is_ours:
-            raise OutputError(
-                f"{self.path}: expected a folder for this run alone, got one that another run is writing to. "
-                "Wait for it, or choose another with `out`."
-            )
+                    for part in self._parts:
+                        with suppress(OSError):  # a run that resumes removes it
+                            part.unlink()
 
     def _prepare(self, *, overwrite: bool) -> None:
-        present = {
-            p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir() or p.is_symlink()
-        }
+        present = self._present()
         former = read_json(self.path / JOURNAL) or {}
         recipe = read_json(self.path / RECIPE)
-        present.discard(JOURNAL + _PART)  # of a run killed as it wrote the journal, which is now written anew
+        present.difference_update(
+            _part_names(JOURNAL)
+        )  # of a run killed as it wrote the journal, which is now written anew
         owned = set(former.get("owned", ())) or names_in(recipe or {})
         self._owned = owned | set(self._planned) | {CARD}
         is_same = former.get("job") == self._job
-        strangers = sorted(n for n in present if n.removesuffix(_PART) not in owned | {JOURNAL, RECIPE})
+        known = owned | {JOURNAL, RECIPE}
+        strangers = sorted(present - known - {part for name in known for part in _part_names(name)})
         if former and not is_same and not overwrite:
             self._refuse_other_job(former)
         if strangers or (present and not former and not (recipe and overwrite)):
@@ -125,6 +110,7 @@ class OutputFolder:
             self.finished = {n: r for n, r in former["finished"].items() if self._is_whole(n, r)}
             self.notes = former["notes"]
         doomed = present - {*(self.finished.keys() & self._planned.keys()), JOURNAL}
+        self._refuse_folders({parent for name in doomed for parent in PurePosixPath(name).parents})
         self._check_space(sum((self.path / name).lstat().st_size for name in doomed))
         self._write_journal()
         # the journal is there: from here on the folder counts as unfinished, so a stale file is never loaded
@@ -133,6 +119,26 @@ class OutputFolder:
         for folder in sorted({parent for name in doomed for parent in PurePosixPath(name).parents}, reverse=True):
             with suppress(OSError):  # not empty
                 (self.path / folder).rmdir()
+
+    def _present(self) -> set[str]:
+        """Name the files that are there, without the lock; refuse what would be waited for as it is opened."""
+        present = set()
+        for entry in list_files(self.path):
+            kind = kind_of_mode(entry.stat(follow_symlinks=False).st_mode)
+            if kind and not entry.is_symlink():
+                raise OutputError(f"{entry.path}: expected a file, got {kind}. Remove it, or choose another `out`.")
+            present.add(Path(entry.path).relative_to(self.path).as_posix())
+        return {name for name in present if not name.startswith(LOCK)}
+
+    def _refuse_folders(self, removed: Collection[PurePosixPath]) -> None:
+        """Refuse folders in the place of files, and names that the disk has no room for, before hours of work."""
+        for name in (*self._planned, CARD, RECIPE, JOURNAL):
+            try:
+                is_folder = stat.S_ISDIR((self.path / name).lstat().st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if is_folder and PurePosixPath(name) not in removed:
+                raise OutputError(f"{self.path / name}: expected a file or nothing, got a folder. Move it away.")
 
     def _refuse_other_job(self, journal: dict[str, Any]) -> NoReturn:
         if journal.get("resume") == self._resume:
@@ -162,8 +168,11 @@ class OutputFolder:
 
     def _check_space(self, reclaimed: int) -> None:
         needed = sum(nbytes for name, nbytes in self._planned.items() if name not in self.finished) - reclaimed
-        free = shutil.disk_usage(self.path).free
-        if needed > free:
+        try:
+            total, _, free = shutil.disk_usage(self.path)
+        except OSError:
+            return
+        if total and needed > free:  # some file systems do not tell
             raise OutputError(
                 f"{self.path}: expected {_gb(needed)} free on this disk, got {_gb(free)}. "
                 "Free some space, or choose another disk with `out`."
@@ -173,15 +182,26 @@ class OutputFolder:
 
     def open_part(self, name: str) -> PartFile:
         """Open a file to be written under a temporary name."""
-        path = self.path / (name + _PART)
+        path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        whole, short = _part_names(name)
+        try:
+            return self._open_part(self.path / whole, name)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return self._open_part(self.path / short, name)
+
+    def _open_part(self, path: Path, name: str) -> PartFile:
+        self._parts.add(path)
         return PartFile(path, self._planned.get(name, 0))
 
     def finish_part(self, name: str, part: PartFile) -> int:
         """Put a complete part on the disk and give it its name; return its size in bytes."""
         size = part.finish()
         path = self.path / name
-        path.with_name(path.name + _PART).replace(path)
+        part.path.replace(path)
+        self._parts.discard(part.path)
         _sync_folder(path.parent)
         return size
 
@@ -238,31 +258,19 @@ def is_finished(path: Path) -> bool:
     return (path / RECIPE).is_file() and not (path / JOURNAL).exists()
 
 
+def _part_names(name: str) -> tuple[str, str]:
+    """Return the temporary names of a file: its own and more, and one that fits wherever the journal's name does."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=5).hexdigest()
+    return name + _PART, digest + _PART
+
+
 def _sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        sync(fd, path)
     finally:
-        os.close(fd)
-
-
-@contextmanager
-def _as_output_error(path: Path, resume: str) -> Iterator[None]:
-    """Say what went wrong with the disk in one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise OutputError(
-                f"{path}: expected room on the disk, got {os.strerror(error.errno)}. Finished shards are kept: "
-                f"free some space and run `{resume}`."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            reason = os.strerror(error.errno)
-            raise OutputError(
-                f"{path}: expected a folder to write to, got {reason}. Choose another with `out`."
-            ) from error
-        raise
+        with naming(path):
+            os.close(fd)
 
 
 def _gb(nbytes: int) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from surgery.io_errors import FULL, UNSUPPORTED, naming
+
 PAGE = 4096
 """Bytes. Direct writes begin and end on such boundaries, in memory and in the file."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a disk without room says."""
 _WINDOW = 1 << 20
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
@@ -39,19 +39,24 @@ class PartFile:
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+        self.path = path
         self._is_direct = bool(_DIRECT)
         try:
-            self._fd = os.open(path, flags | _DIRECT, 0o666)
+            self._fd = self._create(_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:  # a file system without direct writes
                 raise
-            self._fd = os.open(path, flags, 0o666)
+            self._fd = self._create(0)
             self._is_direct = False
-        if size and self._is_direct:
-            self._reserve(size)
         self._size = 0
         self._rest = b""  # what was handed over since the last page boundary
+        if size and self._is_direct:
+            self._reserve(size)
+
+    def _create(self, flag: int) -> int:
+        """Open a new file, in place of what a killed run has left; never a link, or a FIFO that nobody reads."""
+        self.path.unlink(missing_ok=True)
+        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | flag, 0o666)
 
     def _reserve(self, size: int) -> None:
         """Take room on the disk by fallocate(2), since writes into it are faster; go on where that cannot be had.
@@ -62,7 +67,7 @@ class PartFile:
         if libc.fallocate(self._fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) and ctypes.get_errno() in FULL:
             code = ctypes.get_errno()
             self.close()
-            raise OSError(code, os.strerror(code))
+            raise OSError(code, os.strerror(code), str(self.path))
 
     def take(self, position: int, window: memoryview, nbytes: int) -> Callable[[], None]:
         """Take the next bytes; return the call that writes them, to be made before the window is used again.
@@ -94,8 +99,10 @@ class PartFile:
             if self._rest:
                 self._leave_direct()
                 self._write(memoryview(self._rest), self._size - len(self._rest))
-            os.ftruncate(self._fd, self._size)  # less may have come than room was taken for
-            os.fsync(self._fd)
+            with naming(self.path):
+                if os.fstat(self._fd).st_size != self._size:  # less may have come than room was taken for
+                    os.ftruncate(self._fd, self._size)
+            sync(self._fd, self.path)
             return self._size
         finally:
             self.close()
@@ -103,15 +110,20 @@ class PartFile:
     def close(self) -> None:
         """Release the file as it is. May be called twice."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            with naming(self.path):
+                os.close(fd)
 
     def _write(self, data: memoryview, offset: int) -> None:
         done = 0
         while done < len(data):
             was_direct = self._is_direct
             try:
-                done += os.pwrite(self._fd, data[done:], offset + done)
+                with naming(self.path):
+                    written = os.pwrite(self._fd, data[done:], offset + done)
+                    if not written:
+                        raise OSError(errno.EIO, os.strerror(errno.EIO))
+                    done += written
             except OSError as error:
                 # the disk's blocks are larger than ours, or the last write ended amid one
                 if error.errno != errno.EINVAL or not was_direct:
@@ -124,5 +136,16 @@ class PartFile:
             return
         import fcntl  # not on Windows, which has no direct writes either
 
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~_DIRECT)
+        with naming(self.path):
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~_DIRECT)
         self._is_direct = False
+
+
+def sync(fd: int, path: Path) -> None:
+    """Put a file or a folder on the disk, where its file system knows how: some do not for folders."""
+    try:
+        with naming(path):
+            os.fsync(fd)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise

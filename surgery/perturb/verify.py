@@ -10,6 +10,7 @@ from surgery.checkpoint.layout import CARD, RECIPE, is_weight
 from surgery.checkpoint.resolve import resolve
 from surgery.checkpoint.tensorfile import read_header
 from surgery.errors import NoWeightsError, SourceError, printable
+from surgery.files import list_names
 from surgery.perturb import stream
 from surgery.perturb.compare_file import FileComparison, TensorMismatch
 from surgery.perturb.compare_recipe import recipe_faults
@@ -100,7 +101,7 @@ def _find(folder: str | Path, token: str | None) -> tuple[Path, set[str], Recipe
     recipe = Recipe.read(path)
     if Path(folder).expanduser().exists():
         root = path.parent
-        return root, {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}, recipe
+        return root, {name for name in list_names(root) if (root / name).is_file()}, recipe
     try:
         found = resolve(f"{str(folder).partition('@')[0]}@{path.parent.name}", variant=recipe.variant, token=token)
     except NoWeightsError as error:

@@ -11,6 +11,7 @@ from huggingface_hub.utils.sha import git_hash
 from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of_bytes, digests_of_all, hex_of, shorten
 from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE, is_weight
 from surgery.errors import OutputError
+from surgery.files import list_names, read_file
 from surgery.recipe import Recipe
 
 
@@ -26,7 +27,7 @@ class LocalFile:
     @property
     def blob_id(self) -> str:
         """What git knows the content by."""
-        return git_hash(self.content if isinstance(self.content, bytes) else self.content.read_bytes())
+        return git_hash(self.content if isinstance(self.content, bytes) else read_file(self.content))
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,9 @@ def read_contents(folder: Path, *, recipe_only: bool) -> Contents:
         raise OutputError(
             f"{folder / CARD}: expected a card, got none. Restore it, write one, or perturb again with `overwrite`."
         )
-    card = _in_memory(CARD, _inside(folder, CARD).read_bytes())
+    card = _in_memory(CARD, read_file(_inside(folder, CARD)))
     pushed = replace(_without_local_path(recipe), sha256={file.name: file.sha256 for file in files})
-    present = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
-    left_out = tuple(name for name in present if name not in digests.keys() | {CARD, RECIPE})
+    left_out = tuple(name for name in list_names(folder) if name not in digests.keys() | {CARD, RECIPE})
     return Contents(pushed, (*files, card), recipe_only, held_back, left_out)
 
 

@@ -1,5 +1,6 @@
 """Digests of source files are remembered, and forgotten as soon as the file may have changed."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -15,6 +16,7 @@ from blake3 import blake3
 from surgery import SourceError
 from surgery.checkpoint import digests
 from surgery.checkpoint.digests import (
+    BLAKE3,
     digest_of,
     digest_of_bytes,
     digest_of_list,
@@ -231,3 +233,66 @@ digests_of_all({{Path({str(tmp_path / "large")!r}): ["blake3"]}}, "hashing")
     hashing.send_signal(signal.SIGINT)
     _, err = hashing.communicate(timeout=5)
     assert err.endswith("KeyboardInterrupt\n")
+
+
+def _planted(folder, settled):
+    """Remember a digest, and write another in its place, as another user might."""
+    remember(settled, digest_of_bytes(b"content", BLAKE3), settled.stat())
+    (entry,) = (folder / "model-surgery/digests").iterdir()
+    entry.write_text(f"blake3:{'0' * 64}")
+    return entry
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666], ids=oct)
+def test_entry_that_others_may_write_is_not_believed(settled, tmp_path, mode):
+    entry = _planted(tmp_path / "cache", settled)
+    assert recall(settled, BLAKE3) == f"blake3:{'0' * 64}"
+    entry.chmod(mode)
+    assert recall(settled, BLAKE3) is None
+    assert digest_of(settled, BLAKE3) == digest_of_bytes(b"content", BLAKE3)
+
+
+@pytest.mark.parametrize("name", ["model-surgery", "model-surgery/digests"])
+def test_folder_that_others_may_write_is_not_used(settled, tmp_path, name):
+    _planted(tmp_path / "cache", settled)
+    (tmp_path / "cache" / name).chmod(0o775)
+    assert recall(settled, BLAKE3) is None
+
+
+@pytest.mark.parametrize("name", ["model-surgery", "model-surgery/digests", "the entry"])
+def test_what_another_user_owns_is_not_believed(settled, tmp_path, name):
+    entry = _planted(tmp_path / "cache", settled)
+    if os.geteuid():
+        pytest.skip("files are given away by root")
+    os.chown(entry if name == "the entry" else tmp_path / "cache" / name, 1, 1)
+    assert recall(settled, BLAKE3) is None
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "link", "folder"])
+def test_entry_that_is_no_file_is_not_waited_for(settled, tmp_path, kind):
+    entry = _planted(tmp_path / "cache", settled)
+    kept = entry.rename(tmp_path / "elsewhere")
+    {"FIFO": os.mkfifo, "link": lambda path: path.symlink_to(kept), "folder": os.mkdir}[kind](entry)
+    assert recall(settled, BLAKE3) is None
+    assert digest_of(settled, BLAKE3) == digest_of_bytes(b"content", BLAKE3)
+
+
+def test_relative_cache_is_none(settled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    remember(settled, digest_of_bytes(b"content", BLAKE3), settled.stat())
+    assert not (tmp_path / "relative").exists()
+    assert (tmp_path / "home/.cache/model-surgery/digests").is_dir()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO], ids=errno.errorcode.get)
+def test_cache_that_cannot_be_written_only_costs_time(settled, monkeypatch, number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(f"pathlib.Path.{name}", fail)
+        assert digest_of(settled, BLAKE3) == digest_of_bytes(b"content", BLAKE3)
+    assert recall(settled, BLAKE3) is None

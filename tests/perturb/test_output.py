@@ -1,6 +1,5 @@
 """The output folder: atomic, resumable, locked, and never at the cost of anything that is not ours."""
 
-import errno
 import fcntl
 import json
 import os
@@ -19,8 +18,6 @@ import numpy as np
 import pytest
 from conftest import Ran, clean_env, command, tree_digest, write_json, write_sharded, write_weights
 from safetensors.numpy import save_file
-
-from surgery import perturb_checkpoint
 
 JOURNAL = "surgery.unfinished.json"
 Refuses = Callable[..., None]
@@ -439,20 +436,6 @@ def test_output_in_an_unwritable_folder_is_refused(refuses: Refuses, source: Pat
         f"{tmp_path}/locked/out: expected a folder to write to, got Permission denied. Choose another with -o.",
         *("source", "-o", "locked/out"),
     )
-
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
-def test_file_system_without_locks_is_no_other_run(
-    number: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", fail)
-    perturb_checkpoint(source, tmp_path / "out")
-    assert (tmp_path / "out/surgery.json").is_file()
-    told = f"{tmp_path}/out: its file system has no locks ({os.strerror(number)}): let no other run write to it"
-    assert caplog.messages == [told]
 
 
 def test_locked_folder_is_refused(refuses: Refuses, source: Path, tmp_path: Path) -> None:

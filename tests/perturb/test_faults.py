@@ -1,0 +1,81 @@
+"""Every call of a disk that fails, in every command: one line that names a file, and the same command goes on after."""
+
+import errno
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import clean_env, command, tree_digest, write_json, write_sharded
+from helpers.faults import CALLS, build, failing
+
+_COMMANDS = {
+    "perturb": ("perturb", "source", "-o", "out"),
+    "materialize": ("materialize", "fresh/surgery.json", "-o", "out"),
+    "verify": ("verify", "fresh"),
+    "inspect": ("inspect", "source"),
+    "stats": ("inspect", "source", "--stats"),
+    "diff": ("diff", "source", "fresh"),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("faults")
+    write_sharded(root / "work/source")
+    write_json(root / "work/source/config.json", {"model_type": "bert"})
+    write_json(root / "work/source/vocab/merges.json", {})
+    (root / "work/source/README.md").write_text("---\nlicense: mit\n---\n")
+    build(root)
+    assert _run(root, "perturb", "source", "-o", "fresh").returncode == 0
+    return root
+
+
+def _run(root: Path, *args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    homes = {"XDG_CACHE_HOME": str(root / "work/cache"), "HF_HOME": str(root / "work/hf")}
+    environment = clean_env(**homes, PYTHONSAFEPATH="1") | (env or {})  # no module is looked for in the work folder
+    words = command(*args)
+    return subprocess.run(words, cwd=root / "work", env=environment, capture_output=True, text=True, timeout=100)
+
+
+def _is_hit(root: Path, name: str, call: str, nth: int) -> bool:
+    """Run a command whose nth call fails, and hold what it does against what it should; tell whether there was one."""
+    out, hit = root / "work/out", root / "hit"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(root / "work/cache", ignore_errors=True)
+    hit.unlink(missing_ok=True)
+    words = _COMMANDS[name]
+    done = _run(root, *words, env=failing(root / "faults.so", call, errno.EIO, root / "work", nth=nth, hit=hit))
+    if not hit.exists():
+        return False
+    if done.returncode:
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.startswith("error: "), done.stderr
+        assert done.stderr.count("\n") == 1
+        assert str(root) in done.stderr or done.stderr.startswith("error: source: ")
+    else:
+        assert done.stderr == ""
+    if "-o" in words:
+        if done.returncode:
+            assert _run(root, *words).returncode == 0
+        assert tree_digest(out) == tree_digest(root / "work/fresh")
+    return True
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "nth"),
+    [
+        *(("perturb", call, 2) for call in ("read", "write", "fsync", "rename", "close")),
+        *(("verify", "read", 9), ("stats", "open", 3), ("diff", "list", 1), ("inspect", "map", 1)),
+    ],
+)
+def test_failing_call_is_one_line_with_its_file(name: str, call: str, nth: int, root: Path) -> None:
+    assert _is_hit(root, name, call, nth)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_every_failing_call_is_one_line_with_its_file(name: str, call: str, root: Path) -> None:
+    assert any(not _is_hit(root, name, call, nth) for nth in itertools.count(1))
