@@ -221,7 +221,7 @@ def split_console(text: str) -> list[tuple[str, str]]:
 
 # -- how what is printed is compared ----------------------------------------------------------------------------------
 
-_TIMES = re.compile(r"\d[\d.,]*(?= (s|ms|GB/s)\b)")
+_TIMES = re.compile(r"\d[\d.,]* (?:s|ms|[kMG]B/s)\b")
 _DECIMAL = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+")
 
 

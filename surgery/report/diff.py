@@ -9,7 +9,7 @@ from surgery.inspect.comparison import CHANGED, EQUAL, ONLY_IN_A, ONLY_IN_B, RES
 from surgery.noise import UNIT_STD
 from surgery.report.inspect import as_shape, as_source, number, recipe_row, recipe_text
 from surgery.report.tables import Alarm, Column, Terminal, lay_out
-from surgery.report.text import finite, line
+from surgery.report.text import as_share, finite, line
 
 if TYPE_CHECKING:
     from surgery.checkpoint.resolve import Checkpoint
@@ -77,13 +77,13 @@ def _tensor_row(tensor: "TensorComparison") -> dict[str, Any]:
 
 
 _COLUMNS = (
-    Column("tensor", is_flexible=True),
-    Column("max |d|", is_number=True, rank=2),
-    Column("rms d", is_number=True, rank=3),
-    Column("rms d / std", is_number=True),
-    Column("cosine", is_number=True, rank=1),
-    Column("differ", is_number=True, rank=4),
-    Column("", is_flexible=True),
+    Column("tensor", is_name=True),
+    Column("max |d|", is_number=True, rank=4),
+    Column("rms d", is_number=True, rank=5),
+    Column("rms d / std", is_number=True, rank=2),
+    Column("cosine", is_number=True, rank=3),
+    Column("differ", is_number=True, rank=6),
+    Column("", is_flexible=True, rank=1),
 )
 
 
@@ -112,10 +112,10 @@ def _summary(rows: Mapping[str, Any]) -> list[str]:
         ONLY_IN_B: ONLY_IN_B,
     }
     kinds = [f"{counts[kind]} {name}" for kind, name in named.items() if counts[kind] or kind in (CHANGED, EQUAL)]
-    share = rows["elements_changed"] / rows["elements"] if rows["elements"] else 0.0
+    share = as_share(rows["elements_changed"], rows["elements"])
     lines = [
         line("tensors", ", ".join(kinds)),
-        line("elements", f"{rows['elements_changed']:,} of {rows['elements']:,} differ ({share:.2%})"),
+        line("elements", f"{rows['elements_changed']:,} of {rows['elements']:,} differ ({share})"),
         line("max |d|", number(rows["max_abs_d"])),
         line("rms d", number(rows["rms_d"])),
         line("rms d / std", f"{_ratio(rows['rms_d_over_std'])}   (std of A; of the tensors that changed. "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.inspect.inspection import REFUSED, components
 from surgery.inspect.name_patterns import group
 from surgery.recipe import Recipe
+from surgery.report.names import full_names
 from surgery.report.tables import Alarm, Column, Terminal, lay_out
 from surgery.report.text import as_bytes, finite, line, reason_lines
 from surgery.roles import CLASS, NAME, RULE
@@ -116,19 +117,19 @@ def _stats_row(stats: "Stats") -> dict[str, Any]:
 
 
 _COLUMNS = (
-    Column("tensor", is_flexible=True),
-    Column("dtype", rank=1),
-    Column("shape", rank=2),
-    Column("", is_number=True),
-    Column("mean", is_number=True),
-    Column("std", is_number=True),
-    Column("min", is_number=True),
-    Column("max", is_number=True),
-    Column("NaN", is_number=True),
-    Column("Inf", is_number=True),
-    Column("bytes", is_number=True, rank=4),
-    Column("shard", is_flexible=True, rank=5),
-    Column("perturb", is_flexible=True, rank=3),
+    Column("tensor", is_name=True),
+    Column("dtype", rank=3),
+    Column("shape", rank=4),
+    Column("", is_number=True, rank=1),
+    Column("mean", is_number=True, rank=5),
+    Column("std", is_number=True, rank=2),
+    Column("min", is_number=True, rank=7),
+    Column("max", is_number=True, rank=6),
+    Column("NaN", is_number=True, rank=1),
+    Column("Inf", is_number=True, rank=1),
+    Column("bytes", is_number=True, rank=8),
+    Column("shard", is_flexible=True, rank=9),
+    Column("perturb", is_flexible=True, rank=1),
 )
 
 
@@ -140,7 +141,9 @@ def table(rows: Mapping[str, Any], terminal: Terminal, *, is_all: bool) -> str:
     """
     lines = terminal.wrap_all([as_source(rows), *_summary(rows)])
     listed = rows["tensors"] if is_all else rows["groups"]
-    return "\n".join([*lines, "", *lay_out(_COLUMNS, [_cells(row) for row in listed], terminal)])
+    names = full_names(listed) if is_all else [group["pattern"] for group in listed]
+    cells = [_cells(name, row) for name, row in zip(names, listed, strict=True)]
+    return "\n".join([*lines, "", *lay_out(_COLUMNS, cells, terminal)])
 
 
 def _summary(rows: Mapping[str, Any]) -> list[str]:
@@ -163,14 +166,14 @@ def _summary(rows: Mapping[str, Any]) -> list[str]:
     return lines + reason_lines("left out", rows["left_out"].items())
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
     stats = row.get("stats")
-    figures = [number(stats[name]) for name in ("mean", "std", "min", "max")] if stats else [""] * 4
+    figures = [number(stats[key]) for key in ("mean", "std", "min", "max")] if stats else [""] * 4
     if "stats" in row and not stats:
         figures[0] = "not measured"
-    flaws = [Alarm(f"{stats[name]:,}") if stats and stats[name] else "" for name in ("nan", "inf")]
+    flaws = [Alarm(f"{stats[key]:,}") if stats and stats[key] else "" for key in ("nan", "inf")]
     return [
-        row.get("pattern") or row["name"],
+        name,
         row["dtype"].lower(),
         as_shape(row["shape"]),
         f"x{row['count']}" if row.get("count", 1) > 1 else "",

@@ -11,7 +11,7 @@ from surgery.noise import UNIT_STD
 from surgery.perturb.plan import Plan
 from surgery.recipe import PERTURBED, Recipe
 from surgery.report.tables import Terminal
-from surgery.report.text import as_bytes, line, reason_lines
+from surgery.report.text import as_bytes, as_pace, line, reason_lines
 
 
 def plan_rows(plan: Plan) -> dict[str, Any]:
@@ -111,7 +111,14 @@ def _written(rows: Mapping[str, Any]) -> str:
         return "nothing: this command had finished here before"
     if rows["recipe_only"]:
         return f"{as_bytes(rows['bytes'])}: the recipe and its companions, without weights"
-    return f"{as_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"
+    return as_pace(rows["bytes"], rows["seconds"])
+
+
+def _survived(share: float) -> str:
+    """Say what rounding left of the noise: it adds to it where the steps of the dtype are as large."""
+    if share < 1.00005:
+        return f"{share:.2%} of the noise, after rounding"
+    return f"all of the noise, {share:.4f} times as large after rounding"
 
 
 def _parameters(tensors: list[dict[str, Any]]) -> int:
@@ -138,7 +145,7 @@ def table(rows: Mapping[str, Any], terminal: Terminal) -> str:
         _title(rows, "perturbed into"),
         *_tensor_lines(rows),
         line("noise / std", f"{rows['noise_over_std']:.4f}   (lam / sqrt(12) = {expected:.4f})"),
-        line("survived", f"{rows['survived']:.2%} of the noise, after rounding"),
+        line("survived", _survived(rows["survived"])),
     ]
     if vanished := rows["vanished"]:
         hint = "--rounding stochastic keeps its mean"

