@@ -7,13 +7,14 @@ _MOST = 16
 
 def streaming_workers() -> int:
     """Three threads per core, so that one computes while others wait for the disk or their turn; at most 16."""
-    return min(3 * _cores(), _MOST)
+    return min(3 * cores(), _MOST)
 
 
 def computing_workers() -> int:
     """One thread per core, for work that does not wait; at most 16."""
-    return min(_cores(), _MOST)
+    return min(cores(), _MOST)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

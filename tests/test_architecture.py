@@ -19,8 +19,9 @@ SURGERY = (
     ("inspect",),
     ("perturb", "push", "live"),
     ("recipe",),
-    ("noisytune", "checkpoint", "kernels"),
+    ("noisytune", "checkpoint", "kernels", "interrupts"),
     ("noise", "errors", "exit_codes", "dtypes", "globs", "caches", "progress", "threads", "roles"),
+    ("escapes",),
 )
 METHODS = tuple(kind.name for kind in registry.METHODS)
 HOOKS = (

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli import options
-from surgery.cli.group import command, main
+from surgery.cli.group import PERTURB_CARD, command, main
 from surgery.cli.push import push_and_print
+from surgery.cli.syntax import echo_json, echo_report
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
@@ -18,8 +19,16 @@ if TYPE_CHECKING:
     from surgery.push.push import PushOptions
 
 
-@main.command(context_settings={"show_default": True})
-@click.argument("model")
+@main.command(
+    context_settings={"show_default": True},
+    examples=(
+        "surgery perturb bert-base-uncased",
+        "surgery perturb ./model -o out --lam 0.1 --seed 1",
+        "surgery perturb org/name --push me/noisy --private",
+    ),
+    card=PERTURB_CARD,
+)
+@click.argument("model", shell_complete=options.complete_path)
 @options.out
 @click.option("--lam", type=float, default=0.15, help="Noise intensity, from 0 to 1; the paper uses 0.1 to 0.15.")
 @click.option("--seed", type=int, default=0, help="The same seed gives the same bytes.")
@@ -108,10 +117,9 @@ def _push_options(repo: str | None, **settings: Any) -> "PushOptions | None":
 def _print_plan(plan: "Plan", push: "PushOptions | None", *, as_json: bool) -> None:
     from surgery.report import perturb as report
     from surgery.report.tables import stdout_terminal
-    from surgery.report.text import as_json as to_json
 
     rows = report.plan_rows(plan) | ({"push": push.command} if push else {})
-    click.echo(to_json(rows) if as_json else report.plan_table(rows, stdout_terminal()))
+    echo_report(rows, lambda: report.plan_table(rows, stdout_terminal()), as_json=as_json)
 
 
 def _write(
@@ -129,7 +137,6 @@ def _write(
     from surgery.perturb.output import is_finished
     from surgery.report import perturb as report
     from surgery.report.tables import stdout_terminal
-    from surgery.report.text import as_json as to_json
 
     is_new = overwrite or not is_finished(plan.out)
     recipe = execute(plan, overwrite=overwrite, workers=workers)
@@ -146,4 +153,4 @@ def _write(
     if push:
         rows["push"] = push_and_print(push, is_quiet=as_json)
     if as_json:
-        click.echo(to_json(rows))
+        echo_json(rows)

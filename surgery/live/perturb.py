@@ -1,6 +1,5 @@
 """perturb_model and perturb_state_dict: NoisyTune on torch tensors in place, measured whole before the first write."""
 
-import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from surgery.checkpoint.roles import find_roles
 from surgery.errors import SettingError, SourceError
+from surgery.escapes import get_logger
 from surgery.kernels import tensors as kernels
 from surgery.live.applied_noise import note_noise
 from surgery.live.foreign import is_flat, is_fsdp1
@@ -28,7 +28,7 @@ from surgery.noisytune import (
 )
 from surgery.recipe import FileRecord, Recipe, warn_of_vanished
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 _LARGEST_U = 2.5  # the normal distribution's: its quantile at 2^-53 is 8.3, times 1/sqrt(12)
 
 

@@ -7,7 +7,6 @@ companions come after them, so no loader finds a checkpoint before that; card an
 
 import errno
 import json
-import logging
 import os
 import shutil
 import sys
@@ -19,10 +18,11 @@ from typing import Any, NoReturn
 
 from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
 from surgery.errors import OutputError
+from surgery.escapes import get_logger
 from surgery.perturb.former_run import is_edited, names_in, read_json
 from surgery.perturb.partfile import FULL, PartFile
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 _PART = ".surgery-part"
 
 

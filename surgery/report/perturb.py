@@ -1,13 +1,13 @@
 """`surgery perturb` and `materialize` as rows and as a table: what was done, or with --dry-run would be."""
 
 import math
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.layout import RECIPE
 from surgery.errors import some
+from surgery.escapes import shell_join
 from surgery.noise import UNIT_STD
 from surgery.perturb.plan import Plan
 from surgery.recipe import Recipe
@@ -99,7 +99,7 @@ def _next_command(recipe: Recipe, out: Path) -> str:
     else:
         file = str(out / recipe.files[0].name)
         code = f"from safetensors import safe_open; print(*safe_open({file!r}, 'np').keys(), sep='\\n')"
-    return f'python -c "{code}"' if '"' not in code and "$" not in code else shlex.join(["python", "-c", code])
+    return f'python -c "{code}"' if '"' not in code and "$" not in code else shell_join(["python", "-c", code])
 
 
 def _written(rows: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import click
 
-from surgery.errors import printable
+from surgery.escapes import printable
 from surgery.report.text import VALUE_AT
 
 _GAP = "  "

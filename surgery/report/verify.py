@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from surgery.escapes import printable
 from surgery.perturb.verify import Verification
 from surgery.report.tables import Alarm, Column, Terminal, lay_out
 from surgery.report.text import as_bytes, line
@@ -34,7 +35,7 @@ def table(rows: Mapping[str, Any], terminal: Terminal) -> str:
     differences = rows["differences"]
     verdict = "bit for bit equal to" if rows["equal"] else terminal.alarm("NOT equal") + " to"
     lines = [
-        f"{rows['folder']} is {verdict} what its recipe makes of {rows['source']}{commit}",
+        f"{printable(rows['folder'])} is {verdict} what its recipe makes of {printable(rows['source'] + commit)}",
         line("tensors", f"{rows['tensors'] - len(differences)} equal, {len(differences)} differ"),
         line("read", f"{as_bytes(rows['bytes'])} in {rows['seconds']:.2f} s, {rows['gb_per_second']:.2f} GB/s"),
         *terminal.wrap_all([line("fault", fault) for fault in rows["faults"]]),
