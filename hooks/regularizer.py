@@ -3,7 +3,6 @@
 No torch at import: `surgery run` and its flags need the settings before the script imports it.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from surgery.errors import SettingError, SourceError
+from surgery.escapes import get_logger
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .weights.chosen import ChosenWeights
     from .weights.selection import Scope
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 MISSED_STEPS = "optimizer steps: no forward in training mode came before them"
 
 

@@ -1,6 +1,5 @@
 """What methods share that act in the steps of optimizers: which weights a step changes, its lr, steps within steps."""
 
-import logging
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -10,12 +9,13 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SettingError
+from surgery.escapes import get_logger
 
 from .regularizer import Regularizer
 from .steps import StepWatch, count_open_steps
 from .weights.tracked import Tracked
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 _PATIENCE = 100
 """Forwards between two steps, more than gradients are accumulated over."""
 

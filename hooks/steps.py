@@ -3,7 +3,6 @@
 A model in eval mode, or weights that somebody updates by hand, would train without regularization, in silence.
 """
 
-import logging
 import sys
 import weakref
 from abc import abstractmethod
@@ -15,11 +14,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from surgery.escapes import get_logger
+
 from .compiling import eagerly
 from .regularizer import Regularizer
 from .weights.pretrained import local
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class Listener(Protocol):

@@ -1,18 +1,18 @@
 """A callback for transformers' Trainer that checks that the model is patched, and tells what came of it at the end."""
 
-import logging
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
 from surgery.errors import SettingError
+from surgery.escapes import get_logger
 
 from .patch import find_patch, unpatch_model
 from .trackers.figures import is_under_run
 from .trackers.install import install
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class SurgeryCallback(TrainerCallback):

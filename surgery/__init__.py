@@ -1,10 +1,12 @@
 """model-surgery: published regularizers for any checkpoint and any training script."""
 
+import os.path
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing takes milliseconds to import, in which Ctrl-C would be a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from surgery.errors import OutputError as OutputError
     from surgery.errors import SettingError as SettingError
     from surgery.errors import SourceError as SourceError
@@ -65,14 +67,14 @@ _MODULE_NAMES = ("__all__", "__doc__", "__file__", "__name__", "__path__", "__ve
 
 # In a source checkout hooks/ lies beside this package, in an installation inside it: Python started in the checkout's
 # root finds this folder first, whatever is installed.
-_CHECKOUT = Path(__file__).resolve().parent.parent
-if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "hooks").is_dir():
-    __path__.append(str(_CHECKOUT))
+_CHECKOUT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120
+if os.path.isfile(f"{_CHECKOUT}/pyproject.toml") and os.path.isdir(f"{_CHECKOUT}/hooks"):  # noqa: PTH112, PTH113
+    __path__.append(_CHECKOUT)
 
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> "Any":
         if name in _HOMES:
             return getattr(import_module(_HOMES[name]), name)
         if name == "__version__":

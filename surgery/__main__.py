@@ -1,6 +1,27 @@
-"""`python -m surgery`: the same command line as the script `surgery`."""
+"""The process of the command line: of the script `surgery`, and of `python -m surgery`."""
 
-from surgery.cli import main
+import sys
+
+from surgery import interrupts
+
+
+def main() -> None:
+    """Run the command line to the end of this process, with Ctrl-C and what is printed under control."""
+    interrupts.install(sys.argv[1:])
+    from surgery.cli import main as command
+    from surgery.cli.streams import guard_streams
+
+    guard_streams()
+    try:
+        command(prog_name="surgery")
+    except SystemExit:
+        interrupts.leave()
+        raise
+    except BaseException:
+        if interrupts.has_raised():  # and a library has made another error of it
+            interrupts.end()
+        raise
+
 
 if __name__ == "__main__":
     main()

@@ -13,21 +13,29 @@ _OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
+def cache_root() -> Path | None:
+    """Return $XDG_CACHE_HOME/model-surgery, which need not be there, or None where there is no home folder."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        # its specification has paths that are not absolute ignored
+        return (root if root.is_absolute() else Path("~/.cache").expanduser()) / "model-surgery"
+    except RuntimeError:
+        return None
+
+
 def cache_folder(name: str) -> Path | None:
     """Return a folder under $XDG_CACHE_HOME/model-surgery, made if need be, or None if there cannot be one."""
     try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        if not root.is_absolute():  # as its specification has it
-            root = Path("~/.cache").expanduser()
-        root.mkdir(parents=True, exist_ok=True)
-        folder = root / "model-surgery"
+        if (folder := cache_root()) is None:
+            return None
+        folder.parent.mkdir(parents=True, exist_ok=True)
         for each in (folder, folder / name):
             with suppress(FileExistsError):
                 each.mkdir(mode=0o700)
             status = each.stat()
             if not stat.S_ISDIR(status.st_mode) or not _is_own(status):
                 return None
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, ValueError):
         return None
     return folder / name
 

@@ -5,10 +5,7 @@ An option is named as in Python and between backticks, `create_pr`: the command 
 
 from collections.abc import Iterable, Sequence
 
-
-def printable(text: str) -> str:
-    """Escape what a terminal would act on: a checkpoint's names are its author's."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+from surgery.escapes import printable
 
 
 class SurgeryError(Exception):

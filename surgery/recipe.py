@@ -1,13 +1,13 @@
 """surgery.json, the recipe: settings, and a record of every file and tensor, enough to do the run again bit for bit."""
 
 import json
-import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from surgery.checkpoint.digests import SHA256, hex_of, is_digest
 from surgery.errors import SettingError, SourceError
+from surgery.escapes import get_logger
 from surgery.files import read_file
 from surgery.noise import CONTRACT
 from surgery.noisytune import Effect, NoisyTune
@@ -19,7 +19,7 @@ FORMAT_1 = "surgery-recipe-1"
 PERTURBED = "the source has noise already: it holds a surgery.json"
 """A note on a run."""
 _VANISHED = 0.01
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 _FILE_FIELDS = ("name", "digest", "source", "source_digest", "tied")
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _Kind = TypeVar("_Kind")

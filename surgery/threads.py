@@ -11,15 +11,15 @@ _PROC = Path("/proc/self")
 
 def streaming_workers() -> int:
     """Three threads per core, so that one computes while others wait for the disk or their turn; at most 16."""
-    return min(3 * _cores(), _MOST)
+    return min(3 * cores(), _MOST)
 
 
 def computing_workers() -> int:
     """One thread per core, for work that does not wait; at most 16."""
-    return min(_cores(), _MOST)
+    return min(cores(), _MOST)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Count the cores that this process may run on, and no more than its cgroups give it the time of."""
     if hasattr(os, "process_cpu_count"):  # Python 3.13
         cores = os.process_cpu_count() or 1

@@ -19,7 +19,7 @@ SURGERY = (
     ("inspect",),
     ("perturb", "push", "live"),
     ("recipe",),
-    ("noisytune", "checkpoint", "kernels"),
+    ("noisytune", "checkpoint", "kernels", "interrupts"),
     (
         "noise",
         "errors",
@@ -33,6 +33,7 @@ SURGERY = (
         "roles",
     ),
     ("io_errors",),
+    ("escapes",),
 )
 METHODS = tuple(kind.name for kind in registry.METHODS)
 HOOKS = (

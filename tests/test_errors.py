@@ -1,6 +1,7 @@
 """Errors are one line that a terminal can show, whatever a checkpoint puts into them."""
 
-from surgery.errors import SourceError, printable
+from surgery.errors import SourceError
+from surgery.escapes import printable
 
 
 def test_what_a_terminal_acts_on_is_escaped() -> None:

@@ -1,6 +1,5 @@
 """Mixout on one model: attaches the hooks to its layers, sets their dropout to 0, and tells whether they were mixed."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SourceError, some
+from surgery.escapes import get_logger
 
 from ..compiling import guard_hooks
 from ..marks import PATCH, put
@@ -19,7 +19,7 @@ from .dropout import Rate, find_rates, replace_rate
 from .mixed_weight import MIXED, MixedWeight, Passes, attach_hooks, reveal_weight
 from .settings import Mixout
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class MixoutRegularizer(AuditedRegularizer):

@@ -3,7 +3,6 @@
 Every torch function of a PairedTensor is applied to the tensors of both passes; a loss function gets both results.
 """
 
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ import torch
 from torch.nn.parallel.distributed import _DDPSink
 from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
+from surgery.escapes import get_logger
+
 from ..compiling import eagerly
 from .loss_calls import SUPPORTED, UNSUPPORTED, LossCall, any_requires_grad, read_call
 from .outputs import map_output
 from .transparent import TransparentTensor
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 MakeLoss = Callable[[LossCall | None, LossCall, Callable[[], None]], torch.Tensor]
 """Returns one loss for the calls in both passes, and calls the function it was given as soon as there is one."""
 

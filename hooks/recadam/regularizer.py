@@ -1,6 +1,5 @@
 """Optimizer hooks that keep weights before a step, then take part of what it did to them and recall them to w_pre."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SettingError, SourceError
+from surgery.escapes import get_logger
 
 from ..marks import PATCH
 from ..regularizer import Handle, Settings
@@ -20,7 +20,7 @@ from ..weights.chosen import ChosenWeights
 from ..weights.pretrained import Pretrained, local
 from .settings import RecAdam
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 T = "surgery_recadam_t"
 """The key of an optimizer's param_groups that holds t: it is saved and loaded with the optimizer's state."""
 

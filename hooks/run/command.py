@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import SettingError, SurgeryError
+from surgery.escapes import shell_quote
 
 from .folder import RUN_DIR
 
@@ -47,7 +48,7 @@ def find_program(command: Sequence[str]) -> str:
         return found
     is_there = Path(name).is_file()
     if is_there and name.endswith(".py"):
-        what = f"expected a program, got a script of Python. Write: python {shlex.quote(name)}"
+        what = f"expected a program, got a script of Python. Write: python {shell_quote(name)}"
     elif is_there and os.sep in name:
         what = "expected a program, got a file that may not be executed. See its permissions"
     else:

@@ -1,6 +1,5 @@
 """class Options: what `surgery run` is asked for, checked, from the values of flags and from SURGERY_* variables."""
 
-import logging
 import math
 import re
 import shlex
@@ -9,13 +8,14 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from surgery.errors import SettingError
+from surgery.escapes import get_logger
 
 from ..registry import METHODS, as_settings
 from ..regularizer import Settings
 from .folder import RUN_DIR
 
 PREFIX = "SURGERY_"
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 _FORMER = "seed"
 _OF_KUBERNETES = re.compile(r"\w+_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)")
 NOISYTUNE = "noisytune"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from surgery.escapes import shell_join
 
 from .console import say
 from .options import NOISYTUNE, Options
@@ -63,7 +64,7 @@ def make_report(outcome: Outcome, options: Options, command: Command) -> dict[st
         "reason": outcome.reason,
         "notes": list(outcome.notes),
         "version": versions["model-surgery"],
-        "command": shlex.join(command.words),
+        "command": shell_join(command.words),
         "settings": _settings(options),
         "noise_seed": options.noise_seed if options.noisytune is not None else None,
         "versions": {"python": sys.version.split()[0], **versions},

@@ -3,7 +3,6 @@
 A failure costs one warning and the figures, never the training.
 """
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.escapes import get_logger
 from surgery.live.applied_noise import find_noise
 
 from ..lifecycle import Patch, find_patched
@@ -18,7 +18,7 @@ from ..marks import PATCH
 from ..refusals import handled
 from ..regularizer import Settings
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 _of_run: dict[str, Any] = {}
 """The settings of a `surgery run` around this process."""
 _is_told = False

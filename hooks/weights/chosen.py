@@ -1,6 +1,5 @@
 """ChosenWeights: the parameters that were selected, each with its w_pre, their bytes and their distance from it."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from surgery.errors import SettingError, some
+from surgery.escapes import get_logger
 
 from ..marks import Marked, Part, put
 from .distance import squares_of_difference, total
@@ -20,7 +20,7 @@ from .sources import Kept, Source, open_origin
 from .tracked import Tracked
 from .unready import refuse_unready
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class ChosenWeights:

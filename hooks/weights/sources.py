@@ -1,6 +1,5 @@
 """Where w_pre comes from: the model itself, a state_dict or a checkpoint, each read one tensor at a time."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -9,13 +8,14 @@ import torch
 from torch import nn
 
 from surgery.errors import SourceError, some
+from surgery.escapes import get_logger
 from surgery.live.parts import pretrained_parts
 
 from .peft_layers import find_copies
 from .selection import Target
 from .tracked import Tracked
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 Source = str | Path | Mapping[str, torch.Tensor]
 

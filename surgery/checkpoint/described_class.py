@@ -11,10 +11,11 @@ from warnings import catch_warnings
 
 from surgery.checkpoint.buffer_rules import role_by_rules
 from surgery.checkpoint.model_types import NUMBER, ModelType, as_pattern
+from surgery.escapes import get_logger
 
 _PARTS = re.compile(r"layers?$|experts$|blocks$|stages$|heads$|depths?$")
 _MOST_PARTS = 4096
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ A checkpoint of weights holds tensors by name and nothing else. Anything else is
 named in a warning where not; of several state_dicts none is guessed.
 """
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 
 from surgery.errors import SourceError, some
+from surgery.escapes import get_logger
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
 """Names under which training frameworks keep the model beside training state."""

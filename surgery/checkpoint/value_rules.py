@@ -4,7 +4,6 @@ Rules are rare and sure: none holds for values that training leaves, nor for a f
 each tensor, and the rest of those that fit a rule.
 """
 
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +14,13 @@ from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.weight_file import WeightFile
 from surgery.dtypes import storage, to_numbers
 from surgery.errors import some
+from surgery.escapes import get_logger
 from surgery.roles import NAME, VALUE, Role
 
 Read = Callable[[int, int], np.ndarray]
 """Return a tensor's elements from the first index to before the second, in float64."""
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 _LEAST, _PIECE = 32, 1 << 18
 _SAMPLE = 256
 _PARAMETERS = re.compile(

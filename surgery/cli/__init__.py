@@ -1,6 +1,7 @@
 """The command line, one file a command: parse, call, print. Importing a file adds its command to the group."""
 
 from surgery.cli import diff as diff
+from surgery.cli import doctor as doctor
 from surgery.cli import env as env
 from surgery.cli import inspect as inspect
 from surgery.cli import materialize as materialize

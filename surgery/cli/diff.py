@@ -6,12 +6,16 @@ from typing import Any
 import click
 
 from surgery.cli import options
-from surgery.cli.group import command, main
+from surgery.cli.group import PERTURB_CARD, command, main
+from surgery.cli.syntax import echo_report
 
 
-@main.command()
-@click.argument("a")
-@click.argument("b")
+@main.command(
+    examples=("surgery diff org/name ./trained", "surgery diff org/name@main org/name@v2 --all --json"),
+    card=PERTURB_CARD,
+)
+@click.argument("a", shell_complete=options.complete_path)
+@click.argument("b", shell_complete=options.complete_path)
 @options.show_all("Show every tensor, not only the worst.")
 @options.variant(", of both")
 @options.token
@@ -27,7 +31,6 @@ def diff(a: str, b: str, *, is_all: bool, plot: Path | None, as_json: bool, **se
     from surgery.inspect.diff import diff_checkpoints
     from surgery.report import diff as report
     from surgery.report.tables import stdout_terminal
-    from surgery.report.text import as_json as to_json
 
     if plot:
         from surgery.report.plot import check_plot
@@ -40,4 +43,4 @@ def diff(a: str, b: str, *, is_all: bool, plot: Path | None, as_json: bool, **se
 
         draw(diff_picture(comparison), plot)
     rows = report.rows(comparison)
-    click.echo(to_json(rows) if as_json else report.table(rows, stdout_terminal(), is_all=is_all))
+    echo_report(rows, lambda: report.table(rows, stdout_terminal(), is_all=is_all), as_json=as_json)

@@ -6,12 +6,18 @@ from typing import Any
 
 import click
 
-from surgery.cli.group import command, main
+from surgery.cli.group import RUN_CARD, command, main
 from surgery.cli.run_options import RegularizerCommand, read_options
+from surgery.cli.syntax import echo_json
+from surgery.escapes import shell_quote
 from surgery.exit_codes import USAGE
 
 
-@main.command(cls=RegularizerCommand)
+@main.command(
+    cls=RegularizerCommand,
+    examples=('eval "$(surgery env --mixout 0.7)"', "surgery env --rdrop 1.0 --report report.json --json"),
+    card=RUN_CARD,
+)
 @partial(command, code=USAGE)
 def env(*, as_json: bool, **flags: Any) -> None:
     """Print the variables that regularize what is trained where they are set.
@@ -22,12 +28,8 @@ def env(*, as_json: bool, **flags: Any) -> None:
 
     options = read_options(flags)
     if as_json:
-        from surgery.report.text import as_json as to_json
-
         path = environment_of(options, os.environ)["PYTHONPATH"]
-        click.echo(to_json({"PYTHONPATH": path} | options.variables))
+        echo_json({"variables": {"PYTHONPATH": path} | options.variables})
         return
-    from shlex import quote
-
-    click.echo(f'export PYTHONPATH={quote(str(SITE))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
-    click.echo(" ".join(["export", *(f"{name}={quote(value)}" for name, value in options.variables.items())]))
+    click.echo(f'export PYTHONPATH={shell_quote(str(SITE))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    click.echo(" ".join(["export", *(f"{name}={shell_quote(value)}" for name, value in options.variables.items())]))

@@ -9,10 +9,28 @@ from typing import Any
 
 import click
 
+from surgery import interrupts
 from surgery.cli import options
+from surgery.cli.syntax import SurgeryGroup, echo_json
 from surgery.errors import SurgeryError
+from surgery.escapes import printable
 from surgery.exit_codes import FAILED, INTERRUPTED
 from surgery.io_errors import one_line
+
+SECTIONS = {
+    "Perturb a checkpoint": ("perturb", "verify", "materialize", "push"),
+    "Look at checkpoints": ("inspect", "diff"),
+    "Train with regularizers": ("run", "env"),
+    "Report a problem": ("doctor",),
+}
+PERTURB_CARD, RUN_CARD = "surgery/perturb/README.md", "hooks/run/README.md"
+PUSH_CARD = "surgery/push/README.md"
+_LINKS = (
+    f"{PERTURB_CARD}: the commands, their JSON and exit codes, completion",
+    f"{PUSH_CARD}: recipes and the Hub",
+    f"{RUN_CARD}: what `surgery run` covers",
+    "hooks/mixout, hooks/rdrop, hooks/anchor, hooks/recadam: a README.md each",
+)
 
 
 def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -23,7 +41,17 @@ def _print_version(context: click.Context, _: click.Parameter, value: bool) -> N
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=SurgeryGroup,
+    sections=SECTIONS,
+    examples=(
+        "surgery perturb bert-base-uncased --lam 0.15",
+        "surgery run --mixout 0.7 -- python train.py",
+        "surgery inspect org/name --stats",
+    ),
+    links=_LINKS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )
@@ -40,15 +68,18 @@ def command(function: Callable[..., None], *, code: int = FAILED, has_json: bool
     @options.debug
     @functools.wraps(function)
     def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
+        is_json = kwargs.get("as_json", False)
         try:
-            function(*args, **kwargs)
+            with interrupts.Raising():
+                function(*args, **kwargs)
         except BrokenPipeError:  # `| head`: click ends quietly
             raise
         except (SurgeryError, OSError, MemoryError) as error:
-            _fail(one_line(error), code, as_json=kwargs.get("as_json", False), debug=debug)
+            if interrupts.has_raised():  # and became another error on its way
+                _end_interrupted(is_json=is_json)
+            _fail(one_line(error), code, is_json=is_json, debug=debug)
         except KeyboardInterrupt:
-            click.echo("interrupted: run the same command again.", err=True)
-            sys.exit(INTERRUPTED)
+            _end_interrupted(is_json=is_json)
 
     return options.json(wrapped) if has_json else wrapped
 
@@ -60,13 +91,19 @@ def _with_flags(message: str) -> str:
     return re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[0]), message)
 
 
-def _fail(message: str, code: int, *, as_json: bool, debug: bool) -> None:
-    message = _with_flags(message)
+def _fail(message: str, code: int, *, is_json: bool, debug: bool) -> None:
+    message = printable(_with_flags(message))
     if debug:
         traceback.print_exc()
-    if as_json:
-        from surgery.report.text import as_json as to_json
-
-        click.echo(to_json({"error": message}))
+    if is_json:
+        echo_json({"error": message})
     click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)
+
+
+def _end_interrupted(*, is_json: bool) -> None:
+    interrupts.ignore()
+    if is_json and not interrupts.has_answered():
+        echo_json({"error": interrupts.MESSAGE})
+    click.echo(interrupts.MESSAGE, err=True)
+    sys.exit(INTERRUPTED)

@@ -6,12 +6,16 @@ from typing import Any
 import click
 
 from surgery.cli import options
-from surgery.cli.group import command, main
+from surgery.cli.group import PERTURB_CARD, command, main
+from surgery.cli.syntax import echo_report
 from surgery.errors import SettingError
 
 
-@main.command()
-@click.argument("model")
+@main.command(
+    examples=("surgery inspect org/name", "surgery inspect ./model --stats --plot stats.png"),
+    card=PERTURB_CARD,
+)
+@click.argument("model", shell_complete=options.complete_path)
 @click.option("--stats", is_flag=True, help="Read all weights: mean, std, min, max, NaN and Inf.")
 @options.show_all("A line for each tensor, instead of one for each layer pattern.")
 @options.revision
@@ -30,7 +34,6 @@ def inspect(model: str, *, is_all: bool, plot: Path | None, as_json: bool, **set
     from surgery.inspect.inspection import inspect_checkpoint
     from surgery.report import inspect as report
     from surgery.report.tables import stdout_terminal
-    from surgery.report.text import as_json as to_json
 
     if plot:
         from surgery.report.plot import check_plot
@@ -45,4 +48,4 @@ def inspect(model: str, *, is_all: bool, plot: Path | None, as_json: bool, **set
 
         draw(stats_picture(inspection), plot)
     rows = report.rows(inspection)
-    click.echo(to_json(rows) if as_json else report.table(rows, stdout_terminal(), is_all=is_all))
+    echo_report(rows, lambda: report.table(rows, stdout_terminal(), is_all=is_all), as_json=as_json)

@@ -6,11 +6,15 @@ from pathlib import Path
 import click
 
 from surgery.cli import options
-from surgery.cli.group import command, main
+from surgery.cli.group import PERTURB_CARD, command, main
+from surgery.cli.syntax import echo_report
 
 
-@main.command()
-@click.argument("recipe")
+@main.command(
+    examples=("surgery materialize me/noisy -o again", "surgery materialize surgery.json --source ./model"),
+    card=PERTURB_CARD,
+)
+@click.argument("recipe", shell_complete=options.complete_path)
 @options.out
 @options.source
 @options.token
@@ -36,11 +40,10 @@ def materialize(
     from surgery.perturb.output import is_finished
     from surgery.report import perturb as report
     from surgery.report.tables import stdout_terminal
-    from surgery.report.text import as_json as to_json
 
     start = time.perf_counter()
     plan = plan_materialize(recipe, out, source=source, token=token)
     is_new = overwrite or not is_finished(plan.out)
     written = execute_materialize(plan, overwrite=overwrite, workers=workers)
     rows = report.rows(written, plan, time.perf_counter() - start, is_new=is_new)
-    click.echo(to_json(rows) if as_json else report.table(rows, stdout_terminal()))
+    echo_report(rows, lambda: report.table(rows, stdout_terminal()), as_json=as_json)

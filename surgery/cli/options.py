@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from surgery.errors import SettingError
 
@@ -34,15 +35,33 @@ class _Seeds(click.ParamType):  # type: ignore[type-arg]
         return seeds
 
 
+def complete_path(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Have the shell complete a file or folder; a Hub id is not looked up."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def complete_folder(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Have the shell complete a folder."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
 debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 json = click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON on stdout.")
 
 revision = click.option("--revision", help="Branch, tag or commit on the Hub.")
-source = click.option("--source", help="Where the source is now: Hub id, folder or file.  [default: where it was]")
+source = click.option(
+    "--source",
+    shell_complete=complete_path,
+    help="Where the source is now: Hub id, folder or file.  [default: where it was]",
+)
 token = click.option("--token", help="Hub token.  [default: the one of `hf auth login`]")
 
 out = click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-noisytune-lam…-seed…]"
+    "-o",
+    "--out",
+    shell_complete=complete_folder,
+    type=click.Path(path_type=Path),
+    help="Folder to write.  [default: MODEL-noisytune-lam…-seed…]",
 )
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what a former run wrote to the folder.")
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli import options
-from surgery.cli.group import command, main
+from surgery.cli.group import PERTURB_CARD, command, main
 from surgery.cli.push import push_and_print
+from surgery.cli.syntax import echo_json
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
@@ -20,8 +21,16 @@ if TYPE_CHECKING:
     from surgery.push.push import PushOptions
 
 
-@main.command(context_settings={"show_default": True})
-@click.argument("model")
+@main.command(
+    context_settings={"show_default": True},
+    examples=(
+        "surgery perturb bert-base-uncased",
+        "surgery perturb ./model -o out --lam 0.1 --seed 1",
+        "surgery perturb org/name --push me/noisy --private",
+    ),
+    card=PERTURB_CARD,
+)
+@click.argument("model", shell_complete=options.complete_path)
 @options.out
 @click.option("--lam", type=float, default=0.15, help="Noise intensity, from 0 to 1; the paper uses 0.1 to 0.15.")
 @options.seed("The same seed gives the same bytes. 0..9: ten checkpoints.", default="0")
@@ -122,9 +131,7 @@ def perturb(
         else:
             every.append(_write(plan, one, start=start, overwrite=overwrite, workers=workers, is_quiet=as_json))
     if as_json:
-        from surgery.report.text import as_json as to_json
-
-        click.echo(to_json(every[0] if len(seeds) == 1 else {"variants": every}))
+        echo_json(every[0] if len(seeds) == 1 else {"variants": every})
 
 
 @dataclass(frozen=True)

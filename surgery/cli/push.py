@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli import options
-from surgery.cli.group import command, main
+from surgery.cli.group import PUSH_CARD, command, main
+from surgery.cli.syntax import echo_json
 
 if TYPE_CHECKING:
     from surgery.push.push import PushOptions
 
 
-@main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@main.command(
+    examples=("surgery push ./out me/noisy --dry-run", "surgery push ./out me/noisy --recipe-only"),
+    card=PUSH_CARD,
+)
+@click.argument("folder", metavar="DIR", shell_complete=options.complete_folder, type=click.Path(path_type=Path))
 @click.argument("repo")
 @options.private("Make the model private, if it is new.")
 @click.option("--revision", help="Branch to push to, made if need be.  [default: main]")
@@ -31,7 +35,6 @@ def push(folder: Path, repo: str, *, seeds: range | None, dry_run: bool, as_json
     DIR is a folder that `surgery perturb` wrote. A push that failed is resumed by the same command.
     """
     from surgery.push.push import PushOptions, refuse_without_token
-    from surgery.report.text import as_json as to_json
 
     several = seeds or range(1)
     asked = [
@@ -45,7 +48,7 @@ def push(folder: Path, repo: str, *, seeds: range | None, dry_run: bool, as_json
     do = _print_plan if dry_run else push_and_print
     every = [do(one, is_quiet=as_json) for one in asked]
     if as_json:
-        click.echo(to_json(every[0] if len(every) == 1 else {"variants": every}))
+        echo_json(every[0] if len(every) == 1 else {"variants": every})
 
 
 def push_and_print(asked: "PushOptions", *, is_quiet: bool) -> dict[str, Any]:

@@ -6,13 +6,24 @@ from typing import Any
 
 import click
 
-from surgery.cli.group import command, main
+from surgery.cli import options
+from surgery.cli.group import RUN_CARD, command, main
 from surgery.cli.run_options import RegularizerCommand, read_options
 from surgery.exit_codes import USAGE
 
 
-@main.command(cls=RegularizerCommand, context_settings={"allow_interspersed_args": False})
-@click.argument("arguments", metavar="[--] COMMAND...", nargs=-1, type=click.UNPROCESSED)
+@main.command(
+    cls=RegularizerCommand,
+    context_settings={"allow_interspersed_args": False},
+    examples=(
+        "surgery run --mixout 0.7 -- python train.py",
+        "surgery run --noisytune 0.15 --rdrop 1.0 --report report.json -- torchrun --nproc-per-node 2 train.py",
+    ),
+    card=RUN_CARD,
+)
+@click.argument(
+    "arguments", metavar="[--] COMMAND...", nargs=-1, type=click.UNPROCESSED, shell_complete=options.complete_path
+)
 @partial(command, code=USAGE, has_json=False)
 def run(arguments: tuple[str, ...], **flags: Any) -> None:
     """Run COMMAND, and regularize what it trains.

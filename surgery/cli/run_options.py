@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.cli.options import complete_path
+from surgery.cli.syntax import SurgeryCommand
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
     from surgery.hooks.run.options import Options
 
 
-class RegularizerCommand(click.Command):
+class RegularizerCommand(SurgeryCommand):
     """A command with the options that choose regularizers, what they act on, and what is reported.
 
     Those of the methods come from the registry, which is imported when they are asked for: `surgery --help` is not to
@@ -22,6 +24,9 @@ class RegularizerCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*_options(), *super().get_params(ctx)]
+
+    def key_of(self, option: click.Option) -> str:
+        return "noise_seed" if option.name == "seed" else super().key_of(option)
 
 
 @cache
@@ -39,7 +44,12 @@ def _options() -> tuple[click.Option, ...]:
         click.Option(["--include"], multiple=True, metavar="GLOB", help="Only these model classes or parameters."),
         click.Option(["--exclude"], multiple=True, metavar="GLOB", help="Not these model classes or parameters."),
         _option("w-pre", None, ("perturbed", "original"), "Weights with noise, or before it."),
-        _option("report", "FILE.json", str, "Write what became of each model."),
+        click.Option(
+            ["--report"],
+            metavar="FILE.json",
+            shell_complete=complete_path,
+            help="Write what became of each model.",
+        ),
         click.Option(["--allow-inactive"], is_flag=True, help="Do not exit 3 when one of them had no effect."),
     )
 

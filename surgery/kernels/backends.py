@@ -1,15 +1,15 @@
 """Which kernels this Python has: C or NumPy on the CPU, Triton on the GPU."""
 
-import logging
 import threading
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
+from surgery.escapes import get_logger
 from surgery.kernels import native, plain
 
 _lock = threading.Lock()
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @cache
@@ -24,8 +24,8 @@ def on_cpu() -> native.Native | ModuleType:
         return _on_cpu()
 
 
-@cache
-def _on_cpu() -> native.Native | ModuleType:
+def find_compiled() -> tuple[native.Native | None, str]:
+    """Return the compiled kernels if they can be had and give the right bits, and else what is there instead."""
     path = native.find()
     try:
         compiled, fault = native.Native(path) if path else None, "none"
@@ -33,6 +33,12 @@ def _on_cpu() -> native.Native | ModuleType:
         compiled, fault = None, str(error)
     if compiled and not native.is_exact(compiled):
         compiled, fault = None, f"{path}, of another version or built with flags that change the bits"
+    return compiled, fault
+
+
+@cache
+def _on_cpu() -> native.Native | ModuleType:
+    compiled, fault = find_compiled()
     if compiled:
         return compiled
     _log.warning(

@@ -1,6 +1,5 @@
 """perturb_model and perturb_state_dict: NoisyTune on torch tensors in place, measured whole before the first write."""
 
-import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from surgery.checkpoint.roles import find_roles
 from surgery.errors import SettingError, SourceError
+from surgery.escapes import get_logger
 from surgery.kernels import tensors as kernels
 from surgery.live.applied_noise import find_noise, note_added
 from surgery.live.foreign import is_flat, is_fsdp1
@@ -29,7 +29,7 @@ from surgery.noisytune import (
 )
 from surgery.recipe import FileRecord, Recipe, warn_of_vanished
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 HAS_IT = "has this noise already"
 """Why a tensor is left as it is that a former call has perturbed."""
 _LEAST_SHARE, _IS_THIS = 0.2, (0.8, 1.25)  # of this noise in the weights

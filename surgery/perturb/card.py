@@ -4,8 +4,6 @@ It is written once; what its owner then writes in it stays. Nothing in it depend
 package's version number, so the same run writes the same card.
 """
 
-import logging
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ import yaml
 from huggingface_hub.repocard_data import ModelCardData  # huggingface_hub.repocard takes 0.1 s to import
 
 from surgery.checkpoint.digests import algorithm_of
-from surgery.perturb.front_matter import read_fields
+from surgery.escapes import get_logger, printable, shell_quote
+from surgery.perturb.front_matter import Text, read_fields
 from surgery.perturb.plan import perturb_command
 from surgery.recipe import Recipe
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 _INHERITED = ("library_name", "license", "license_name", "license_link", "pipeline_tag")
 _LIBRARIES = {
@@ -62,10 +61,14 @@ def read_metadata(card: Path) -> dict[str, Any]:
     """
     try:
         found = read_fields(card, _INHERITED).items()
-        return {name: value for name, value in found if isinstance(value, str) or name == "license"}
+        return {name: _plain(value) for name, value in found if isinstance(value, str) or name == "license"}
     except (ValueError, yaml.YAMLError):
         _log.warning("%s: its metadata is damaged, so its licence and task are not in the new card", card)
         return {}
+
+
+def _plain(value: Text) -> Text:
+    return printable(value) if isinstance(value, str) else [printable(text) for text in value]
 
 
 def _library_of(recipe: Recipe) -> str | None:
@@ -74,12 +77,11 @@ def _library_of(recipe: Recipe) -> str | None:
 
 def _name(recipe: Recipe) -> str:
     """Name the source: a folder or file of this machine without where it was."""
-    name = recipe.source if recipe.commit else Path(recipe.source).name
-    return name.encode("utf-8", "replace").decode()  # a path need not be UTF-8
+    return recipe.source if recipe.commit else Path(recipe.source).name
 
 
 def _title(recipe: Recipe) -> str:
-    name = _name(recipe)
+    name = printable(_name(recipe))
     settings = recipe.settings
     link = f"[{name}](https://huggingface.co/{name}/tree/{recipe.commit})" if recipe.commit else f"`{name}`"
     return (
@@ -109,7 +111,7 @@ def _done(recipe: Recipe) -> str:
         "exclude": ", ".join(f"`{glob}`" for glob in s.exclude),
         "tensors": f"{perturbed} perturbed, {len(recipe.tensors) - perturbed} copied",
     }
-    listed = "\n".join(f"- {label}: {value}" for label, value in facts.items() if value)
+    listed = "\n".join(f"- {label}: {printable(value)}" for label, value in facts.items() if value)
     return (
         f"## What was done\n\n{listed}\n\n"
         "`surgery.json` has the rest: every tensor's standard deviation, why some were copied, every file's "
@@ -118,8 +120,8 @@ def _done(recipe: Recipe) -> str:
 
 
 def _repeat(recipe: Recipe) -> str:
-    where = "" if recipe.commit else f" --source {shlex.quote(_name(recipe))}"
-    note = "" if recipe.commit else f"# --source: where {shlex.quote(_name(recipe))} is on your machine\n"
+    where = "" if recipe.commit else f" --source {shell_quote(_name(recipe))}"
+    note = "" if recipe.commit else f"# --source: where {printable(_name(recipe))} is on your machine\n"
     again = perturb_command(
         _name(recipe), recipe.settings, commit=recipe.commit, variant=recipe.variant, key=recipe.key
     )

@@ -1,8 +1,6 @@
 """materialize_checkpoint: plan the run that a recipe records, check its source, and write the same bytes again."""
 
-import logging
 import os
-import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +8,14 @@ from pathlib import Path
 from surgery.checkpoint.layout import CARD
 from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError
+from surgery.escapes import get_logger, shell_join
 from surgery.perturb.execute import execute
 from surgery.perturb.output import refuse_windows
 from surgery.perturb.plan import Plan, choose_out
 from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
 from surgery.recipe import Recipe
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 def materialize_checkpoint(
@@ -68,7 +67,7 @@ def plan_materialize(
     _refuse_other_weights(plan, recorded)
     is_local = Path(os.path.expanduser(recipe)).exists()  # noqa: PTH111
     words = ["surgery", "materialize", str(path if is_local else recipe), *_source_option(source), "-o", str(folder)]
-    return replace(plan, command=shlex.join(words))
+    return replace(plan, command=shell_join(words))
 
 
 def execute_materialize(plan: Plan, *, overwrite: bool, workers: int | None) -> Recipe:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +16,7 @@ from surgery.checkpoint.tensorfile import Header
 from surgery.checkpoint.value_rules import find_suspects, warn_of_suspects
 from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError, SourceError
+from surgery.escapes import shell_join
 from surgery.noisytune import NoisyTune
 from surgery.perturb.indexes import plan_index
 from surgery.perturb.output import refuse_output
@@ -105,7 +105,7 @@ def perturb_command(
         words += [option, value] if value != default else []
     for option, globs in (("--include", s.include), ("--exclude", s.exclude)):
         words += [word for glob in globs for word in (option, glob)]
-    return shlex.join([*words, *(["-o", str(out)] if out else [])])
+    return shell_join([*words, *(["-o", str(out)] if out else [])])
 
 
 def make_plan(

@@ -5,7 +5,6 @@ would no longer be equal, and the model would load untied or with half of its no
 read, and of those that agree in them all.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -14,12 +13,13 @@ from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.tied_names import LEAST, is_embedding, order
 from surgery.checkpoint.weight_file import WeightFile
 from surgery.errors import SettingError
+from surgery.escapes import get_logger
 from surgery.noisytune import EXCLUDED, NOT_INCLUDED
 from surgery.perturb.shard_plan import ShardPlan
 
 _CHUNK = 1 << 20
 _SAMPLE = 64  # bytes at the start, in the middle and at the end of a tensor
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class _Member(NamedTuple):

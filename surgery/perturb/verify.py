@@ -9,7 +9,8 @@ from surgery.checkpoint.digests import algorithm_of, digest_of, shorten
 from surgery.checkpoint.layout import CARD, RECIPE, is_weight
 from surgery.checkpoint.resolve import resolve
 from surgery.checkpoint.tensorfile import read_header
-from surgery.errors import NoWeightsError, SourceError, printable
+from surgery.errors import NoWeightsError, SourceError
+from surgery.escapes import printable
 from surgery.files import list_names
 from surgery.perturb import stream
 from surgery.perturb.compare_file import FileComparison, TensorMismatch

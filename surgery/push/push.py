@@ -2,7 +2,6 @@
 
 import logging
 import re
-import shlex
 import sys
 import time
 import warnings
@@ -17,6 +16,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from surgery.checkpoint.hub_errors import PUSH, HttpLibraryError, one_line, wait_before_retry
 from surgery.errors import OutputError, SettingError
+from surgery.escapes import shell_join
 from surgery.push.collection import add_to_collection
 from surgery.push.contents import Contents, read_contents
 from surgery.push.remote import PushPlan, RemoteRevision, plan_push, read_revision
@@ -70,7 +70,7 @@ class PushOptions:
         flags = {"--private": self.private, "--create-pr": self.create_pr, "--recipe-only": self.recipe_only}
         given = [part for option, value in valued.items() if value for part in (option, value)]
         parts = ["surgery", "push", str(self.folder), self.repo_id, *(flag for flag, on in flags.items() if on), *given]
-        return shlex.join(parts)
+        return shell_join(parts)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """`surgery perturb` and `materialize` as rows and as a table: what was done, or with --dry-run would be."""
 
 import math
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from surgery.checkpoint.layout import RECIPE
 from surgery.errors import some
+from surgery.escapes import shell_join
 from surgery.noise import UNIT_STD
 from surgery.perturb.plan import Plan
 from surgery.recipe import PERTURBED, Recipe
@@ -95,7 +95,7 @@ def _next_command(recipe: Recipe, plan: Plan) -> str:
     """Return a command that loads the result with the library whose config it holds, or that makes the weights."""
     out = plan.out
     if plan.is_recipe_only:
-        return shlex.join(["surgery", "materialize", str(out), "-o", f"{out}-weights"])
+        return shell_join(["surgery", "materialize", str(out), "-o", f"{out}-weights"])
     if "config.json" in recipe.companions:
         code = f"from transformers import AutoModel; print(AutoModel.from_pretrained({str(out)!r}))"
     elif "model_index.json" in recipe.companions:
@@ -103,7 +103,7 @@ def _next_command(recipe: Recipe, plan: Plan) -> str:
     else:
         file = str(out / recipe.files[0].name)
         code = f"from safetensors import safe_open; print(*safe_open({file!r}, 'np').keys(), sep='\\n')"
-    return f'python -c "{code}"' if '"' not in code and "$" not in code else shlex.join(["python", "-c", code])
+    return f'python -c "{code}"' if '"' not in code and "$" not in code else shell_join(["python", "-c", code])
 
 
 def _written(rows: Mapping[str, Any]) -> str:

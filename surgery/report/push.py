@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.errors import some
+from surgery.escapes import printable
 from surgery.push.push import Pushed, PushOptions
 from surgery.push.remote import PushPlan
 from surgery.report.tables import Terminal
@@ -62,7 +63,7 @@ def table(rows: Mapping[str, Any], terminal: Terminal) -> str:
     else:
         title = f"nothing to push: all of it is in {_branch(rows)}"
     lines = [title, *_lines(rows, "are gone"), *(line("note", note) for note in rows["notes"])]
-    urls = [line(name, rows[name]) for name in ("url", "collection") if rows[name]]
+    urls = [printable(line(name, rows[name])) for name in ("url", "collection") if rows[name]]
     return "\n".join([*terminal.wrap_all(lines), *urls])
 
 

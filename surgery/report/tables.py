@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import click
 
-from surgery.errors import printable
+from surgery.escapes import printable
 from surgery.report.names import least_width, tell_apart
 from surgery.report.text import VALUE_AT
 from surgery.report.widths import cut, shorten, width_of

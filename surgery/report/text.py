@@ -6,14 +6,27 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from surgery.errors import by_reason, some
+from surgery.exit_codes import JSON_VERSION
 
 VALUE_AT = 15
 """Column at which the values of labelled lines begin."""
 
 
 def as_json(rows: Mapping[str, Any]) -> str:
-    """Return rows as JSON, for programs."""
-    return json.dumps(rows, indent=1, ensure_ascii=False)
+    """Return rows as JSON in ASCII, for programs, with the version of their shape; NaN and Inf are null."""
+    document = {"version": JSON_VERSION, **rows}
+    try:
+        return json.dumps(document, indent=1, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(document), indent=1)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return finite(value) if isinstance(value, float) else value
 
 
 def finite(value: float | None) -> float | None:

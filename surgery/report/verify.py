@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from surgery.escapes import printable
 from surgery.perturb.verify import Verification
 from surgery.report.names import full_names
 from surgery.report.tables import Alarm, Column, Terminal, lay_out
@@ -43,7 +44,7 @@ def table(rows: Mapping[str, Any], terminal: Terminal) -> str:
     differences = rows["differences"]
     verdict = "bit for bit equal" if rows["equal"] else _NOT_EQUAL
     lines = [
-        f"{rows['folder']} is {verdict} to what its recipe makes of {rows['source']}{commit}",
+        f"{printable(rows['folder'])} is {verdict} to what its recipe makes of {printable(rows['source'] + commit)}",
         line("tensors", f"{rows['tensors'] - len(differences)} equal, {len(differences)} differ"),
         line("read", as_pace(rows["bytes"], rows["seconds"])),
         *[line("fault", fault) for fault in rows["faults"]],

@@ -117,7 +117,7 @@ def test_bad_values_are_one_line(args, message, tmp_path):
     assert (done.exit_code, done.stdout, done.stderr) == (1, "", message)
     as_json = surgery("perturb", MINILM, "-o", str(tmp_path / "out"), *args, "--json")
     assert as_json.exit_code == 1
-    assert json.loads(as_json.stdout) == {"error": message.removeprefix("error: ").rstrip("\n")}
+    assert json.loads(as_json.stdout) == {"version": 1, "error": message.removeprefix("error: ").rstrip("\n")}
 
 
 @pytest.mark.parametrize("args", [["--nope"], ["--noise", "laplace"], ["--lam", "abc"], []], ids=str)

@@ -109,7 +109,7 @@ def test_moved_source(run_cli: Callable[..., Ran], source: Path, tmp_path: Path)
     assert (ran.code, rows["equal"], rows["source"]) == (0, True, str(source))
     ran = run_cli("verify", "out", "--json")
     line = f"out: expected its source, {source}, on this machine, got no such path. Say with --source where it is."
-    assert (ran.code, json.loads(ran.out)) == (1, {"error": line})
+    assert (ran.code, json.loads(ran.out)) == (4, {"version": 1, "error": line})
 
 
 def test_fault_is_one_printable_line(out: Path) -> None:
@@ -443,7 +443,7 @@ def test_what_cannot_be_verified_is_one_line(
 ) -> None:
     spoil(out)
     ran = run_cli("verify", "out")
-    assert (ran.code, ran.out, ran.err) == (1, "", f"error: {message}\n")
+    assert (ran.code, ran.out, ran.err) == (4, "", f"error: {message}\n")
 
 
 # -- the Hub ------------------------------------------------------------------------------------------------------

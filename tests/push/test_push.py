@@ -556,7 +556,7 @@ def test_push_without_a_token_is_refused(hub: Hub, push: Push, monkeypatch: pyte
     message = "--token: expected a token to push with, got none. `hf auth login`, or give --token."
     refused(push(REPO), message)
     done = push(REPO, "--json")
-    assert json.loads(done.stdout) == {"error": message}
+    assert json.loads(done.stdout) == {"version": 1, "error": message}
     assert hub.requests == []
 
 

@@ -4,7 +4,6 @@ Noise is added when the optimizer is made, after PEFT has made its adapters. A s
 perturb` has given the same noise, unless PEFT has computed something from the base before the noise was in it.
 """
 
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.errors import SourceError, some
+from surgery.escapes import shell_quote
 from surgery.live.parts import LIVE_NAMES
 from surgery.recipe import Recipe
 
@@ -108,5 +108,5 @@ def advise(model: nn.Module, recipes: Sequence[Recipe]) -> str:
     if any(LIVE_NAMES in note for recipe in recipes for note in recipe.notes) or len(excluded) > _SHOWN_EXCLUDES:
         return f"{said}{merge or 'save the whole model'}, for surgery perturb does not repeat this noise."
     settings = recipes[0].settings
-    flags = [f"--lam {settings.lam:g} --seed {settings.seed}", *(f"--exclude {shlex.quote(name)}" for name in excluded)]
+    flags = [f"--lam {settings.lam:g} --seed {settings.seed}", *(f"--exclude {shell_quote(name)}" for name in excluded)]
     return f"{said}{merge and f'{merge}, or '}load it onto what surgery perturb makes with {' '.join(flags)}."

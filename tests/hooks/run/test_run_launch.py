@@ -260,6 +260,8 @@ def test_env_is_for_a_shell(shell, run_cli, tmp_path):
 def test_env_as_json(run_cli):
     ran = run_cli("env", "--mixout", "0.7", "--rdrop", "1", "--json", env={"SURGERY_ANCHOR": "0.01"})
     document = json.loads(ran.out)
+    assert (document.keys(), document["version"]) == ({"version", "variables"}, 1)
+    document = document["variables"]
     assert document.pop("PYTHONPATH").startswith(str(SITE))
     assert document == {"SURGERY_MIXOUT": "0.7", "SURGERY_RDROP": "1.0", "SURGERY_ANCHOR": "0.01"}
 
