@@ -1,7 +1,7 @@
 """surgery.json, the recipe: settings, and a record of every file and tensor, enough to do the run again bit for bit."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -243,6 +243,8 @@ def _from_format_1(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(entry: dict[str, Any]) -> NoisyTune:
+    if entry.keys() != {field.name for field in fields(NoisyTune)}:  # a default would take the place of what is gone
+        raise KeyError
     globs = {name: _all_typed(entry[name], str) for name in ("include", "exclude")}
     return NoisyTune(**(entry | globs | {"seed": _typed(entry["seed"], int)}))
 

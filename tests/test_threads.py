@@ -43,7 +43,7 @@ def test_quotas_of_a_cgroup_and_its_parents_count(
     monkeypatch.delattr(os, "process_cpu_count", raising=False)
     _limit(tmp_path / "cg/pods/one", version, own)
     _limit(tmp_path / "cg/pods", version, parent)
-    assert threads._cores() == cores
+    assert threads.cores() == cores
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -71,7 +71,7 @@ def test_quota_of_a_real_cgroup_counts() -> None:
     except OSError:
         pytest.skip("no cgroup of the first version can be made here")
     code = "import os, sys; open(sys.argv[1] + '/cgroup.procs', 'w').write(str(os.getpid()))\n"
-    code += "from surgery.threads import _cores; print(_cores())"
+    code += "from surgery.threads import cores; print(cores())"
     try:
         done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
     finally:

@@ -38,7 +38,7 @@ def file_faults(recorded: FileRecord, made: FileRecord) -> list[str]:
 
 def _tensor_faults(recorded: TensorRecord, made: TensorRecord, file: str) -> Iterator[str]:
     mine, theirs = asdict(made), asdict(recorded)
-    for label in ("dtype", "shape", "std", "copied"):
+    for label in ("dtype", "shape", "std", "copied", "effect"):
         if mine[label] != theirs[label]:
             yield _fault(f"{file}: {made.name!r}: {label}", _text(mine[label]), _text(theirs[label]))
 

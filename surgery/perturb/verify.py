@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from surgery.checkpoint.digests import algorithm_of, digest_of, shorten
+from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of, hex_of, shorten
 from surgery.checkpoint.layout import CARD, RECIPE, is_weight
 from surgery.checkpoint.resolve import resolve
 from surgery.checkpoint.tensorfile import read_header
@@ -79,6 +79,7 @@ def verify_checkpoint(
     damaged = list(_header_faults(plan, names))
     todo = [shard for shard in plan.shards if shard.name in names and shard.name not in dict(damaged)]
     faults = [*_companion_faults(recipe, root), *_weight_file_faults(recipe, names), *(fault for _, fault in damaged)]
+    faults += _sha256_faults(recipe, root, names)
     differences, wrong = _compare(plan, recipe, todo, workers or streaming_workers())
     return Verification(
         folder=str(folder),
@@ -131,6 +132,15 @@ def _weight_file_faults(recipe: Recipe, names: set[str]) -> Iterator[str]:
         yield f"{name}: expected a weight file, got none."
     for name in sorted(name for name in names - recorded - recipe.companions.keys() if is_weight(name)):
         yield f"{name}: expected no weights but the recipe's, got a file that a loader may take for them."
+
+
+def _sha256_faults(recipe: Recipe, root: Path, names: set[str]) -> Iterator[str]:
+    """Compare files with what a pushed recipe says that the Hub knows them by."""
+    for name, digits in recipe.sha256.items():
+        if name not in recipe.digests:
+            yield f"{RECIPE}: sha256: expected a file of the recipe, got {name}."
+        elif name in names and (found := hex_of(digest_of(root / name, SHA256))) != digits:
+            yield f"{RECIPE}: {name}: sha256: expected {found}, as the file gives, got {digits} in the recipe."
 
 
 def _header_faults(plan: Plan, names: set[str]) -> Iterator[tuple[str, str]]:

@@ -199,7 +199,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "ck/__0_0.distcp").open("ab") as file:
         file.write(b"x")
     code, said = surgery("verify", "out")
-    assert (code, "ck/.metadata: expected the recipe's source (blake3 " in said) == (1, True)
+    assert (code, "ck/.metadata: expected the recipe's source (blake3 " in said) == (4, True)
 
 
 def test_weights_of_a_trainers_folder(tmp_path: Path) -> None:

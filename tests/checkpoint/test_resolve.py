@@ -545,7 +545,7 @@ def test_usage_error_exits_2(args: list[str], run_cli: Callable[..., Ran]) -> No
 def test_error_as_json_is_on_stdout_too(run_cli: Callable[..., Ran]) -> None:
     ran = run_cli("perturb", "./nothing", "--json")
     message = "./nothing: expected a folder, a file or a Hub id, got a path that does not exist. Check it."
-    assert (ran.code, json.loads(ran.out), ran.err) == (1, {"error": message}, f"error: {message}\n")
+    assert (ran.code, json.loads(ran.out), ran.err) == (1, {"version": 1, "error": message}, f"error: {message}\n")
 
 
 def test_debug_shows_the_traceback(run_cli: Callable[..., Ran]) -> None:

@@ -9,6 +9,7 @@ import yaml
 from mutations import JSON_TOKENS, mutate_bytes, mutate_json
 from outcomes import FindingError
 
+from surgery.escapes import printable
 from surgery.noisytune import NoisyTune
 from surgery.perturb.card import make_card, read_metadata
 from surgery.recipe import FileRecord, Recipe, TensorRecord
@@ -77,6 +78,13 @@ def _mutated_card(r: Random) -> bytes:
     return mutate_bytes(r, card, _TOKENS) if r.random() < 0.8 else card
 
 
+def _escaped(value: Any) -> Any:
+    """Return a field as the new card has it: nothing that a terminal would act on."""
+    if isinstance(value, list):
+        return [_escaped(part) for part in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 class Cards:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "README.md"
@@ -97,9 +105,10 @@ class Cards:
         theirs = self._oracle()
         if theirs is None:
             return "took over nothing: damaged" if not found else "took over some of a card that its oracle refuses"
-        if wrong := [name for name in found if found[name] != theirs.get(name)]:
+        if wrong := [name for name in found if found[name] != _escaped(theirs.get(name))]:
             raise FindingError(f"{wrong[0]}: {found[wrong[0]]!r:.100} for {theirs.get(wrong[0])!r:.100}")
-        return f"took over {'all' if all(theirs.get(name) == found.get(name) for name in _FIELDS) else 'some'} fields"
+        is_all = all(_escaped(theirs.get(name)) == found.get(name) for name in _FIELDS)
+        return f"took over {'all' if is_all else 'some'} fields"
 
     def _oracle(self) -> dict[Any, Any] | None:
         front = re.match(

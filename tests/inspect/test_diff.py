@@ -343,7 +343,7 @@ def test_error_is_one_line(as_json: bool, run_cli: Callable[..., Ran]) -> None:
     ran = run_cli("diff", MINILM, "./nowhere", *(["--json"] if as_json else []))
     message = "./nowhere: expected a folder, a file or a Hub id, got a path that does not exist. Check it."
     assert (ran.code, ran.err) == (1, f"error: {message}\n")
-    assert (json.loads(ran.out) if as_json else ran.out) == ({"error": message} if as_json else "")
+    assert (json.loads(ran.out) if as_json else ran.out) == ({"version": 1, "error": message} if as_json else "")
 
 
 def test_tensor_in_two_shards_is_refused(run_cli: Callable[..., Ran], tmp_path: Path) -> None:

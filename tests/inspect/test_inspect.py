@@ -164,7 +164,7 @@ def test_error_is_one_line(as_json: bool, run_cli: Callable[..., Ran]) -> None:
     ran = run_cli("inspect", "./nowhere", *(["--json"] if as_json else []))
     message = "./nowhere: expected a folder, a file or a Hub id, got a path that does not exist. Check it."
     assert (ran.code, ran.err) == (1, f"error: {message}\n")
-    assert (json.loads(ran.out) if as_json else ran.out) == ({"error": message} if as_json else "")
+    assert (json.loads(ran.out) if as_json else ran.out) == ({"version": 1, "error": message} if as_json else "")
 
 
 def test_json_is_valid_where_figures_are_not_finite(run_cli: Callable[..., Ran], tmp_path: Path) -> None:
@@ -250,6 +250,7 @@ def test_hub_headers_are_those_of_the_files(hub: Hub, remote: Callable[..., Ran]
         (tmp_path / name).write_bytes(data)
     here = inspect(tmp_path)
     there = json.loads(remote(f"{MODEL}@main", "--json").out)
+    assert there.pop("version") == 1
     assert {k: v for k, v in there.items() if k not in ("source", "commit")} == {
         k: v for k, v in here.items() if k not in ("source", "commit")
     }

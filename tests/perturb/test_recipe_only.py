@@ -52,7 +52,7 @@ def test_it_is_resumed_and_found_finished(source: Path, tmp_path: Path, monkeypa
             raise OSError(5, os.strerror(5))
 
     monkeypatch.setattr(execute, "_finish_shard", finish_or_die)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OutputError, match="Input/output error"):
         perturb_checkpoint(source, tmp_path / "out", recipe_only=True, workers=1)
     assert names(tmp_path / "out") == {"surgery.unfinished.json"}
     with pytest.raises(
