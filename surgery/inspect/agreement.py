@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.inspect.comparison import Agreement, TensorComparison
-from surgery.inspect.inspection import read_recipe
+from surgery.inspect.inspection import components, read_recipe
 from surgery.noise import BLOCK, LANES, SAMPLED_BLOCKS, UNIT_STD
 from surgery.noisytune import NoisyTune
 from surgery.recipe import Recipe, TensorRecord
@@ -34,13 +34,14 @@ def check_agreement(a: "Checkpoint", b: "Checkpoint", tensors: "Iterable[TensorC
     if recipe is None or not is_source(a, recipe):
         return None
     found = {(tensor.component, tensor.b.name): tensor for tensor in tensors if tensor.b}
+    component_of = components(b)
     disagreeing = {}
     for file in recipe.files:
-        folder = file.name.rpartition("/")[0]
+        component = component_of.get(file.name) or file.name.rpartition("/")[0]
         for record in file.tensors:
-            tensor = found.get((folder, record.name))
+            tensor = found.get((component, record.name))
             if fault := _fault(recipe, record, tensor.pair if tensor else None):
-                disagreeing[f"{folder}/{record.name}" if folder else record.name] = fault
+                disagreeing[f"{component}/{record.name}" if component else record.name] = fault
     return Agreement(recipe, disagreeing)
 
 

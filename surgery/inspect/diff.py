@@ -38,11 +38,19 @@ def diff_checkpoints(
     Raises:
         SettingError, SourceError: one of them is missing, malformed or unsafe.
     """
+    return compare(*(resolve(source, variant=variant, token=token) for source in (a, b)), workers=workers)
+
+
+def compare(a: Checkpoint, b: Checkpoint, *, workers: int | None = None) -> Comparison:
+    """Compare two checkpoints that are here, as diff_checkpoints does.
+
+    Raises:
+        SourceError: one of them is malformed, unsafe, or changed meanwhile.
+    """
     from surgery.inspect.agreement import check_agreement
     from surgery.threads import computing_workers
 
-    found = [resolve(source, variant=variant, token=token) for source in (a, b)]
-    sides = [_with_key(found[0], found[1]), _with_key(found[1], found[0])]
+    sides = [_with_key(a, b), _with_key(b, a)]
     with ExitStack() as stack:
         indexes = [TensorIndex(side, stack.enter_context(open_all(side))) for side in sides]
         tensors = _compare(list(_match(*indexes)), workers or computing_workers())

@@ -312,6 +312,18 @@ def test_altered_copy_and_altered_recipe_disagree(perturbed: Path, run_cli: Call
     assert "pooler.dense.weight: std(A) is 0.009" in out
 
 
+def test_models_side_by_side_in_a_folder_agree(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for seed, name in enumerate(("unet", "vae")):
+        save_file(weights(seed), tmp_path / f"a/{name}.safetensors")
+    perturb_checkpoint(tmp_path / "a", tmp_path / "b")
+    recipe = diff(tmp_path / "a", tmp_path / "b")["recipe"]
+    assert (recipe["agrees"], recipe["disagreeing"]) == (True, {})
+    save_file(weights(1), tmp_path / "b/vae.safetensors")
+    wrong = diff(tmp_path / "a", tmp_path / "b")["recipe"]["disagreeing"]
+    assert list(wrong) == [f"vae/h.{i}.weight" for i in range(5)]
+
+
 def test_recipe_of_another_source_is_not_spoken_of(perturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(MINILM, tmp_path / "a")
     assert diff(tmp_path / "a", perturbed)["recipe"]["agrees"], "the same bytes elsewhere are the same source"
