@@ -100,7 +100,7 @@ def workers(default: str) -> _Decorator:
 
 def plot(help: str) -> _Decorator:
     """Add --plot."""
-    return click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help=help)
+    return click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help=f"{help} PNG, PDF or SVG.")
 
 
 def show_all(help: str) -> _Decorator:

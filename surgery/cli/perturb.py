@@ -97,7 +97,7 @@ def perturb(
         if picture:
             from surgery.report.pictures import check_noise_plot
 
-            check_noise_plot(picture, noisytune, dry_run=dry_run)
+            check_noise_plot(picture, noisytune, dry_run=dry_run, recipe_only=recipe_only)
         push = _push_options(
             options.fill_in(repo, "--push", seeds, seed),
             private=private,
@@ -189,10 +189,13 @@ def _write(
     recipe = execute(plan, overwrite=overwrite, workers=workers)
     rows = report.rows(recipe, plan, time.perf_counter() - start, is_new=is_new)
     if asked.plot:
+        from surgery.checkpoint.resolve import resolve
+        from surgery.inspect.diff import compare
         from surgery.report.pictures import noise_picture
         from surgery.report.plot import draw
 
-        draw(noise_picture(recipe, plan), asked.plot)
+        copy = resolve(plan.out, variant=plan.variant)
+        draw(noise_picture(compare(plan.checkpoint, copy, workers=workers), recipe.settings), asked.plot)
     if not is_quiet:
         # a reader that has gone does not keep the push from being made
         with suppress(BrokenPipeError) if asked.push else nullcontext():

@@ -2,49 +2,57 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from surgery.checkpoint.tensorfile import Tensor, TensorFile
-from surgery.checkpoint.weight_file import open_weights
-from surgery.errors import SettingError
+from surgery.checkpoint.resolve import Checkpoint
+from surgery.checkpoint.tensorfile import Tensor
+from surgery.errors import SettingError, some
+from surgery.escapes import printable
 from surgery.inspect.comparison import EQUAL, Comparison, TensorComparison
 from surgery.inspect.diff import TensorIndex
 from surgery.inspect.inspection import Inspection, TensorInfo, components, open_all
 from surgery.inspect.sample import sample
 from surgery.noise import UNIT_STD
 from surgery.noisytune import FLOATS, Moments, NoisyTune
-from surgery.perturb.plan import Plan
-from surgery.recipe import Recipe
+from surgery.report.grid import Cell, Mark
 from surgery.report.plot import Density, Histogram, Picture, check_plot
+from surgery.report.widths import shorten
 
 _BINS = 30  # of a 16-bit tensor more would show its grid rather than the noise
+_LONGEST_NAME = 50
+_LONGEST_VERDICT = 130
+
+_UNCHANGED = Mark("=", "unchanged")
+_SAME_VALUES = Mark("t", "another dtype, the same values")
+_ONLY_IN_A = Mark("A", "only in A", is_alarm=True)
+_ONLY_IN_B = Mark("B", "only in B", is_alarm=True)
+_UNFIT = Mark("x", "another shape, NaN or Inf", is_alarm=True)
+_NO_STD = Mark("!", "changed, but A has no std", is_alarm=True)
+_FLAT = Mark("0", "all elements equal")
+_NO_FLOATS = Mark("i", "not floats")
+_BROKEN = Mark("x", "NaN or Inf", is_alarm=True)
 
 
-def check_noise_plot(path: Path, settings: NoisyTune, *, dry_run: bool) -> None:
+def check_noise_plot(path: Path, settings: NoisyTune, *, dry_run: bool, recipe_only: bool) -> None:
     """Refuse a picture of noise that could not be drawn or written in the end.
 
     Raises:
-        SettingError: there will be no noise; or as check_plot.
+        SettingError: there will be no noise in weights; or as check_plot.
         OutputError: as check_plot.
     """
-    if dry_run or settings.lam == 0:
-        found = "--dry-run" if dry_run else "lam 0"
+    without = {"--dry-run": dry_run, "--recipe-only": recipe_only, "lam 0": settings.lam == 0}
+    if found := next((name for name, is_so in without.items() if is_so), None):
         raise SettingError(f"--plot: expected noise to draw, got {found}. Leave one of them out.")
     check_plot(path)
 
 
-def noise_picture(recipe: Recipe, plan: Plan) -> Picture:
-    """Picture what a finished run did: each tensor's noise over its std, and its elements' beside the one asked for."""
-    settings = recipe.settings
-    values = {tensor.name: tensor.effect.noise_over_std if tensor.effect else None for tensor in recipe.tensors}
-    unit = "pooled std" if recipe.pooled_std else "std(w)"
-    histogram = _histogram(f"d / {unit}", _changes(recipe, plan), *_expected_noise(settings))
-    title = f"{plan.checkpoint.short_name}: NoisyTune, lam {settings.lam:g}, seed {settings.seed}"
-    return Picture(title, values, f"rms d / {unit} of a sample", settings.lam * UNIT_STD, histogram)
+def noise_picture(comparison: Comparison, settings: NoisyTune) -> Picture:
+    """Picture what a finished run did: B is the perturbed copy of A. It is diff_picture, but for the title."""
+    title = f"{_short(comparison.a)}: NoisyTune, lam {settings.lam:g}, seed {settings.seed}"
+    return replace(diff_picture(comparison), title=title)
 
 
 def diff_picture(comparison: Comparison) -> Picture:
@@ -54,44 +62,86 @@ def diff_picture(comparison: Comparison) -> Picture:
     """
     recipe = comparison.agreement.recipe if comparison.agreement else None
     pooled = recipe.pooled_std if recipe else None
-    drawn = [found for tensor in comparison.tensors if (found := _drawn(tensor, pooled))]
-    values = {tensor.name: None if tensor.kind == EQUAL else math.nan for tensor in comparison.tensors}
-    values |= {tensor.name: tensor.value for tensor in drawn}
-    values = dict(sorted(values.items()))
-    what, samples = f"d / {'pooled std' if pooled else 'std(A)'}", _differences(comparison, drawn)
-    title = f"{comparison.b.short_name} against {comparison.a.short_name}"
+    drawn = {tensor.name: found for tensor in comparison.tensors if (found := _drawn(tensor, pooled))}
+    cells = {t.name: drawn[t.name].cell if t.name in drawn else _marked(t) for t in comparison.tensors}
+    title = f"{_short(comparison.b)} against {_short(comparison.a)}"
+    verdict = _verdict(comparison, [one.cell for one in drawn.values()])
+    what, samples = f"d / {'pooled std' if pooled else 'std(A)'}", _differences(comparison, drawn.values())
     if recipe and recipe.settings.lam:
-        histogram = _histogram(what, samples, *_expected_noise(recipe.settings))
-        return Picture(title, values, f"rms {what}", recipe.settings.lam * UNIT_STD, histogram)
-    return Picture(title, values, f"rms {what}", None, _histogram(what, samples, _around(drawn)))
+        histogram, expected = (
+            _histogram(what, samples, *_expected_noise(recipe.settings)),
+            recipe.settings.lam * UNIT_STD,
+        )
+    else:
+        histogram, expected = _histogram(what, samples, _around(list(drawn.values()))), None
+    return Picture(
+        title, shorten(verdict, _LONGEST_VERDICT), dict(sorted(cells.items())), f"rms {what}", expected, histogram
+    )
 
 
 def stats_picture(inspection: Inspection) -> Picture:
     """Picture what a checkpoint holds: each tensor's std, and its elements beside the normal distribution."""
     part = components(inspection.checkpoint)
-    names = {info: f"{part[info.file]}/{info.name}".lstrip("/") for info in inspection.tensors}
-    drawn = {
-        info: info.stats.moments
-        for info in inspection.tensors
-        if info.stats and info.tensor.dtype in FLOATS and 0 < info.stats.moments.std < math.inf
-    }
-    values = {names[info]: drawn[info].std if info in drawn else None for info in inspection.tensors}
+    drawn = {info: info.stats.moments for info in inspection.tensors if info.stats and _has_spread(info)}
+    cells = {f"{part[info.file]}/{info.name}".lstrip("/"): _stats_cell(info) for info in inspection.tensors}
     edges = np.linspace(-5, 5, _BINS + 1)
     histogram = _histogram("(w - mean) / std", _standardized(inspection, drawn), edges, _normal, "normal")
-    title = f"{inspection.checkpoint.short_name}: its weights"
-    return Picture(title, values, "std(w)", None, histogram, missing="no spread, or no floats")
+    title = f"{_short(inspection.checkpoint)}: its weights"
+    return Picture(title, shorten(_health(inspection), _LONGEST_VERDICT), cells, "std(w)", None, histogram)
+
+
+def _short(checkpoint: Checkpoint) -> str:
+    return shorten(printable(checkpoint.short_name), _LONGEST_NAME)
+
+
+def _has_spread(info: TensorInfo) -> bool:
+    return info.tensor.dtype in FLOATS and info.stats is not None and 0 < info.stats.moments.std < math.inf
+
+
+def _stats_cell(info: TensorInfo) -> Cell:
+    size, stats = info.tensor.size, info.stats
+    if stats and (stats.nan or stats.inf):
+        return Cell(size, mark=_BROKEN)
+    if not stats or info.tensor.dtype not in FLOATS:
+        return Cell(size, mark=_NO_FLOATS)
+    return Cell(size, stats.moments.std) if _has_spread(info) else Cell(size, 0.0, _FLAT)
+
+
+def _health(inspection: Inspection) -> str:
+    """Say in one line whether all of a checkpoint's elements are numbers, and how many there are."""
+    size = sum(info.tensor.size for info in inspection.tensors)
+    broken = [info.name for info in inspection.tensors if info.stats and (info.stats.nan or info.stats.inf)]
+    found = f"NaN or Inf in {len(broken)}: {some(broken)}" if broken else "no NaN, no Inf"
+    return f"{len(inspection.tensors)} tensors, {size:,} elements; {found}"
+
+
+def _verdict(comparison: Comparison, drawn: Sequence[Cell]) -> str:
+    """Say in one line what the figures come to: whether they are the recipe's, or how many tensors changed."""
+    n = sum(cell.size for cell in drawn)
+    rms = math.sqrt(math.fsum(cell.size * (cell.value or 0.0) ** 2 for cell in drawn) / n) if n else 0.0
+    total, equal = len(comparison.tensors), comparison.count(EQUAL)
+    counts = f"{total - equal} of {total} tensors differ" if total > equal else f"all {total} tensors are equal"
+    size = f", rms d / std {rms:.4g}" if n else ""
+    agreement = comparison.agreement
+    if agreement is None:
+        return f"{counts}{size}"
+    settings = agreement.recipe.settings
+    asked = f"perturb(A, lam {settings.lam:g}, seed {settings.seed})"
+    if wrong := list(agreement.disagreeing):
+        return f"does NOT agree with {asked} in {len(wrong)} tensors: {some(wrong)}"
+    lost = f"; rounding took all noise from {len(agreement.recipe.vanished)}" if agreement.recipe.vanished else ""
+    return f"agrees with {asked}: {counts}{size} (expected {settings.lam * UNIT_STD:.4g}){lost}"
 
 
 @dataclass(frozen=True)
 class _Drawn:
     """A tensor that changed, with the std to measure that by, and its rms d over that."""
 
-    name: str
     component: str
     a: Tensor
     b: Tensor
     std: float
-    value: float
+    cell: Cell
 
 
 def _drawn(tensor: TensorComparison, pooled_std: float | None) -> _Drawn | None:
@@ -100,10 +150,22 @@ def _drawn(tensor: TensorComparison, pooled_std: float | None) -> _Drawn | None:
     if not (a and b and pair and pair.stats and pair.changed and not pair.broken and {a.dtype, b.dtype} <= set(FLOATS)):
         return None
     std = pooled_std or pair.stats.moments.std
-    return _Drawn(tensor.name, tensor.component, a, b, std, pair.rms / std) if 0 < std < math.inf else None
+    return _Drawn(tensor.component, a, b, std, Cell(a.size, pair.rms / std)) if 0 < std < math.inf else None
 
 
-def _differences(comparison: Comparison, drawn: Sequence[_Drawn]) -> Iterator[np.ndarray]:
+def _marked(tensor: TensorComparison) -> Cell:
+    """Return the sign of a tensor that has no rms d over std."""
+    a, b, pair = tensor.a, tensor.b, tensor.pair
+    if not (a and b):
+        return Cell(a.size, mark=_ONLY_IN_A) if a else Cell(b.size if b else 0, mark=_ONLY_IN_B)
+    if tensor.kind == EQUAL:
+        return Cell(a.size, 0.0, _UNCHANGED)
+    if pair is None or pair.broken:
+        return Cell(a.size, mark=_UNFIT)
+    return Cell(a.size, mark=_NO_STD) if pair.changed else Cell(a.size, 0.0, _SAME_VALUES)
+
+
+def _differences(comparison: Comparison, drawn: Iterable[_Drawn]) -> Iterator[np.ndarray]:
     """Sample d / std of every tensor that changed."""
     with open_all(comparison.a) as a_sources, open_all(comparison.b) as b_sources:
         a, b = TensorIndex(comparison.a, a_sources), TensorIndex(comparison.b, b_sources)
@@ -125,26 +187,11 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def _around(drawn: Sequence[_Drawn]) -> np.ndarray:
+def _around(drawn: Iterable[_Drawn]) -> np.ndarray:
     """Return bins for what is not expected to be of any size: four times its own."""
-    squares = [tensor.value**2 for tensor in drawn if math.isfinite(tensor.value)]
+    squares = [one.cell.value**2 for one in drawn if one.cell.value is not None and math.isfinite(one.cell.value)]
     reach = 4 * math.sqrt(sum(squares) / len(squares)) if any(squares) else 1.0
     return np.linspace(-reach, reach, _BINS + 1)
-
-
-def _changes(recipe: Recipe, plan: Plan) -> Iterator[np.ndarray]:
-    """Sample (w' - w) / std of every perturbed tensor."""
-    for file in recipe.files:
-        path = plan.out / file.name
-        with (
-            closing(open_weights(plan.checkpoint, file.source)) as before,
-            closing(TensorFile(path, label=str(path))) as after,
-        ):
-            old = {tensor.name: tensor for tensor in before.header.tensors}
-            new = {tensor.name: tensor for tensor in after.header.tensors}
-            for tensor in file.tensors:
-                if std := tensor.effect and (recipe.pooled_std or tensor.std):
-                    yield (sample(after, new[tensor.name]) - sample(before, old[tensor.name])) / std
 
 
 def _expected_noise(settings: NoisyTune) -> tuple[np.ndarray, Density, str]:

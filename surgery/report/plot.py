@@ -4,17 +4,19 @@ Each tensor is a cell of a map rather than a point, so that 400 of them stay apa
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from surgery.errors import OutputError, SettingError
-from surgery.inspect.name_patterns import depths, without_numbers
+from surgery.escapes import printable
+from surgery.report.grid import Cell, Grid, lay_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,9 +26,21 @@ if TYPE_CHECKING:
 Density = Callable[[np.ndarray], np.ndarray]
 """Probability density at values of shape (n,), shape (n,)."""
 
-_MOST_KINDS = 48
-_LONGEST_KIND = 44
+FORMATS = (".png", ".pdf", ".svg")
+_STYLE: Any = {
+    "font.family": ["DejaVu Sans"],  # matplotlib's own
+    "text.parse_math": False,  # a $ in a name is no formula
+    "text.usetex": False,
+    "svg.fonttype": "none",  # text that can be searched and copied
+    "svg.hashsalt": "surgery",
+    "pdf.fonttype": 42,
+}
+_UNDATED: dict[str, Any] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+"""What keeps the time out of each format: the same picture is the same bytes."""
 _MOST_NUMBERED = 13  # layers: of more, the figures would overlap
+_MOST_LABELLED = 24
+_NARROWEST = 130  # columns of a map: of more, two digits side by side would touch
+_NO_TENSOR = "0.85"
 
 
 @dataclass(frozen=True)
@@ -55,33 +69,38 @@ class Picture:
     """What to draw.
 
     Args:
-        title: one line.
-        values: a figure for each tensor by name; None for one that has none, NaN for one that cannot be compared.
+        title: whose picture it is, one line.
+        verdict: what is to be seen in it, one line.
+        tensors: what to draw of each, by name.
         what: what the figures are.
         expected: the figure that every tensor should have, if there is one.
         histogram: of elements.
-        missing: why a tensor has no figure.
     """
 
     title: str
-    values: Mapping[str, float | None]
+    verdict: str
+    tensors: Mapping[str, Cell]
     what: str
     expected: float | None
     histogram: Histogram
-    missing: str = "unchanged"
 
 
 def check_plot(path: Path) -> None:
     """Refuse a picture that could not be written in the end.
 
     Raises:
-        SettingError: not a .png, or matplotlib is not installed.
-        OutputError: its folder does not exist.
+        SettingError: of no format that we draw, or matplotlib is not installed.
+        OutputError: it is a folder, or its folder does not exist or cannot be written to.
     """
-    if path.suffix.lower() != ".png":
-        raise SettingError(f"--plot: expected a file that ends in .png, got {path}. Correct the name.")
-    if not path.absolute().parent.is_dir():
+    if path.suffix.lower() not in FORMATS:
+        raise SettingError(f"--plot: expected a file that ends in .png, .pdf or .svg, got {path}. Correct the name.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
         raise OutputError(f"--plot: expected a folder that exists, got {path.parent}. Make it first.")
+    if path.is_dir():
+        raise OutputError(f"--plot: expected a file, got the folder {path}. Choose another name.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"--plot: expected a folder to write to, got {path.parent}. Choose another.")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -91,93 +110,95 @@ def check_plot(path: Path) -> None:
 
 
 def draw(picture: Picture, path: Path) -> None:
-    """Write a picture as PNG.
+    """Write a picture as PNG, PDF or SVG, by its suffix: whole or not at all.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib import rc_context
 
-    kinds, layers, grid = _lay_out(picture.values)
-    width = min(max(3.0, 0.28 * len(layers)), 11.0)
-    figure = Figure(figsize=(width + 9.0, max(4.2, 1.6 + 0.2 * len(kinds))), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(picture.title)
-    left, right = figure.subplots(1, 2, width_ratios=[width + 2.5, 5.0])
-    _draw_map(figure, left, picture, kinds, layers, grid)
-    _draw_histogram(right, picture.histogram)
+    suffix, data = path.suffix.lower(), BytesIO()
+    with rc_context(_STYLE):
+        compose(picture).savefig(data, format=suffix[1:], metadata=_UNDATED[suffix])
+    part = path.with_name(f".surgery-plot-{os.getpid()}.part")
     try:
-        figure.savefig(path)
+        part.write_bytes(data.getvalue())
+        part.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         raise OutputError(f"{path}: expected a file to write, got {error.strerror}. Choose another.") from error
 
 
-def _lay_out(values: Mapping[str, float | None]) -> tuple[list[str], list[int | None], np.ndarray]:
-    """Place every tensor in a grid of kinds by layers; those that share a cell get their root mean square.
+def compose(picture: Picture) -> "Figure":
+    """Return a picture as a figure of matplotlib, yet to be rendered."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    Returns:
-        The kinds, those in layers first, in order of appearance; the layers, none of them first; the grid, NaN where
-        there is no tensor, -Inf where a tensor has no figure, Inf where one cannot be compared.
-    """
-    layer_of = depths(values)
-    kind_of = {name: without_numbers(name) for name in values}
-    layered = dict.fromkeys(kind_of[name] for name, layer in layer_of.items() if layer is not None)
-    kinds = [*layered, *dict.fromkeys(found for found in kind_of.values() if found not in layered)]
-    rows = {found: min(row, _MOST_KINDS - 1) for row, found in enumerate(kinds)}
-    layers = sorted(set(layer_of.values()), key=lambda layer: -1 if layer is None else layer)
-    cells: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for name, value in values.items():
-        cells[rows[kind_of[name]], layers.index(layer_of[name])] += [] if value is None else [value]
-    grid = np.full((min(len(kinds), _MOST_KINDS), len(layers)), math.nan)
-    for place, found in cells.items():
-        rms = math.sqrt(sum(value * value for value in found) / len(found)) if found else -math.inf
-        grid[place] = math.inf if math.isnan(rms) else rms
-    return _labels(kinds, list(layered)), layers, grid
+    grid = lay_out(picture.tensors)
+    width = min(max(3.0, 0.28 * len(grid.layers)), 11.0)
+    height = max(4.8, 2.2 + 0.2 * len(grid.kinds))
+    figure = Figure(figsize=(width + 9.0, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{_text(picture.title)}\n{_text(picture.verdict)}", fontsize=10)
+    left, right = figure.subplots(1, 2, width_ratios=[width + 2.5, 5.0])
+    _draw_map(figure, left, picture, grid)
+    _draw_histogram(right, picture.histogram)
+    return figure
 
 
-def _labels(kinds: list[str], layered: list[str]) -> list[str]:
-    """Shorten the kinds' names: by what all those in layers begin with, and to what can be read."""
-    columns = zip(*(kind.split(".")[:-1] for kind in layered), strict=False)
-    prefix = "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))
-    labels = [kind.removeprefix(prefix) if kind in layered else kind for kind in kinds]
-    labels = [label if len(label) <= _LONGEST_KIND else "…" + label[1 - _LONGEST_KIND :] for label in labels]
-    if len(labels) > _MOST_KINDS:
-        labels[_MOST_KINDS - 1 :] = [f"{len(labels) - _MOST_KINDS + 1} more kinds"]
-    return labels
+def _text(text: str) -> str:
+    """Escape what cannot be drawn: controls, and characters that the font does not have."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(c if font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in printable(text))
 
 
-def _draw_map(
-    figure: "Figure",
-    axes: "Axes",
-    picture: Picture,
-    kinds: Sequence[str],
-    layers: Sequence[int | None],
-    grid: np.ndarray,
-) -> None:
-    norm = _norm(grid[np.isfinite(grid)], picture.expected)
-    axes.set_facecolor("0.9")
-    shown = np.ma.masked_invalid(grid)
-    image = axes.imshow(shown, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(kinds)), kinds, fontsize=7)
-    step = math.ceil(len(layers) / 24)
-    ticks = [place for place, layer in enumerate(layers) if layer is None or layer % step == 0]
-    axes.set_xticks(ticks, ["none" if layers[i] is None else str(layers[i]) for i in ticks], fontsize=7)
-    marks = [f"= : {picture.missing}"] if np.isneginf(grid).any() else []
-    marks += ["x : not comparable"] if np.isposinf(grid).any() else []
-    axes.set_xlabel("        ".join(["layer", *marks]))
+def _draw_map(figure: "Figure", axes: "Axes", picture: Picture, grid: Grid) -> None:
+    values = np.full((len(grid.kinds), len(grid.layers)), math.nan)
+    for place, cell in grid.cells.items():
+        values[place] = math.nan if cell.value is None else cell.value
+    norm = _norm(values[np.isfinite(values)], picture.expected)
+    image = axes.imshow(np.ma.masked_invalid(values), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+    axes.set_facecolor(_NO_TENSOR)
+    axes.set_yticks(range(len(grid.kinds)), [_text(kind) for kind in grid.kinds], fontsize=7)
+    step, apart = math.ceil(len(grid.layers) / _MOST_LABELLED), len(grid.layers) / _NARROWEST
+    ticks = [i for i, layer in enumerate(grid.layers) if layer is None or (layer % step == 0 and not 0 < i < apart)]
+    axes.set_xticks(ticks, ["-" if grid.layers[i] is None else str(grid.layers[i]) for i in ticks], fontsize=7)
+    axes.set_xlabel("\n".join(_legend(grid)), fontsize=8)
     axes.set_title(f"{picture.what}, by kind of matrix and layer", fontsize=9)
-    for (row, column), value in np.ndenumerate(grid):
-        if math.isinf(value):
-            mark, colour = ("=", "0.4") if value < 0 else ("x", "red")
-            axes.text(column, row, mark, ha="center", va="center", fontsize=6, color=colour)
-        elif len(layers) <= _MOST_NUMBERED and not math.isnan(value):
-            colour = "black" if norm(value) > 0.6 else "white"
-            axes.text(column, row, f"{value:#.3g}", ha="center", va="center", fontsize=6, color=colour)
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    for (row, column), cell in grid.cells.items():
+        if cell.mark:
+            _draw_mark(axes, row, column, cell)
+        elif len(grid.layers) <= _MOST_NUMBERED and cell.value is not None:
+            colour = "black" if norm(cell.value) > 0.6 else "white"
+            axes.text(column, row, f"{cell.value:#.3g}", ha="center", va="center", fontsize=6, color=colour)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, format="{x:g}")
+    bar.ax.yaxis.set_minor_formatter("")
     bar.ax.tick_params(labelsize=7)
     if picture.expected:
         bar.ax.axhline(picture.expected, color="black", linewidth=1)
+
+
+def _draw_mark(axes: "Axes", row: int, column: int, cell: Cell) -> None:
+    """Write a sign on a white cell, which no figure and no missing tensor has."""
+    from matplotlib.patches import Rectangle
+
+    assert cell.mark
+    colour = "red" if cell.mark.is_alarm else "0.4"
+    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="white", edgecolor="none"))
+    axes.text(column, row, cell.mark.sign, ha="center", va="center", fontsize=6, color=colour)
+
+
+def _legend(grid: Grid) -> list[str]:
+    """Say what the columns and the signs are, of those that are there: a line for each three."""
+    marks = dict.fromkeys(cell.mark for cell in grid.cells.values() if cell.mark)
+    meanings = [f"{mark.sign} : {mark.why}" for mark in marks]
+    if len(grid.cells) < len(grid.kinds) * len(grid.layers):
+        meanings.append("grey : no such tensor")
+    lines = ["     ".join(meanings[i : i + 3]) for i in range(0, len(meanings), 3)]
+    return ["layer (- : in none)" if None in grid.layers else "layer", *lines]
 
 
 def _norm(values: np.ndarray, expected: float | None) -> "Normalize":

