@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from surgery.errors import SourceError
+from surgery.files import kind_of_mode
 
 
 def find_links(root: Path, names: Sequence[str], *, listed: Collection[str]) -> dict[str, str]:
@@ -39,7 +40,6 @@ def _own_folders(root: Path) -> list[Path]:
 
 def _refuse_no_file(path: Path, real: Path) -> None:
     if not real.is_file():
-        found = (
-            "a link to nothing" if not real.exists() else "a linked folder" if real.is_dir() else "another kind of file"
-        )
+        kind = "a linked folder" if real.is_dir() else kind_of_mode(real.stat().st_mode) if real.exists() else None
+        found = kind or "a link to nothing"
         raise SourceError(f"{path}: expected a file, got {found}. Remove it, or replace it by a copy.")

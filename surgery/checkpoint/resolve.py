@@ -12,7 +12,7 @@ from surgery.checkpoint.foreign_files import kind_of_file, kind_of_part, kind_of
 from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
 from surgery.checkpoint.links import find_links
 from surgery.errors import SettingError, SourceError
-from surgery.files import list_names, read_file
+from surgery.files import kind_of_mode, list_names, read_file
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -118,6 +118,9 @@ def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | 
         raise SettingError(f"`revision`: expected a Hub id with it, got the local {source}. Leave one of them out.")
     if is_there and (path.is_file() or path.is_dir()):
         return _snapshot_of(path) if path.name.startswith("models--") and (path / "snapshots").is_dir() else path
+    if is_there:
+        kind = kind_of_mode(path.stat().st_mode)
+        raise SourceError(f"{source}: expected a folder, a file or a Hub id, got {kind}. Copy what it holds to a file.")
     name, _, at = str(source).partition("@")
     if at and revision:
         raise SettingError(f"`revision`: expected it once, got {revision} and {source}. Leave one of them out.")

@@ -15,7 +15,8 @@ SHARD = "model-00002-of-00003.safetensors"
 _OUT = "a file of the checkpoint, got a link out of it. Replace it by a copy."
 _FOLDER = "a file, got a linked folder. Remove it, or replace it by a copy."
 _NOWHERE = "a file, got a link to nothing. Remove it, or replace it by a copy."
-_PIPE = "a file, got another kind of file. Remove it, or replace it by a copy."
+_PIPE = "a file, got a FIFO. Remove it, or replace it by a copy."
+_DEVICE = "a file, got a device. Remove it, or replace it by a copy."
 
 
 def _run(*args: object) -> Result:
@@ -103,7 +104,7 @@ _LINKS = {
     "itself": ("vocab.txt", "vocab.txt", _NOWHERE),
     "index nowhere": ("model.safetensors.index.json", "../nothing", _NOWHERE),
     "pipe": ("vocab.txt", "../pipe", _PIPE),
-    "device": ("vocab.txt", "/dev/null", _PIPE),
+    "device": ("vocab.txt", "/dev/null", _DEVICE),
 }
 
 

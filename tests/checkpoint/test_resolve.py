@@ -255,6 +255,13 @@ def test_missing_path_is_refused(name: str, refuses: Refuses) -> None:
     refuses(f"{name}: expected a folder, a file or a Hub id, got a path that does not exist. Check it.", name)
 
 
+@pytest.mark.parametrize("name", ["pipe.safetensors", "a/pipe"], ids=["file", "as a Hub id"])
+def test_pipe_is_refused_by_what_it_is(name: str, refuses: Refuses, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    refuses(f"{name}: expected a folder, a file or a Hub id, got a FIFO. Copy what it holds to a file.", name)
+
+
 def test_empty_name_is_refused(refuses: Refuses) -> None:
     refuses("MODEL: expected a folder, a file or a Hub id, got an empty name. Name one.", "")
 
@@ -479,7 +486,7 @@ def test_left_out_link_does_not_matter(run_cli: Callable[..., Ran], source: Path
 
 def test_pipe_in_the_folder_is_refused(refuses: Refuses, source: Path) -> None:
     os.mkfifo(source / "pipe")
-    refuses(f"{source}/pipe: expected a file, got another kind of file. Remove it, or replace it by a copy.", "source")
+    refuses(f"{source}/pipe: expected a file, got a FIFO. Remove it, or replace it by a copy.", "source")
 
 
 @pytest.mark.parametrize(
