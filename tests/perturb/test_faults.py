@@ -53,7 +53,8 @@ def _is_hit(root: Path, name: str, call: str, nth: int) -> bool:
         assert done.returncode == (4 if words[0] == "verify" else 1), done.stderr
         assert done.stderr.startswith("error: "), done.stderr
         assert done.stderr.count("\n") == 1
-        assert str(root) in done.stderr or done.stderr.startswith("error: source: ")
+        # a file by its path, or what was given by the name that it was given
+        assert str(root) in done.stderr or done.stderr.startswith(tuple(f"error: {word}: " for word in words[1:]))
     else:
         assert done.stderr == ""
     if "-o" in words:
