@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.display import Brief
 from surgery.errors import SettingError, by_reason, some
 from surgery.live.parts import unwrap
 
@@ -17,8 +18,8 @@ from .regularizer import Settings, first_of
 from .weights.selection import Scope
 
 
-@dataclass(frozen=True)
-class Acted:
+@dataclass(frozen=True, repr=False)
+class Acted(Brief):
     """The weights of one scope that methods act on.
 
     Args:
@@ -39,8 +40,8 @@ class Acted:
 _NONE = Acted()
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(Brief):
     """What is patched, what is not, and why. str() lays it out for people.
 
     Each method of the registry adds an attribute of its name, its settings or None, and its facts, `idle_facts` of its

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from surgery.checkpoint.digests import SHA256, hex_of, is_digest
+from surgery.display import Brief
 from surgery.errors import SettingError, SourceError
 from surgery.escapes import get_logger
 from surgery.files import read_file
@@ -25,8 +26,8 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recur
 _Kind = TypeVar("_Kind")
 
 
-@dataclass(frozen=True)
-class TensorRecord:
+@dataclass(frozen=True, repr=False)
+class TensorRecord(Brief):
     """What was done to one tensor.
 
     Args:
@@ -67,8 +68,8 @@ class TensorRecord:
         return cls(name, dtype, _all_typed(entry["shape"], int), _from_hex(entry.get("std")), why, effect, known)
 
 
-@dataclass(frozen=True)
-class FileRecord:
+@dataclass(frozen=True, repr=False)
+class FileRecord(Brief):
     """One weight file: its name, digests, and tensors in the order of their bytes.
 
     Args:
@@ -106,8 +107,8 @@ class FileRecord:
             return None
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, repr=False)
+class Recipe(Brief):
     """What one run of NoisyTune did.
 
     Args:

@@ -31,6 +31,7 @@ SURGERY = (
         "progress",
         "threads",
         "roles",
+        "display",
     ),
     ("io_errors",),
     ("escapes",),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.tensorfile import Tensor
+from surgery.display import Brief
 from surgery.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 EQUAL, CHANGED, RESHAPED, ONLY_IN_A, ONLY_IN_B = "equal", "changed", "shape", "only in A", "only in B"
 
 
-@dataclass(frozen=True)
-class TensorComparison:
+@dataclass(frozen=True, repr=False)
+class TensorComparison(Brief):
     """One tensor of A, of B, or of both, perhaps under names that are tied.
 
     Args:
@@ -50,8 +51,8 @@ class TensorComparison:
 _NOTHING = Tensor("", "", (), 0, 0)
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, repr=False)
+class Agreement(Brief):
     """Whether B is perturb(A), as far as the figures tell; `surgery verify` tells it to the bit.
 
     Args:
@@ -63,8 +64,8 @@ class Agreement:
     disagreeing: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Brief):
     """How checkpoint B differs from checkpoint A.
 
     Args:

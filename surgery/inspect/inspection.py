@@ -15,6 +15,7 @@ from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
 from surgery.checkpoint.value_rules import find_suspects
 from surgery.checkpoint.weight_file import WeightFile, open_weights
+from surgery.display import Brief
 from surgery.errors import SourceError
 from surgery.noisytune import NO_SPREAD, NoisyTune
 from surgery.perturb.shard_plan import ShardPlan, floats, is_packed
@@ -31,8 +32,8 @@ REFUSED = (PACKED, NOT_FINITE)
 """Why a tensor keeps perturb from doing anything at all."""
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+@dataclass(frozen=True, repr=False)
+class TensorInfo(Brief):
     """One tensor of a checkpoint.
 
     Args:
@@ -53,8 +54,8 @@ class TensorInfo:
         return self.tensor.name
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Brief):
     """What a checkpoint holds.
 
     Args:

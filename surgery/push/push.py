@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from surgery.checkpoint.hub_errors import PUSH, HttpLibraryError, one_line, wait_before_retry
+from surgery.display import Brief
 from surgery.errors import OutputError, SettingError
 from surgery.escapes import shell_join
 from surgery.push.collection import add_to_collection
@@ -73,8 +74,8 @@ class PushOptions:
         return shell_join(parts)
 
 
-@dataclass(frozen=True)
-class Pushed:
+@dataclass(frozen=True, repr=False)
+class Pushed(Brief):
     """What a push did.
 
     Args:
