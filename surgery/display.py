@@ -16,6 +16,7 @@ _ITEMS = 4  # of a collection that is written out
 _BYTES = 32
 _TEXT = 120  # characters
 _LINE = 1000
+_HTML = 200
 _ROWS = 20
 _NESTED = 1  # results within a result whose fields are written out
 _NO_MATH = "tex2jax_ignore mathjax_ignore"  # else a notebook typesets what stands between two $
@@ -39,20 +40,27 @@ def as_html(
 
     Args:
         lines: above the table.
-        columns: titles; that of names comes first.
+        columns: titles; the first and the last column are of words, those between them of figures.
         items: the most important first.
         cells: of an item, one for each column.
     """
-    above = "<br>".join(map(_escaped, lines))
+    shown = list(lines)
+    shown[_ROWS:] = [f"and {len(shown) - _ROWS:,} more"] * (len(shown) > _ROWS)
+    above = f"<p>{'<br>'.join(map(_escaped, shown))}</p>" if shown else ""
     rows = [_row("th", columns), *(_row("td", cells(item)) for item in items[:_ROWS])]
     table = f"<table>{''.join(rows)}</table>" if items else ""
     more = f"<p>and {len(items) - _ROWS:,} more</p>" if len(items) > _ROWS else ""
-    return f'<div class="{_NO_MATH}"><p>{above}</p>{table}{more}</div>'
+    return f'<div class="{_NO_MATH}">{above}{table}{more}</div>'
 
 
 def as_shape(shape: Sequence[int]) -> str:
     """Write a shape: 5632 x 2048."""
     return " x ".join(map(str, shape)) or "scalar"
+
+
+def at_commit(source: str, commit: str | None) -> str:
+    """Write where a checkpoint is from: a path, or org/name@1234."""
+    return f"{source}@{commit[:12]}" if commit else source
 
 
 def number(value: float | None) -> str:
@@ -61,16 +69,16 @@ def number(value: float | None) -> str:
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:
-    name, *figures = map(_escaped, cells)
-    return f"<tr><{tag}{_LEFT}>{name}</{tag}>{''.join(f'<{tag}>{text}</{tag}>' for text in figures)}</tr>"
+    styles = [_LEFT, *[""] * (len(cells) - 2), _LEFT]
+    parts = (f"<{tag}{style}>{_escaped(text)}</{tag}>" for style, text in zip(styles, cells, strict=False))
+    return f"<tr>{''.join(parts)}</tr>"
 
 
 def _escaped(text: str) -> str:
     """Make one line of text HTML; a long one loses its middle, where names differ least."""
     text = printable(text)
-    if len(text) > _TEXT:
-        text = f"{text[: _TEXT // 2 - 1]}…{text[-_TEXT // 2 :]}"
-    return escape(text)
+    half = _HTML // 2
+    return escape(text if len(text) <= _HTML else f"{text[: half - 1]}…{text[-half:]}")
 
 
 def _fields(value: Any, depth: int) -> str:

@@ -32,6 +32,7 @@ SURGERY = (
         "threads",
         "roles",
         "display",
+        "json_values",
     ),
     ("io_errors",),
     ("escapes",),

@@ -110,13 +110,42 @@ def test_a_result_is_what_it_was():
         hash(first)
 
 
+def test_html_of_a_recipe():
+    copied = TensorRecord("ids", "I64", (), None, "I64, not floating point")
+    assert replace(recipe(record(), copied), notes=("a note",))._repr_html_() == as_html(
+        [
+            "NoisyTune of org/name@c0ffee",
+            "lam 0.15, seed 3, noise uniform, scale matrix, rounding nearest",
+            "1 of 2 tensors perturbed",
+            "copied: 1 (ids): I64, not floating point",
+            "a note",
+        ],
+        ["tensor", "dtype", "shape", "std", "noise / std", "survived", ""],
+        [
+            ["a.weight", "f32", "2 x 3", "0.5", "0.25", "100.00%", "perturbed"],
+            ["ids", "i64", "scalar", "-", "", "", "copied: I64, not floating point"],
+        ],
+        list,
+    )
+
+
+def test_html_of_a_large_hostile_recipe_is_short():
+    large = recipe(*(record(f"{HOSTILE}.{i}") for i in range(20_000)))
+    shown = large._repr_html_()
+    assert len(shown) < 8_000
+    assert "<p>and 19,980 more</p>" in shown
+    assert "<script" not in shown
+    assert shown.isprintable()
+
+
 def test_html_of_a_table():
-    shown = as_html(["one", "a & b"], ["name", "n"], [1, 2], lambda i: [f"<{i}>", str(i)])
+    shown = as_html(["one", "a & b"], ["name", "n", ""], [1, 2], lambda i: [f"<{i}>", str(i), "$"])
     left = ' style="text-align:left"'
     assert shown == (
         '<div class="tex2jax_ignore mathjax_ignore"><p>one<br>a &amp; b</p>'
-        f"<table><tr><th{left}>name</th><th>n</th></tr>"
-        f"<tr><td{left}>&lt;1&gt;</td><td>1</td></tr><tr><td{left}>&lt;2&gt;</td><td>2</td></tr></table></div>"
+        f"<table><tr><th{left}>name</th><th>n</th><th{left}></th></tr>"
+        f"<tr><td{left}>&lt;1&gt;</td><td>1</td><td{left}>$</td></tr>"
+        f"<tr><td{left}>&lt;2&gt;</td><td>2</td><td{left}>$</td></tr></table></div>"
     )
 
 
@@ -139,8 +168,15 @@ def test_html_of_a_hostile_name():
 
 
 def test_html_of_a_long_name_loses_its_middle():
-    shown = as_html([], ["name"], ["a" * 100_000 + "b" * 100_000], lambda name: [name])
-    assert f">{'a' * 59}…{'b' * 60}<" in shown
+    name = "a" * 100_000 + "b" * 100_000
+    assert as_html([name], ["name"], [name], lambda name: [name]).count(f">{'a' * 99}…{'b' * 100}<") == 2
+
+
+def test_html_of_many_lines_is_short():
+    shown = as_html([*"abcdefghijklmnopqrstuvw", "z"], [], [], str)
+    assert "<p>a<br>b<br>" in shown
+    assert "<br>t<br>and 4 more</p>" in shown
+    assert "<p>" not in as_html([], [], [], str)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.display import as_shape, number
+from surgery.display import as_shape, at_commit, number
 from surgery.inspect.inspection import REFUSED, components
 from surgery.inspect.name_patterns import group
 from surgery.recipe import Recipe
@@ -187,4 +187,4 @@ def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
 
 def as_source(row: Mapping[str, Any]) -> str:
     """Write where a checkpoint is from: a path, or org/name@1234."""
-    return f"{row['source']}@{row['commit'][:12]}" if row["commit"] else str(row["source"])
+    return at_commit(row["source"], row["commit"])
