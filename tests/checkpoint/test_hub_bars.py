@@ -13,6 +13,7 @@ from safetensors.numpy import save
 from surgery import inspect_checkpoint, progress
 from surgery.checkpoint import hub as hub_of
 
+pytestmark = pytest.mark.transformers
 MODEL = "org/model"
 _HAS_BARS_OF_FILES = "tqdm_class" in signature(huggingface_hub.hf_hub_download).parameters
 
