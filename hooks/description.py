@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.display import Brief, as_html
 from surgery.errors import SettingError, by_reason, some
 from surgery.live.parts import unwrap
 
@@ -17,8 +18,8 @@ from .regularizer import Settings, first_of
 from .weights.selection import Scope
 
 
-@dataclass(frozen=True)
-class Acted:
+@dataclass(frozen=True, repr=False)
+class Acted(Brief):
     """The weights of one scope that methods act on.
 
     Args:
@@ -39,8 +40,8 @@ class Acted:
 _NONE = Acted()
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(Brief):
     """What is patched, what is not, and why. str() lays it out for people.
 
     Each method of the registry adds an attribute of its name, its settings or None, and its facts, `idle_facts` of its
@@ -109,14 +110,24 @@ class Description:
 
     def __str__(self) -> str:
         if not self.settings:
-            return f"not patched{self.elsewhere and ' itself, but '}{self.elsewhere}"
+            return self._absence
+        return "\n".join(f"{label:12} {text}" for label, text in self._lines())
+
+    def _repr_html_(self) -> str:
+        lines = self._lines() if self.settings else []
+        return as_html([] if self.settings else [self._absence], ("", ""), lines, tuple)
+
+    @property
+    def _absence(self) -> str:
+        return f"not patched{self.elsewhere and ' itself, but '}{self.elsewhere}"
+
+    def _lines(self) -> list[tuple[str, str]]:
         aside = [one for one in self.settings if one.acts_on is None]
         lines = [line for one in aside for line in one.lines(self.facts)]
         lines += [line for one in self.settings if one not in aside for line in one.lines(self.facts)]
         if self.acted:
             lines += self._weight_lines()
-        lines += [line for one in self.settings for line in one.lines_below(self.facts)]
-        return "\n".join(f"{label:12} {text}" for label, text in lines)
+        return lines + [line for one in self.settings for line in one.lines_below(self.facts)]
 
     def _weight_lines(self) -> list[tuple[str, str]]:
         lines: list[tuple[str, str]] = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from surgery.display import Brief
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
 from surgery.noise import BLOCK, LANES, SAMPLED_BLOCKS
@@ -33,8 +34,8 @@ ROUNDINGS = ("nearest", "stochastic")
 PARAMETER = Role(False, None)
 
 
-@dataclass(frozen=True)
-class NoisyTune:
+@dataclass(frozen=True, repr=False)
+class NoisyTune(Brief):
     """What to do to a checkpoint. Validated when made; raises SettingError.
 
     Args:

@@ -3,12 +3,14 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from surgery.checkpoint.digests import SHA256, hex_of, is_digest
-from surgery.errors import SettingError, SourceError
+from surgery.display import Brief, as_html, as_shape, at_commit, number
+from surgery.errors import SettingError, SourceError, by_reason, some
 from surgery.escapes import get_logger
 from surgery.files import read_file
+from surgery.json_values import all_typed, as_float, from_hex, optional, texts, to_hex, typed
 from surgery.noise import CONTRACT
 from surgery.noisytune import Effect, NoisyTune
 from surgery.roles import Role, role_of_reason
@@ -22,11 +24,10 @@ _VANISHED = 0.01
 _log = get_logger(__name__)
 _FILE_FIELDS = ("name", "digest", "source", "source_digest", "tied")
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-_Kind = TypeVar("_Kind")
 
 
-@dataclass(frozen=True)
-class TensorRecord:
+@dataclass(frozen=True, repr=False)
+class TensorRecord(Brief):
     """What was done to one tensor.
 
     Args:
@@ -54,21 +55,21 @@ class TensorRecord:
         entry: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
         entry["perturbed"] = self.copied is None
         effect = asdict(self.effect) if self.effect else {}
-        optional = {"why": self.copied, "known": self.known, "std": _hex(self.std), **effect}
-        return entry | {key: value for key, value in optional.items() if value is not None}
+        others = {"why": self.copied, "known": self.known, "std": to_hex(self.std), **effect}
+        return entry | {key: value for key, value in others.items() if value is not None}
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "TensorRecord":
         figures = ("noise_over_std", "survived")
-        effect = Effect(*(_number(entry[name]) for name in figures)) if "survived" in entry else None
-        why = None if entry["perturbed"] else _typed(entry["why"], str)
-        name, dtype = _typed(entry["name"], str), _typed(entry["dtype"], str)
-        known = _optional(entry.get("known"), str)
-        return cls(name, dtype, _all_typed(entry["shape"], int), _from_hex(entry.get("std")), why, effect, known)
+        effect = Effect(*(as_float(entry[name]) for name in figures)) if "survived" in entry else None
+        why = None if entry["perturbed"] else typed(entry["why"], str)
+        name, dtype = typed(entry["name"], str), typed(entry["dtype"], str)
+        known = optional(entry.get("known"), str)
+        return cls(name, dtype, all_typed(entry["shape"], int), from_hex(entry.get("std")), why, effect, known)
 
 
-@dataclass(frozen=True)
-class FileRecord:
+@dataclass(frozen=True, repr=False)
+class FileRecord(Brief):
     """One weight file: its name, digests, and tensors in the order of their bytes.
 
     Args:
@@ -92,8 +93,8 @@ class FileRecord:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "FileRecord":
-        tensors = tuple(TensorRecord.from_json(tensor) for tensor in _typed(entry["tensors"], list))
-        name, source, tied = _typed(entry["name"], str), _typed(entry["source"], str), _texts(entry["tied"])
+        tensors = tuple(TensorRecord.from_json(tensor) for tensor in typed(entry["tensors"], list))
+        name, source, tied = typed(entry["name"], str), typed(entry["source"], str), texts(entry["tied"])
         digest, source_digest = (_digest(entry[key]) if name else "" for key in ("digest", "source_digest"))
         return cls(name, digest, source, source_digest, tensors, tied)
 
@@ -106,8 +107,8 @@ class FileRecord:
             return None
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, repr=False)
+class Recipe(Brief):
     """What one run of NoisyTune did.
 
     Args:
@@ -158,6 +159,17 @@ class Recipe:
         """Names of the tensors that were perturbed and kept less than 1 % of their noise after rounding."""
         return [t.name for t in self.tensors if t.effect and t.effect.survived < _VANISHED]
 
+    def _repr_html_(self) -> str:
+        copied = [(tensor.name, tensor.copied) for tensor in self.tensors if tensor.copied is not None]
+        lines = [
+            f"NoisyTune of {at_commit(self.source, self.commit)}",
+            ", ".join(f"{name} {value}" for name, value in asdict(self.settings).items() if value != ()),
+            f"{len(self.tensors) - len(copied):,} of {len(self.tensors):,} tensors perturbed",
+            *(f"copied: {len(names):,} ({some(names)}): {why}" for why, names in by_reason(copied).items()),
+            *self.notes,
+        ]
+        return as_html(lines, _COLUMNS, self.tensors, _cells)
+
     def to_json(self) -> str:
         """Return the text of surgery.json. Each std is a hexadecimal float."""
         source = {"id": self.source, "commit": self.commit, "variant": self.variant}
@@ -166,7 +178,7 @@ class Recipe:
             "contract": self.contract,
             "source": source if self.key is None else source | {"key": self.key},
             "settings": asdict(self.settings),
-            "pooled_std": _hex(self.pooled_std),
+            "pooled_std": to_hex(self.pooled_std),
             "files": [file.to_json() for file in self.files],
             "companions": self.companions,
             "card": self.card,
@@ -191,19 +203,19 @@ class Recipe:
             document = _from_format_1(document) if document["format"] == FORMAT_1 else document
             source = document["source"]
             recipe = cls(
-                source=_typed(source["id"], str),
-                commit=_optional(source["commit"], str),
-                variant=_optional(source["variant"], str),
-                key=_optional(source.get("key"), str),
+                source=typed(source["id"], str),
+                commit=optional(source["commit"], str),
+                variant=optional(source["variant"], str),
+                key=optional(source.get("key"), str),
                 settings=_settings(document["settings"]),
-                pooled_std=_from_hex(document["pooled_std"]),
-                files=tuple(FileRecord.from_json(file) for file in _typed(document["files"], list)),
-                companions={name: _digest(digest) for name, digest in _typed(document["companions"], dict).items()},
+                pooled_std=from_hex(document["pooled_std"]),
+                files=tuple(FileRecord.from_json(file) for file in typed(document["files"], list)),
+                companions={name: _digest(digest) for name, digest in typed(document["companions"], dict).items()},
                 card=None if document.get("card") is None else _digest(document["card"]),
-                left_out=_texts(document["left_out"]),
-                notes=_all_typed(document.get("notes", []), str),
+                left_out=texts(document["left_out"]),
+                notes=all_typed(document.get("notes", []), str),
                 contract=document["contract"],
-                sha256={name: _sha256(digits) for name, digits in _typed(document.get("sha256", {}), dict).items()},
+                sha256={name: _sha256(digits) for name, digits in typed(document.get("sha256", {}), dict).items()},
             )
         except SettingError as error:
             raise SourceError(f"{what}: {error}") from error
@@ -221,6 +233,16 @@ class Recipe:
         return cls.from_json(read_file(path).decode(errors="replace"), what=str(path))
 
 
+_COLUMNS = ("tensor", "dtype", "shape", "std", "noise / std", "survived", "")
+
+
+def _cells(record: TensorRecord) -> list[str]:
+    effect = record.effect
+    noise = [number(effect.noise_over_std), f"{effect.survived:.2%}"] if effect else ["", ""]
+    why = f"copied: {record.copied}" if record.copied else "perturbed"
+    return [record.name, record.dtype.lower(), as_shape(record.shape), number(record.std), *noise, why]
+
+
 def warn_of_vanished(recipe: Recipe) -> None:
     """Log a warning if rounding took the noise away: a recipe is easily thrown away unread."""
     if names := recipe.vanished:
@@ -231,13 +253,13 @@ def _from_format_1(document: dict[str, Any]) -> dict[str, Any]:
     """Return a document of format 1 as one of today's."""
 
     def digest(digits: Any) -> str:
-        return f"{SHA256}:{_typed(digits, str)}"
+        return f"{SHA256}:{typed(digits, str)}"
 
     files = [
         file | {"digest": digest(file["sha256"]), "source_digest": digest(file["source_sha256"])}
-        for file in _typed(document["files"], list)
+        for file in typed(document["files"], list)
     ]
-    companions = {name: digest(digits) for name, digits in _typed(document["companions"], dict).items()}
+    companions = {name: digest(digits) for name, digits in typed(document["companions"], dict).items()}
     card = document.get("card")
     return document | {"files": files, "companions": companions, "card": None if card is None else digest(card)}
 
@@ -245,15 +267,8 @@ def _from_format_1(document: dict[str, Any]) -> dict[str, Any]:
 def _settings(entry: dict[str, Any]) -> NoisyTune:
     if entry.keys() != {field.name for field in fields(NoisyTune)}:  # a default would take the place of what is gone
         raise KeyError
-    globs = {name: _all_typed(entry[name], str) for name in ("include", "exclude")}
-    return NoisyTune(**(entry | globs | {"seed": _typed(entry["seed"], int)}))
-
-
-def _typed(value: Any, kind: type[_Kind]) -> _Kind:
-    """Return a value of a JSON document if it is of that type; True and False are no numbers."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError
-    return value
+    globs = {name: all_typed(entry[name], str) for name in ("include", "exclude")}
+    return NoisyTune(**(entry | globs | {"seed": typed(entry["seed"], int)}))
 
 
 def _digest(value: Any) -> str:
@@ -263,28 +278,4 @@ def _digest(value: Any) -> str:
 
 
 def _sha256(digits: Any) -> str:
-    return hex_of(_digest(f"{SHA256}:{_typed(digits, str)}"))
-
-
-def _number(value: Any) -> float:
-    return float(value) if type(value) is int else _typed(value, float)
-
-
-def _optional(value: Any, kind: type[_Kind]) -> _Kind | None:
-    return None if value is None else _typed(value, kind)
-
-
-def _all_typed(values: Any, kind: type[_Kind]) -> tuple[_Kind, ...]:
-    return tuple(_typed(value, kind) for value in _typed(values, list))
-
-
-def _texts(entry: Any) -> dict[str, str]:
-    return {name: _typed(value, str) for name, value in _typed(entry, dict).items()}
-
-
-def _hex(value: float | None) -> str | None:
-    return None if value is None else value.hex()
-
-
-def _from_hex(value: str | None) -> float | None:
-    return None if value is None else float.fromhex(value)
+    return hex_of(_digest(f"{SHA256}:{typed(digits, str)}"))

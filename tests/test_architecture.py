@@ -31,6 +31,8 @@ SURGERY = (
         "progress",
         "threads",
         "roles",
+        "display",
+        "json_values",
     ),
     ("io_errors",),
     ("escapes",),

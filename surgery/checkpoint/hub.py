@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import HfApi, ModelInfo, snapshot_download
+from huggingface_hub import HfApi, ModelInfo, hf_hub_download, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils.tqdm import tqdm
 
@@ -15,6 +16,7 @@ from surgery.checkpoint.hub_errors import BAD_ANSWER, FETCH, HttpLibraryError, o
 from surgery.checkpoint.layout import RECIPE, Layout, arrange
 from surgery.errors import SourceError
 from surgery.files import list_names
+from surgery.progress import LATE, is_notebook, is_shown, notebook_settings
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -38,6 +40,13 @@ def fetch(
     """
     with one_line(f"{repo_id}@{revision}" if revision else repo_id, repo_id, FETCH):
         return _download(repo_id, revision=revision, variant=variant, token=token)
+
+
+def fetch_file(repo_id: str, name: str, *, revision: str | None, token: str | None) -> Path:
+    """Download one file. Raises the client's own errors."""
+    knows_bar = "tqdm_class" in signature(hf_hub_download).parameters  # since huggingface_hub 1
+    bar: dict[str, Any] = {"tqdm_class": _Bar} if knows_bar else {}
+    return Path(hf_hub_download(repo_id, name, revision=revision, token=token, **bar))
 
 
 def _download(
@@ -144,10 +153,19 @@ def _refuse_damaged(repo_id: str, folder: Path, digests: Mapping[str, str | None
 
 
 class _Bar(tqdm):
-    """The Hub's progress bar, on a terminal only."""
+    """The Hub's progress bar: on a terminal, or in a notebook once the download has taken a second."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **({"disable": None} | kwargs))  # type: ignore[no-untyped-call]
+        settings = {"disable": None} | kwargs
+        if is_notebook():
+            settings |= {"disable": bool(settings["disable"]) or not is_shown(), "delay": LATE, **notebook_settings()}
+        super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
+
+    def refresh(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw it, if it is not too early: the Hub's client asks for that without a look at `delay`."""
+        if self.disable or not self.delay or self._time() >= self.start_t + self.delay:
+            return super().refresh(*args, **kwargs)
+        return None
 
 
 def _wanted(layout: Layout, names: Collection[str]) -> list[str]:

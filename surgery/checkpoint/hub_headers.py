@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from huggingface_hub import HfApi, constants, get_session, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-from surgery.checkpoint.hub import another_commit, commit_of, refuse_escaping
+from surgery.checkpoint.hub import another_commit, commit_of, fetch_file, refuse_escaping
 from surgery.checkpoint.hub_errors import BAD_ANSWER, FETCH, HttpLibraryError, one_line
 from surgery.checkpoint.layout import RECIPE, arrange
 from surgery.checkpoint.resolve import Checkpoint, from_listing
@@ -49,7 +49,7 @@ def read_remote_headers(
         commit = commit_of(repo_id, info)
         cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
         for name in _small(names, variant, repo_id):
-            if commit not in Path(hf_hub_download(repo_id, name, revision=commit, token=token)).parts:
+            if commit not in fetch_file(repo_id, name, revision=commit, token=token).parts:
                 raise another_commit(repo_id)
         checkpoint = from_listing(cache / "snapshots" / commit, repo_id, commit, variant, names)
         files = [name for weight_set in checkpoint.layout.weights for name in weight_set.files]

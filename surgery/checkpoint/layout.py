@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from surgery.checkpoint.foreign_files import kind_of_folder, kind_of_shards
+from surgery.display import Brief
 from surgery.errors import NoWeightsError, SourceError
 
 METADATA = ".metadata"  # of a torch.distributed checkpoint
@@ -38,8 +39,8 @@ _COPY_FOLDERS = re.compile(r"onnx|openvino|coreml|original|gguf|flax|tf|checkpoi
 _IGNORED = re.compile(r"\.git|\.cache|\.locks|\.ipynb_checkpoints|\.DS_Store|__pycache__|\.surgery\.lock.*")
 
 
-@dataclass(frozen=True)
-class WeightSet:
+@dataclass(frozen=True, repr=False)
+class WeightSet(Brief):
     """The weights of one component: one file, or shards with their index. Names are relative to the checkpoint.
 
     Args:
@@ -68,8 +69,8 @@ class WeightSet:
         return self.suffix == _DISTRIBUTED
 
 
-@dataclass(frozen=True)
-class Layout:
+@dataclass(frozen=True, repr=False)
+class Layout(Brief):
     """A checkpoint's files, sorted: weights, companions (copied as they are), and those left out with the reason."""
 
     weights: tuple[WeightSet, ...]

@@ -11,6 +11,7 @@ from surgery.checkpoint.at_rest import Stamp, refuse_changed
 from surgery.checkpoint.foreign_files import kind_of_file, kind_of_part, kind_of_shards
 from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
 from surgery.checkpoint.links import find_links
+from surgery.display import Brief
 from surgery.errors import SettingError, SourceError
 from surgery.files import kind_of_mode, list_names, read_file
 
@@ -18,8 +19,8 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Brief):
     """A checkpoint on this machine.
 
     Args:

@@ -19,6 +19,7 @@ from surgery.checkpoint.at_rest import Stamp, refuse_changed
 from surgery.checkpoint.descriptors import Descriptor
 from surgery.checkpoint.digests import recall, remember
 from surgery.checkpoint.foreign_files import SAFETENSORS, foreign_file
+from surgery.display import Brief
 from surgery.dtypes import BITS
 from surgery.errors import SourceError
 from surgery.files import open_file
@@ -30,8 +31,8 @@ MAX_HEADER = 100_000_000
 """Bytes. safetensors refuses more, and so do we before reading that much."""
 
 
-@dataclass(frozen=True)
-class Tensor:
+@dataclass(frozen=True, repr=False)
+class Tensor(Brief):
     """One tensor of a file: its entry in the header, with begin and end as offsets in the file, in bytes."""
 
     name: str
@@ -50,8 +51,8 @@ class Tensor:
         return self.end - self.begin
 
 
-@dataclass(frozen=True)
-class Header:
+@dataclass(frozen=True, repr=False)
+class Header(Brief):
     """A validated header: its exact bytes, length prefix included, and its tensors in the order of their bytes."""
 
     raw: bytes

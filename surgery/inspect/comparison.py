@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.tensorfile import Tensor
+from surgery.display import Brief, as_html, as_shape, at_commit, number
+from surgery.errors import some
 from surgery.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 EQUAL, CHANGED, RESHAPED, ONLY_IN_A, ONLY_IN_B = "equal", "changed", "shape", "only in A", "only in B"
 
 
-@dataclass(frozen=True)
-class TensorComparison:
+@dataclass(frozen=True, repr=False)
+class TensorComparison(Brief):
     """One tensor of A, of B, or of both, perhaps under names that are tied.
 
     Args:
@@ -50,8 +52,8 @@ class TensorComparison:
 _NOTHING = Tensor("", "", (), 0, 0)
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, repr=False)
+class Agreement(Brief):
     """Whether B is perturb(A), as far as the figures tell; `surgery verify` tells it to the bit.
 
     Args:
@@ -63,8 +65,8 @@ class Agreement:
     disagreeing: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Brief):
     """How checkpoint B differs from checkpoint A.
 
     Args:
@@ -84,3 +86,41 @@ class Comparison:
     @property
     def pairs(self) -> "list[TensorDiff]":
         return [tensor.pair for tensor in self.tensors if tensor.pair]
+
+    def _repr_html_(self) -> str:
+        counts = Counter(tensor.kind for tensor in self.tensors)
+        lines = [
+            f"A: {at_commit(self.a.id, self.a.commit)}",
+            f"B: {at_commit(self.b.id, self.b.commit)}",
+            ", ".join(f"{counts[kind]:,} {kind}" for kind in _KINDS if counts[kind]),
+        ]
+        if self.agreement:
+            wrong = list(self.agreement.disagreeing)
+            verdict = (
+                f"the figures do not agree in {len(wrong):,} tensors ({some(wrong)})" if wrong else "the figures agree"
+            )
+            lines.append(f"B is perturb(A), says its surgery.json; {verdict}")
+        return as_html(lines, _COLUMNS, [tensor for tensor in self.tensors if tensor.kind != EQUAL], _cells)
+
+
+_KINDS = (CHANGED, EQUAL, RESHAPED, ONLY_IN_A, ONLY_IN_B)
+_COLUMNS = ("tensor", "max |d|", "rms d", "rms d / std", "cosine", "differ", "")
+
+
+def _cells(tensor: TensorComparison) -> list[str]:
+    pair, figures = tensor.pair, [""] * 4
+    if pair and pair.measured:
+        cosine = "-" if pair.cosine is None else f"{pair.cosine:.6f}"
+        figures = [number(pair.max_d), number(pair.rms), number(pair.rms_over_std), cosine]
+    return [tensor.name, *figures, f"{pair.changed:,}" if pair else "", _note(tensor)]
+
+
+def _note(tensor: TensorComparison) -> str:
+    """Say what the figures do not: what is there on one side only, NaN and Inf, another shape, dtype or name."""
+    a, b, pair = tensor.a, tensor.b, tensor.pair
+    if a is None or b is None:
+        return tensor.kind
+    notes = [f"{pair.broken:,} NaN or Inf"] if pair and pair.broken else []
+    for one, other in ((as_shape(a.shape), as_shape(b.shape)), (a.dtype.lower(), b.dtype.lower()), (a.name, b.name)):
+        notes += [f"{one} -> {other}"] if one != other else []
+    return ", ".join(notes)

@@ -15,7 +15,9 @@ from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
 from surgery.checkpoint.value_rules import find_suspects
 from surgery.checkpoint.weight_file import WeightFile, open_weights
+from surgery.display import Brief, as_html, as_shape, at_commit, number
 from surgery.errors import SourceError
+from surgery.inspect.name_patterns import Group, group
 from surgery.noisytune import NO_SPREAD, NoisyTune
 from surgery.perturb.shard_plan import ShardPlan, floats, is_packed
 from surgery.progress import bar
@@ -31,8 +33,8 @@ REFUSED = (PACKED, NOT_FINITE)
 """Why a tensor keeps perturb from doing anything at all."""
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+@dataclass(frozen=True, repr=False)
+class TensorInfo(Brief):
     """One tensor of a checkpoint.
 
     Args:
@@ -53,8 +55,8 @@ class TensorInfo:
         return self.tensor.name
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Brief):
     """What a checkpoint holds.
 
     Args:
@@ -72,6 +74,48 @@ class Inspection:
     quantized: str | None
     recipe: Recipe | None
     is_measured: bool = False
+
+    def _repr_html_(self) -> str:
+        changed = sum(info.why is None for info in self.tensors)
+        elements = sum(info.tensor.size for info in self.tensors)
+        lines = [
+            at_commit(self.checkpoint.id, self.checkpoint.commit),
+            f"{elements:,} parameters in {len(self.tensors):,} tensors; perturb changes {changed:,} of them",
+        ]
+        lines += [f"{self.quantized}: perturb refuses it"] if self.quantized else []
+        lines += [f"its surgery.json says: NoisyTune of {self.recipe.source}"] if self.recipe else []
+        component = components(self.checkpoint)
+        groups = group(
+            self.tensors,
+            name=lambda info: f"{component[info.file]}/{info.name}".removeprefix("/"),
+            kind=lambda info: (info.tensor.dtype, info.tensor.shape, info.why),
+        )
+        groups.sort(key=lambda one: one.members[0].why not in REFUSED)
+        titles = _STATS if self.is_measured else ()
+        return as_html(lines, ("tensor", "", "dtype", "shape", *titles, "perturb"), groups, self._cells)
+
+    def _cells(self, group: Group[TensorInfo]) -> list[str]:
+        first = group.members[0]
+        stats = _figures(group) if self.is_measured else []
+        count = f"x{len(group.members)}" if len(group.members) > 1 else ""
+        shape = as_shape(first.tensor.shape)
+        what = "perturbed" if first.why is None else first.why if first.why in REFUSED else f"copied: {first.why}"
+        return [group.pattern, count, first.tensor.dtype.lower(), shape, *stats, what]
+
+
+_STATS = ("mean", "std", "min", "max", "NaN", "Inf")
+
+
+def _figures(group: Group[TensorInfo]) -> list[str]:
+    """Return the statistics of a group's elements together, as _STATS has them."""
+    from surgery.inspect.stats import pool_stats  # takes NumPy, which headers alone must not wait for
+
+    parts = [info.stats for info in group.members if info.stats]
+    if not parts:
+        return [""] * len(_STATS)
+    found = pool_stats(parts)
+    figures = (found.moments.mean, found.moments.std, found.min, found.max)
+    return [*map(number, figures), f"{found.nan:,}", f"{found.inf:,}"]
 
 
 def inspect_checkpoint(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
+from surgery.display import Brief
 from surgery.dtypes import BITS, storage, to_numbers
 from surgery.errors import some
 from surgery.perturb.partfile import place_in
@@ -19,8 +20,8 @@ _CHUNK = 1 << 18  # bytes at a time
 _RUN = 1 << 15  # elements at a time: their values stay in a core's cache
 
 
-@dataclass
-class TensorMismatch:
+@dataclass(repr=False)
+class TensorMismatch(Brief):
     """How one tensor differs from what it should be.
 
     Args:

@@ -36,15 +36,15 @@ def find_recipe(where: str | Path, *, token: str | None) -> Path:
 
 
 def _fetch_recipe(repo_id: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    from surgery.checkpoint.hub import fetch_file
     from surgery.checkpoint.hub_errors import FETCH, one_line
 
     what = f"{repo_id}@{revision}" if revision else repo_id
     with one_line(what, repo_id, FETCH):
         try:
-            return Path(hf_hub_download(repo_id, RECIPE, revision=revision, token=token))
+            return fetch_file(repo_id, RECIPE, revision=revision, token=token)
         except LocalEntryNotFoundError:  # offline: an EntryNotFoundError too
             raise
         except EntryNotFoundError as error:

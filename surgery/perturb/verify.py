@@ -9,6 +9,7 @@ from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of, hex_of, 
 from surgery.checkpoint.layout import CARD, RECIPE, is_weight
 from surgery.checkpoint.resolve import resolve
 from surgery.checkpoint.tensorfile import read_header
+from surgery.display import Brief
 from surgery.errors import NoWeightsError, SourceError
 from surgery.escapes import printable
 from surgery.files import list_names
@@ -27,8 +28,8 @@ from surgery.threads import streaming_workers
 _OWNERS = (CARD, ".gitattributes")  # the card is its owner's to edit, and the Hub adds to .gitattributes
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Brief):
     """What `verify_checkpoint` found.
 
     Args:

@@ -10,13 +10,14 @@ from huggingface_hub.utils.sha import git_hash
 
 from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of_bytes, digests_of_all, hex_of, shorten
 from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE, is_weight
+from surgery.display import Brief
 from surgery.errors import OutputError
 from surgery.files import list_names, read_file
 from surgery.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class LocalFile:
+@dataclass(frozen=True, repr=False)
+class LocalFile(Brief):
     """One file: its name in the repository, its content as a path or bytes, its size in bytes, the Hub's sha256."""
 
     name: str
@@ -30,8 +31,8 @@ class LocalFile:
         return git_hash(self.content if isinstance(self.content, bytes) else read_file(self.content))
 
 
-@dataclass(frozen=True)
-class Contents:
+@dataclass(frozen=True, repr=False)
+class Contents(Brief):
     """What is pushed of a folder.
 
     Args:

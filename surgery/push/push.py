@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,8 +14,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from surgery.checkpoint.hub_errors import PUSH, HttpLibraryError, one_line, wait_before_retry
+from surgery.display import Brief
 from surgery.errors import OutputError, SettingError
 from surgery.escapes import shell_join
+from surgery.progress import has_widgets, is_notebook, is_shown
 from surgery.push.collection import add_to_collection
 from surgery.push.contents import Contents, read_contents
 from surgery.push.remote import PushPlan, RemoteRevision, plan_push, read_revision
@@ -73,8 +74,8 @@ class PushOptions:
         return shell_join(parts)
 
 
-@dataclass(frozen=True)
-class Pushed:
+@dataclass(frozen=True, repr=False)
+class Pushed(Brief):
     """What a push did.
 
     Args:
@@ -254,7 +255,7 @@ def _commit(api: HfApi, options: PushOptions, plan: PushPlan) -> Pushed:
 
 @contextmanager
 def _quiet() -> Iterator[list[str]]:
-    """Keep what huggingface_hub logs and warns of from stderr, and its bars unless that is a terminal.
+    """Keep what huggingface_hub logs and warns of from stderr, and its bars but on a terminal or as widgets.
 
     Yields:
         What it warned of, such as a card without metadata, as the body goes on.
@@ -267,7 +268,7 @@ def _quiet() -> Iterator[list[str]]:
         warnings.simplefilter("ignore", DeprecationWarning)  # of its HTTP library, to itself
         if level == logging.WARNING:  # its default; HF_DEBUG=1 is left alone
             logger.setLevel(logging.ERROR)
-        if had_bars and not sys.stderr.isatty():
+        if had_bars and not (is_shown() and (has_widgets() or not is_notebook())):
             disable_progress_bars()
         try:
             yield remarks

@@ -13,6 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from surgery.checkpoint.digests import SHA256, algorithm_of, hex_of
 from surgery.checkpoint.layout import RECIPE, is_weight
+from surgery.display import Brief
 from surgery.errors import OutputError, SourceError
 from surgery.push.contents import Contents, LocalFile
 from surgery.recipe import Recipe
@@ -20,8 +21,8 @@ from surgery.recipe import Recipe
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclass(frozen=True)
-class RemoteRevision:
+@dataclass(frozen=True, repr=False)
+class RemoteRevision(Brief):
     """One revision of a model repository, as it was when looked at.
 
     Args:
@@ -60,8 +61,8 @@ class RemoteRevision:
         return replace(self, head=commit, files=files)
 
 
-@dataclass(frozen=True)
-class PushPlan:
+@dataclass(frozen=True, repr=False)
+class PushPlan(Brief):
     """What a push sends.
 
     Args:

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from surgery.display import as_shape, number
 from surgery.errors import some
 from surgery.inspect.comparison import CHANGED, EQUAL, ONLY_IN_A, ONLY_IN_B, RESHAPED
 from surgery.noise import UNIT_STD
-from surgery.report.inspect import as_shape, as_source, number, recipe_row, recipe_text
+from surgery.report.inspect import as_source, recipe_row, recipe_text
 from surgery.report.tables import Alarm, Column, Terminal, lay_out
 from surgery.report.text import as_share, finite, line
 

@@ -1,10 +1,10 @@
 """`surgery inspect` as rows and as a table: totals, and tensors grouped by layer pattern."""
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from surgery.display import as_shape, at_commit, number
 from surgery.inspect.inspection import REFUSED, components
 from surgery.inspect.name_patterns import group
 from surgery.recipe import Recipe
@@ -187,16 +187,4 @@ def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
 
 def as_source(row: Mapping[str, Any]) -> str:
     """Write where a checkpoint is from: a path, or org/name@1234."""
-    return f"{row['source']}@{row['commit'][:12]}" if row["commit"] else str(row["source"])
-
-
-def as_shape(shape: Sequence[int]) -> str:
-    """Write a shape: 5632 x 2048."""
-    return " x ".join(map(str, shape)) or "scalar"
-
-
-def number(value: float | None) -> str:
-    """Write a figure with four digits."""
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.4g}"
+    return at_commit(row["source"], row["commit"])

