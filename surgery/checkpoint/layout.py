@@ -16,7 +16,6 @@ from surgery.errors import NoWeightsError, SourceError
 
 METADATA = ".metadata"  # of a torch.distributed checkpoint
 RECIPE, JOURNAL, CARD = "surgery.json", "surgery.unfinished.json", "README.md"
-LOCK = ".surgery.lock"  # of a run that is under way, or was killed, on a disk without flock
 
 _DISTRIBUTED = ".distcp"
 _ANOTHER = "weights in another format"

@@ -18,12 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from surgery.checkpoint.layout import CARD, JOURNAL, LOCK, RECIPE
+from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
 from surgery.errors import OutputError
 from surgery.files import kind_of_mode, list_files
 from surgery.io_errors import naming
+from surgery.lock import LOCK, lock_folder
 from surgery.perturb.former_run import is_edited, names_in, read_json
-from surgery.perturb.lock import lock_folder
 from surgery.perturb.output_errors import as_output_error
 from surgery.perturb.partfile import PartFile, sync
 

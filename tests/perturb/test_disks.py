@@ -16,9 +16,8 @@ from conftest import Ran, clean_env, command, tree_digest, write_json, write_wei
 from helpers.faults import build, failing
 from safetensors.numpy import save_file
 
-from surgery.checkpoint.layout import LOCK
 from surgery.errors import OutputError
-from surgery.perturb.lock import lock_folder
+from surgery.lock import LOCK, lock_folder
 from surgery.perturb.output import _part_names
 
 JOURNAL = "surgery.unfinished.json"
@@ -53,7 +52,7 @@ def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _HOLDER = (
-    "import errno, fcntl, sys, time\nfrom pathlib import Path\nfrom surgery.perturb.lock import lock_folder\n"
+    "import errno, fcntl, sys, time\nfrom pathlib import Path\nfrom surgery.lock import lock_folder\n"
     "def fail(*_): raise OSError(errno.ENOSYS, 'none')\nfcntl.flock = fail\n"
     "with lock_folder(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
 )

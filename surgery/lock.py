@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from surgery.checkpoint.layout import LOCK
 from surgery.errors import OutputError
 from surgery.files import kind_of_mode
 from surgery.io_errors import naming
 
+LOCK = ".surgery.lock"  # of a run that is under way, or was killed, on a disk without flock
 _log = logging.getLogger(__name__)
 
 
