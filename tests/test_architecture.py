@@ -16,10 +16,10 @@ SURGERY = (
     ("__main__",),
     ("cli",),
     ("report",),
-    ("inspect",),
+    ("inspect", "study"),
     ("perturb", "push", "live"),
     ("recipe",),
-    ("noisytune", "checkpoint", "kernels", "interrupts"),
+    ("noisytune", "checkpoint", "kernels", "interrupts", "lock", "engines"),
     (
         "noise",
         "errors",
@@ -53,7 +53,14 @@ HOOKS = (
     ("weights",),
     ("marks", "compiling", "imports", "active_calls", "refusals"),
 )
-TO_HOOKS = ("surgery", "surgery.cli.run", "surgery.cli.env", "surgery.cli.run_options")
+TO_HOOKS = (
+    "surgery",
+    "surgery.cli.run",
+    "surgery.cli.env",
+    "surgery.cli.run_options",
+    "surgery.study.arms",
+    "surgery.study.command",
+)
 """The front door hands on patch_model and its siblings; these commands start what hooks/run does."""
 
 

@@ -8,6 +8,7 @@ from surgery.cli import materialize as materialize
 from surgery.cli import perturb as perturb
 from surgery.cli import push as push
 from surgery.cli import run as run
+from surgery.cli import study as study
 from surgery.cli import verify as verify
 from surgery.cli.group import main
 

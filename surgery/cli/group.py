@@ -21,14 +21,16 @@ SECTIONS = {
     "Perturb a checkpoint": ("perturb", "verify", "materialize", "push"),
     "Look at checkpoints": ("inspect", "diff"),
     "Train with regularizers": ("run", "env"),
+    "See whether it helps": ("study", "study compare"),
     "Report a problem": ("doctor",),
 }
 PERTURB_CARD, RUN_CARD = "surgery/perturb/README.md", "hooks/run/README.md"
-PUSH_CARD = "surgery/push/README.md"
+PUSH_CARD, STUDY_CARD = "surgery/push/README.md", "surgery/study/README.md"
 _LINKS = (
     f"{PERTURB_CARD}: the commands, their JSON and exit codes, completion",
     f"{PUSH_CARD}: recipes and the Hub",
     f"{RUN_CARD}: what `surgery run` covers",
+    f"{STUDY_CARD}: what `surgery study` says, and how sure it is",
     "hooks/mixout, hooks/rdrop, hooks/anchor, hooks/recadam: a README.md each",
 )
 

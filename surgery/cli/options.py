@@ -71,6 +71,9 @@ def seed(help: str, **settings: Any) -> _Decorator:
     return click.option("--seed", "seeds", type=_Seeds(), metavar="N|A..B", help=help, **settings)
 
 
+seeds = click.option("--seeds", type=_Seeds(), metavar="N|A..B", help="How many, from 0, or which.")
+
+
 def fill_in(value: Any, option: str, seeds: range, seed: int | None) -> Any:
     """Put a seed where an option's value says {seed}.
 

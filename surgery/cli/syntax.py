@@ -79,6 +79,11 @@ class SurgeryGroup(click.Group):
         with _answering(is_json=ctx.meta.get(_JSON, False)):
             return super().invoke(ctx)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if (name := " ".join(args[:2])) in self.commands:  # of two words
+            return name, self.commands[name], args[2:]
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return [name for names in self.sections.values() for name in names]
 

@@ -1,0 +1,1 @@
+"""Where jobs run: on this machine, on a Ray cluster, or under Slurm. A job is a command with a folder of its own."""
