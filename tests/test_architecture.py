@@ -31,6 +31,7 @@ SURGERY = (
         "progress",
         "threads",
         "roles",
+        "sizes",
     ),
     ("io_errors",),
     ("escapes",),

@@ -11,7 +11,8 @@ from surgery.noise import UNIT_STD
 from surgery.perturb.plan import Plan
 from surgery.recipe import PERTURBED, Recipe
 from surgery.report.tables import Terminal
-from surgery.report.text import as_bytes, as_pace, line, reason_lines
+from surgery.report.text import as_pace, line, reason_lines
+from surgery.sizes import as_bytes
 
 
 def plan_rows(plan: Plan) -> dict[str, Any]:
