@@ -15,6 +15,8 @@ from surgery.errors import NoWeightsError, SourceError
 
 METADATA = ".metadata"  # of a torch.distributed checkpoint
 RECIPE, JOURNAL, CARD = "surgery.json", "surgery.unfinished.json", "README.md"
+PLACE = "ORG/NAME"
+"""What a card has in place of the id of the repository that it is pushed to."""
 LOCK = ".surgery.lock"  # of a run that is under way, or was killed, on a disk without flock
 
 _DISTRIBUTED = ".distcp"
