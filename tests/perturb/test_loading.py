@@ -311,7 +311,9 @@ def test_card_and_next_load_tensors(make: Callable[[Path], Path], run_here: Call
     assert {*run(code_of_next(json.loads(ran.out)))["printed"].splitlines()} == {*names}
 
 
-@pytest.mark.parametrize("name", ["it's out", 'a "b" $HOME `id`!', "back\\slash", "new\nline", "café 層"], ids=ascii)
+@pytest.mark.parametrize(
+    "name", ["it's", 'a "b"', "$HOME", "`id`", "!!", "back\\\\slash", "new\nline", "café 層"], ids=ascii
+)
 def test_next_is_a_command_for_every_path(name: str, run_cli: Callable[..., Ran], source: Path, tmp_path: Path) -> None:
     ran = run_cli("perturb", source / "model.safetensors", "-o", name, "--json")
     here = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
