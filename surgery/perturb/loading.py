@@ -17,7 +17,7 @@ from surgery.files import read_file
 from surgery.perturb.front_matter import read_library
 from surgery.recipe import Recipe
 
-_SENTENCES = ("SentenceTransformer", "SparseEncoder", "CrossEncoder")
+_SENTENCES = ("SentenceTransformer", "SparseEncoder", "CrossEncoder", "MultiVectorEncoder")
 _PEFT_TASKS = {
     None: "",
     "CAUSAL_LM": "ForCausalLM",

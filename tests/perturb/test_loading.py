@@ -341,7 +341,7 @@ def test_library_of_the_sources_card_goes_first(library: str, imported: str, tmp
     assert f"from {imported} import" in find_own_loading(recipe, tmp_path / "out").for_folder(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["SparseEncoder", "CrossEncoder"])
+@pytest.mark.parametrize("kind", ["SparseEncoder", "CrossEncoder", "MultiVectorEncoder"])
 def test_other_models_of_sentence_transformers(kind: str, source: Path, tmp_path: Path) -> None:
     write_json(source / "modules.json", [{"type": "sentence_transformers.models.Transformer"}])
     write_json(source / "config_sentence_transformers.json", {"model_type": kind})

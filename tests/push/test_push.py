@@ -135,6 +135,7 @@ def test_push_sends_what_the_recipe_names_in_one_commit(hub: Hub, push: Push, ou
     ]
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("is_known", [True, False], ids=["model", "tensors"])
 def test_code_of_the_pushed_card_loads_it_from_the_hub(is_known: bool, hub: Hub, push: Push, tmp_path: Path) -> None:
     source = tmp_path / "bert"
