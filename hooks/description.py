@@ -9,6 +9,7 @@ from torch import nn
 from surgery.display import Brief, as_html
 from surgery.errors import SettingError, by_reason, some
 from surgery.live.parts import unwrap
+from surgery.sizes import as_bytes
 
 from .lifecycle import Patch
 from .marks import PATCH, Part, find_orphans
@@ -136,7 +137,7 @@ class Description(Brief):
             lines.append((acted.verb, f"{len(acted.names)} weights, {share}: {first_of(acted.names) or _NOTHING}"))
             if acted.tied:
                 lines.append(("", f"{len(acted.tied)} more names for them (tied): {first_of(acted.tied)}"))
-        where = f"{self.w_pre_bytes / 1e6:,.1f} MB on {self.w_pre_device or 'no device'}"
+        where = f"{as_bytes(self.w_pre_bytes)} on {self.w_pre_device or 'no device'}"
         lines.append(("w_pre", f"{self.w_pre}; {_LOST if self.is_w_pre_lost else where}"))
         for acted in self.acted.values():
             for reason, names in by_reason((acted.left or {}).items()).items():

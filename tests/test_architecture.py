@@ -33,6 +33,7 @@ SURGERY = (
         "roles",
         "display",
         "json_values",
+        "sizes",
     ),
     ("io_errors",),
     ("escapes",),

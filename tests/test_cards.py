@@ -302,7 +302,13 @@ def test_only_these_blocks_are_not_run() -> None:
 
 def test_every_folder_with_a_method_has_its_card() -> None:
     methods = {f"hooks/{kind.name}" for kind in METHODS}
-    assert {name_of(card) for card in CARDS} == {"surgery/perturb", "surgery/push", "hooks/run", *methods}
+    assert {name_of(card) for card in CARDS} == {
+        "surgery/cli",
+        "surgery/perturb",
+        "surgery/push",
+        "hooks/run",
+        *methods,
+    }
 
 
 @pytest.mark.parametrize("card", CARDS, ids=name_of)

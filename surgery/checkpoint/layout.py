@@ -16,6 +16,8 @@ from surgery.errors import NoWeightsError, SourceError
 
 METADATA = ".metadata"  # of a torch.distributed checkpoint
 RECIPE, JOURNAL, CARD = "surgery.json", "surgery.unfinished.json", "README.md"
+PLACE = "ORG/NAME"
+"""What a card has in place of the id of the repository that it is pushed to."""
 
 _DISTRIBUTED = ".distcp"
 _ANOTHER = "weights in another format"

@@ -15,6 +15,8 @@ from typing import Any
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A number that is a part of a name of its own."""
 _SLOT = re.compile(r"(?<![^.])(?:\d+|\*)(?![^.])")
+_AUTO_HEAD = re.compile(r"For(CausalLM|MaskedLM|TokenClassification|MultipleChoice)$")
+"""Heads that an Auto class has for every model type whose class has it, whatever that is named."""
 _DEPTH = 4  # configs within configs
 _MOST_PARTS = 32  # of a name's end: more than any in the table, and a hostile name may have a million
 
@@ -107,6 +109,24 @@ def find_model_type(config: Mapping[str, Any]) -> ModelType | None:
         for target, sources in table["ties"].get(kind, {}).items():
             ties[target] = (*ties.get(target, ()), *sources.split())
     return ModelType(own, **found, ties=ties, is_tied=_is_tied(config, own not in table["untied"]))
+
+
+def find_class(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the library and the class that load what a config is of; None if it is none that is known.
+
+    Transformers' own classes are loaded as such: its Auto classes know some by other heads, and some not at all.
+    """
+    table = _read_table()
+    own, name = config.get("model_type"), _first(config.get("architectures"))
+    if "_diffusers_version" in config:
+        own = config.get("_class_name")
+        return ("diffusers", own) if isinstance(own, str) and own in table["types"] else None
+    if name in table["classes"]:
+        return "transformers", name
+    head = "" if name is None else _AUTO_HEAD.search(name)
+    if head is None or not isinstance(own, str) or own not in table["types"]:
+        return None
+    return "transformers", f"AutoModel{head and head[0]}"
 
 
 def _first(names: Any) -> Any:

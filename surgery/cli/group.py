@@ -27,7 +27,8 @@ SECTIONS = {
 PERTURB_CARD, RUN_CARD = "surgery/perturb/README.md", "hooks/run/README.md"
 PUSH_CARD, STUDY_CARD = "surgery/push/README.md", "surgery/study/README.md"
 _LINKS = (
-    f"{PERTURB_CARD}: the commands, their JSON and exit codes, completion",
+    f"{PERTURB_CARD}: the commands, completion",
+    "surgery/cli/README.md: every key of --json, every exit code",
     f"{PUSH_CARD}: recipes and the Hub",
     f"{RUN_CARD}: what `surgery run` covers",
     f"{STUDY_CARD}: what `surgery study` says, and how sure it is",

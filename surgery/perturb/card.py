@@ -12,45 +12,34 @@ import yaml
 from huggingface_hub.repocard_data import ModelCardData  # huggingface_hub.repocard takes 0.1 s to import
 
 from surgery.checkpoint.digests import algorithm_of
+from surgery.checkpoint.layout import PLACE
 from surgery.escapes import get_logger, printable, shell_quote
 from surgery.perturb.front_matter import Text, read_fields
+from surgery.perturb.loading import Loading, find_loading
 from surgery.perturb.plan import perturb_command
 from surgery.recipe import Recipe
 
 _log = get_logger(__name__)
 
 _INHERITED = ("library_name", "license", "license_name", "license_link", "pipeline_tag")
-_LIBRARIES = {
-    "modules.json": "sentence-transformers",
-    "model_index.json": "diffusers",
-    "adapter_config.json": "peft",
-    "config.json": "transformers",
-}
-"""The library that loads a checkpoint, by the file that it looks for; the first counts."""
-_LOADERS = {
-    "sentence-transformers": ("sentence_transformers", "SentenceTransformer", ""),
-    "diffusers": ("diffusers", "DiffusionPipeline", ".from_pretrained"),
-    "peft": ("peft", "AutoPeftModel", ".from_pretrained"),
-    "transformers": ("transformers", "AutoModel", ".from_pretrained"),
-}
-_PLACE = "ORG/NAME"
 
 
-def make_card(recipe: Recipe, inherited: Mapping[str, Any]) -> str:
+def make_card(recipe: Recipe, inherited: Mapping[str, Any], out: Path) -> str:
     """Return the text of the card.
 
     Args:
         recipe: of the checkpoint that the card describes.
         inherited: what `read_metadata` found in the source's card.
+        out: the folder that holds its companions.
     """
-    library = inherited.get("library_name") or _library_of(recipe)
+    loading = find_loading(recipe, out, inherited.get("library_name"))
     metadata = ModelCardData(
-        **{**inherited, "library_name": library},
+        **{"library_name": loading.library, **inherited},
         base_model=recipe.source if recipe.commit else None,
         base_model_relation="finetune" if recipe.commit else None,
         tags=["noisytune", "model-surgery"],
     )
-    parts = [f"---\n{metadata.to_yaml()}\n---", _title(recipe), _done(recipe), _repeat(recipe), _load(recipe, library)]
+    parts = [f"---\n{metadata.to_yaml()}\n---", _title(recipe), _done(recipe), _repeat(recipe), _load(loading)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -69,10 +58,6 @@ def read_metadata(card: Path) -> dict[str, Any]:
 
 def _plain(value: Text) -> Text:
     return printable(value) if isinstance(value, str) else [printable(text) for text in value]
-
-
-def _library_of(recipe: Recipe) -> str | None:
-    return next((library for file, library in _LIBRARIES.items() if file in recipe.companions), None)
 
 
 def _name(recipe: Recipe) -> str:
@@ -129,7 +114,7 @@ def _repeat(recipe: Recipe) -> str:
         "## Verify and repeat\n\n"
         "With the command of model-surgery:\n\n"
         "```sh\n"
-        f"REPO={_PLACE}  # this repository's id, or the folder that holds it\n"
+        f"REPO={PLACE}  # this repository's id, or the folder that holds it\n"
         f"{note}"
         f'surgery verify "$REPO"{where}  # recompute every tensor, and compare it bit for bit\n'
         f'surgery materialize "$REPO"{where} -o again  # write the same bytes, from the source and surgery.json alone\n'
@@ -138,17 +123,8 @@ def _repeat(recipe: Recipe) -> str:
     )
 
 
-def _load(recipe: Recipe, library: str | None) -> str:
-    if loader := _LOADERS.get(library or ""):
-        module, name, method = loader
-        variant = f", variant={recipe.variant!r}" if recipe.variant and method else ""
-        code = (
-            f"from {module} import {name}\n\n"
-            f'model = {name}{method}("{_PLACE}"{variant})  # this repository\'s id, or the folder that holds it'
-        )
-    else:
-        code = f"from safetensors.torch import load_file\n\ntensors = load_file({recipe.files[0].name!r})"
+def _load(loading: Loading) -> str:
     return (
-        f"## Load\n\n```python\n{code}\n```\n\n"
+        f"## Load\n\n```python\n{loading.for_repository()}\n```\n\n"
         "If this repository holds only the recipe and no weights, `surgery materialize` writes them."
     )

@@ -201,7 +201,7 @@ def _write_card(recipe: Recipe, plan: Plan, folder: OutputFolder) -> Recipe:
     from surgery.perturb.card import make_card, read_metadata
 
     own = plan.checkpoint.path(CARD) if CARD in plan.checkpoint.layout.companions else None
-    card = make_card(recipe, read_metadata(own) if own else {}).encode()
+    card = make_card(recipe, read_metadata(own) if own else {}, plan.out).encode()
     folder.write(CARD, card)
     return replace(recipe, card=digest_of_bytes(card, plan.algorithm(CARD)))
 

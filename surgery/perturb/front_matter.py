@@ -39,6 +39,15 @@ def read_fields(card: Path, wanted: Collection[str]) -> dict[str, Text]:
     return dict(_fields(_plain_events(found[1].decode("utf-8")), wanted))
 
 
+def read_library(card: Path) -> str | None:
+    """Return the library that a card names, if there is a card that names one."""
+    try:
+        found = read_fields(card, ("library_name",)).get("library_name")
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def _plain_events(text: str) -> Iterator[yaml.Event]:
     """Yield the events of plain YAML, in C where that can be, and refuse what is more."""
     depth = 0

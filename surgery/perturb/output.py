@@ -26,6 +26,7 @@ from surgery.lock import LOCK, lock_folder
 from surgery.perturb.former_run import is_edited, names_in, read_json
 from surgery.perturb.output_errors import as_output_error
 from surgery.perturb.partfile import PartFile, sync
+from surgery.sizes import as_bytes
 
 _PART = ".surgery-part"
 
@@ -174,7 +175,7 @@ class OutputFolder:
             return
         if total and needed > free:  # some file systems do not tell
             raise OutputError(
-                f"{self.path}: expected {_gb(needed)} free on this disk, got {_gb(free)}. "
+                f"{self.path}: expected {as_bytes(needed)} free on this disk, got {as_bytes(free)}. "
                 "Free some space, or choose another disk with `out`."
             )
 
@@ -271,10 +272,6 @@ def _sync_folder(path: Path) -> None:
     finally:
         with naming(path):
             os.close(fd)
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
 
 
 def refuse_output(out: Path, source_root: Path) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path, PurePath
 from huggingface_hub.utils.sha import git_hash
 
 from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of_bytes, digests_of_all, hex_of, shorten
-from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE, is_weight
+from surgery.checkpoint.layout import CARD, JOURNAL, PLACE, RECIPE, is_weight
 from surgery.display import Brief
 from surgery.errors import OutputError
 from surgery.files import list_names, read_file
 from surgery.recipe import Recipe
+
+_PLACES = re.compile(rf'(REPO=|"|"hf-hub:){PLACE}\b'.encode())
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +59,14 @@ class Contents(Brief):
     def items(self) -> tuple[LocalFile, ...]:
         """The files to push."""
         return (*self.files, self.recipe_file)
+
+    def addressed(self, repo_id: str) -> "Contents":
+        """Return what is pushed to a repository, whose id the card has wherever ours left a place for it."""
+        named = rf"\g<1>{repo_id}".encode()
+        files = (
+            _with_content(f, _PLACES.sub(named, f.content)) if isinstance(f.content, bytes) else f for f in self.files
+        )
+        return replace(self, files=tuple(files))
 
     @property
     def title(self) -> str:
@@ -106,6 +116,10 @@ def _inside(folder: Path, name: str) -> Path:
     if not Path(os.path.realpath(path)).is_relative_to(folder.resolve()):  # Path.resolve fails for a link to itself
         raise OutputError(f"{path}: expected a file of this folder, got one outside of it. Replace it by a copy.")
     return path
+
+
+def _with_content(file: LocalFile, content: bytes) -> LocalFile:
+    return file if content == file.content else _in_memory(file.name, content)
 
 
 def _in_memory(name: str, content: bytes) -> LocalFile:

@@ -148,7 +148,7 @@ def plan_push(api: HfApi, remote: RemoteRevision, contents: Contents, *, pull_ti
     Raises:
         OutputError: it holds other weights.
     """
-    contents = _with_former_sha256(api, remote, contents)
+    contents = _with_former_sha256(api, remote, contents.addressed(remote.repo_id))
     if pull_title and remote.head and (pull := _find_pull(api, remote, contents, pull_title)):
         revision = f"refs/pr/{pull}"
         head = str(api.model_info(remote.repo_id, revision=revision).sha)

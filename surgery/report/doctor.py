@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 from surgery.caches import cache_root
 from surgery.report.tables import Terminal
-from surgery.report.text import as_bytes, line
+from surgery.report.text import line
+from surgery.sizes import as_bytes
 from surgery.threads import cores
 
 PACKAGES = (

@@ -10,8 +10,9 @@ from surgery.inspect.name_patterns import group
 from surgery.recipe import Recipe
 from surgery.report.names import full_names
 from surgery.report.tables import Alarm, Column, Terminal, lay_out
-from surgery.report.text import as_bytes, finite, line, reason_lines
+from surgery.report.text import finite, line, reason_lines
 from surgery.roles import CLASS, NAME, RULE
+from surgery.sizes import as_bytes
 
 if TYPE_CHECKING:
     from surgery.inspect.inspection import Inspection, TensorInfo

@@ -1,6 +1,7 @@
 """`surgery perturb` and `materialize` as rows and as a table: what was done, or with --dry-run would be."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,10 @@ from surgery.noise import UNIT_STD
 from surgery.perturb.plan import Plan
 from surgery.recipe import PERTURBED, Recipe
 from surgery.report.tables import Terminal
-from surgery.report.text import as_bytes, as_pace, line, reason_lines
+from surgery.report.text import as_pace, line, reason_lines
+from surgery.sizes import as_bytes
+
+_ACTS_IN_QUOTES = re.compile(r'["$`!]|\\\\')  # of a shell
 
 
 def plan_rows(plan: Plan) -> dict[str, Any]:
@@ -92,18 +96,14 @@ def _notes(recipe: Recipe, plan: Plan) -> list[str]:
 
 
 def _next_command(recipe: Recipe, plan: Plan) -> str:
-    """Return a command that loads the result with the library whose config it holds, or that makes the weights."""
+    """Return a command that loads the result as its card does, or that makes the weights."""
     out = plan.out
     if plan.is_recipe_only:
         return shell_join(["surgery", "materialize", str(out), "-o", f"{out}-weights"])
-    if "config.json" in recipe.companions:
-        code = f"from transformers import AutoModel; print(AutoModel.from_pretrained({str(out)!r}))"
-    elif "model_index.json" in recipe.companions:
-        code = f"from diffusers import DiffusionPipeline; print(DiffusionPipeline.from_pretrained({str(out)!r}))"
-    else:
-        file = str(out / recipe.files[0].name)
-        code = f"from safetensors import safe_open; print(*safe_open({file!r}, 'np').keys(), sep='\\n')"
-    return f'python -c "{code}"' if '"' not in code and "$" not in code else shell_join(["python", "-c", code])
+    from surgery.perturb.loading import find_own_loading  # takes YAML, which a dry run need not wait for
+
+    code = find_own_loading(recipe, out).for_folder(out)
+    return shell_join(["python", "-c", code]) if _ACTS_IN_QUOTES.search(code) else f'python -c "{code}"'
 
 
 def _written(rows: Mapping[str, Any]) -> str:

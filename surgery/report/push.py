@@ -8,7 +8,8 @@ from surgery.escapes import printable
 from surgery.push.push import Pushed, PushOptions
 from surgery.push.remote import PushPlan
 from surgery.report.tables import Terminal
-from surgery.report.text import as_bytes, line
+from surgery.report.text import line
+from surgery.sizes import as_bytes
 
 
 def plan_rows(options: PushOptions, plan: PushPlan) -> dict[str, Any]:

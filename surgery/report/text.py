@@ -1,4 +1,4 @@
-"""The pieces of all reports: labelled lines, names grouped by reason, sizes, JSON."""
+"""The pieces of all reports: labelled lines, names grouped by reason, paces, shares, JSON."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from typing import Any
 
 from surgery.errors import by_reason, some
 from surgery.exit_codes import JSON_VERSION
+from surgery.sizes import as_bytes
 
 VALUE_AT = 15
 """Column at which the values of labelled lines begin."""
@@ -42,15 +43,6 @@ def line(label: str, value: str) -> str:
 def reason_lines(label: str, reasons: Iterable[tuple[str, str]]) -> list[str]:
     """Lay out names that each come with a reason: a line for each reason."""
     return [line(label, f"{len(names)} ({some(names)}): {reason}") for reason, names in by_reason(reasons).items()]
-
-
-def as_bytes(n: float) -> str:
-    """Return a size in bytes, kB, MB or GB: no size but none is 0."""
-    if n < 1e3:
-        return f"{n:.0f} byte{'s' * (round(n) != 1)}"
-    if n < 1e6:
-        return f"{n / 1e3:.1f} kB"
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def as_pace(nbytes: int, seconds: float) -> str:

@@ -61,7 +61,7 @@ def test_perturb_prints_a_table_and_the_next_command(tmp_path):
     next_command = rows["next:"].removeprefix("python -c ").strip('"')
     loaded = subprocess.run([sys.executable, "-c", next_command], capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stdout.startswith("BertModel(")
+    assert loaded.stdout.startswith("SentenceTransformer(")
 
 
 def test_perturb_json_is_the_same_report(tmp_path):

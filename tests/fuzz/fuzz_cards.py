@@ -94,7 +94,7 @@ class Cards:
 
     def read(self) -> tuple[dict[str, Any], str]:
         found = read_metadata(self._path)
-        return found, make_card(_RECIPE, found)
+        return found, make_card(_RECIPE, found, Path())
 
     def judge(self, ours: Any) -> str:
         found, card = ours

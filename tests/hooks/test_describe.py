@@ -155,7 +155,7 @@ def test_describe_of_an_anchor_alone() -> None:
         "anchor       weight 0.01, in 0 optimizer steps so far; "
         "set the optimizer's weight_decay for these weights to 0",
         "anchored     1 weights, 16 of 20 elements: weight",
-        "w_pre        the model's weights when it was patched; 0.0 MB on cpu",
+        "w_pre        the model's weights when it was patched; 64 bytes on cpu",
         "not anchored 1 (bias, norm or another vector): bias",
     ]
 

@@ -195,7 +195,7 @@ def test_small_disk_is_refused_before_anything_is_written(large: Path, small_dis
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err == (
-        f"error: {small_disk}/out: expected 0.10 GB free on this disk, got 0.05 GB. "
+        f"error: {small_disk}/out: expected 97.6 MB free on this disk, got 52.4 MB. "
         "Free some space, or choose another disk with -o.\n"
     )
     assert tree_digest(small_disk / "out") == {}

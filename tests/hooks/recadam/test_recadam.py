@@ -463,7 +463,7 @@ def test_description_names_what_is_recalled() -> None:
         "recadam      gamma = 2, lambda(t) = 1 / (1 + exp(-0.5 (t - 250))), lambda(2) = 1.4e-54; in 2 optimizer steps "
         "so far",
         "recalled     5 weights, 83 of 93 elements: 0.weight, ...",
-        "w_pre        the model's weights when it was patched; 0.0 MB on cpu",
+        "w_pre        the model's weights when it was patched; 664 bytes on cpu",
         "not recalled 2 (in exclude): 2.weight, ...",
     ]
 
