@@ -9,7 +9,7 @@ import click
 
 from surgery.cli import options
 from surgery.cli.group import STUDY_CARD, command, main
-from surgery.cli.syntax import echo_report
+from surgery.cli.syntax import SurgeryCommand, echo_report
 from surgery.errors import SettingError
 from surgery.exit_codes import FAILED
 
@@ -32,8 +32,19 @@ def _judging(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+class _StudyCommand(SurgeryCommand):
+    """Options may come after STUDY; of a command to run they are its own, after --."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        has_mark = "--" in args
+        rest = super().parse_args(ctx, args)
+        if not has_mark and len(ctx.params.get("arguments", ())) > 1:
+            raise click.UsageError("expected -- before COMMAND, got none. Write it there.", ctx)
+        return rest
+
+
 @main.command(
-    context_settings={"allow_interspersed_args": False},
+    cls=_StudyCommand,
     examples=(
         "surgery study -o study --seeds 20 --metric eval_accuracy --arm mixout=0.7 -- python train.py --seed {seed} "
         "--output_dir {out}",

@@ -1,6 +1,7 @@
 """surgery/cli/README.md says what `--json` prints and which exit codes there are: both are held to real commands."""
 
 import json
+import math
 import re
 import sys
 from collections import defaultdict
@@ -17,6 +18,7 @@ from conftest import write_json, write_sharded
 from hub import Hub
 from runs import training
 from safetensors.numpy import load_file, save_file
+from studies import write_study
 
 from surgery import exit_codes
 from surgery.cli import main
@@ -132,6 +134,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     w = torch.arange(64.0).reshape(8, 8)
     torch.save({"a.weight": w, "b.weight": w}, folder / "tied.bin")
     (folder / "out/notes.txt").write_text("of the user")
+    plain = {seed: 0.5 + seed / 10 for seed in range(3)}
+    write_study(folder / "study", {"plain": plain, "mixout=0.7": {seed: 0.6 + seed / 9 for seed in range(3)}})
+    write_study(folder / "crashed", {"plain": plain, "mixout=0.7": {0: math.nan}})
     return folder
 
 
@@ -194,6 +199,15 @@ def planned_pushes(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:
     return plans
 
 
+def studied(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:  # noqa: ARG001
+    runs = [f"{folder}/study/trials/{arm}/*/log.txt" for arm in ("plain", "mixout=0.7")]
+    return [
+        printed("study", folder / "study"),
+        printed("study", folder / "crashed", code=1),
+        printed("study", "compare", *runs, "--metric", "eval_accuracy", "--failed-below", "0.5"),
+    ]
+
+
 def failed(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:
     return [printed("inspect", tmp_path / "nowhere", code=1), printed("diff", folder, code=2)]
 
@@ -207,6 +221,7 @@ RUNS: dict[str, Callable[[Path, Path], list[dict[str, Any]]]] = {
     "diff": compared,
     "push": pushed,
     "push --dry-run": planned_pushes,
+    "study, study compare": studied,
     "env": lambda *_: [printed("env", "--mixout", "0.7")],
     "doctor": lambda *_: [printed("doctor")],
 }
@@ -237,7 +252,7 @@ def test_keys_are_those_of_the_card(title: str, folder: Path, tmp_path: Path, re
 
 
 def test_every_command_with_json_has_a_table() -> None:
-    told = {command.split()[0] for title in KEYS if title != ERROR for command in title.split(", ")}
+    told = {command.removesuffix(" --dry-run") for title in KEYS if title != ERROR for command in title.split(", ")}
     assert told == {name for name, command in main.commands.items() if any(p.name == "as_json" for p in command.params)}
     assert KEYS.keys() == RUNS.keys()
 
@@ -264,6 +279,8 @@ WORK = {
     "push": "surgery.push.contents.read_contents",
     "env": "surgery.hooks.run.launch.environment_of",
     "doctor": "surgery.report.doctor.rows",
+    "study": "surgery.study.collect.collect",
+    "study compare": "surgery.study.others.compare_runs",
 }
 """Where Ctrl-C comes."""
 NOTHING = [sys.executable, "-c", "pass"]
@@ -277,6 +294,8 @@ GOOD: dict[str, list[Any]] = {
     "env": ["--mixout", "0.7"],
     "doctor": [],
     "run": ["--mixout", "0.7", "--", *training("mixout")],
+    "study": ["study"],
+    "study compare": ["study/trials/plain/*", "study/trials/mixout=0.7/*", "--metric", "eval_accuracy"],
 }
 BAD: dict[tuple[str, int], list[Any]] = {
     ("perturb", 1): ["./nowhere", "-o", "fresh"],
@@ -284,6 +303,8 @@ BAD: dict[tuple[str, int], list[Any]] = {
     ("inspect", 1): ["./nowhere"],
     ("diff", 1): ["model", "./nowhere"],
     ("push", 1): ["model", "me/one"],
+    ("study", 1): ["crashed"],
+    ("study compare", 1): ["none/*", "study/trials/*/*", "--metric", "eval_accuracy"],
     ("verify", 1): ["altered"],
     ("verify", 4): ["./nowhere"],
     ("run", 3): ["--mixout", "0.7", "--", *NOTHING],
@@ -294,15 +315,15 @@ BAD: dict[tuple[str, int], list[Any]] = {
 @pytest.mark.parametrize(("name", "code"), sorted(CODES))
 def test_command_exits_so(name: str, code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for made in ("model", "out", "altered", "shards"):
+    for made in ("model", "out", "altered", "shards", "study", "crashed"):
         (tmp_path / made).symlink_to(folder / made)
     if code == exit_codes.INTERRUPTED:
         monkeypatch.setattr(WORK[name], interrupt)
     args = ["--nope", *GOOD[name]] if code == exit_codes.USAGE else BAD.get((name, code), GOOD[name])
-    done = surgery(name, *args, *([] if name == "run" else ["--json"]))
+    done = surgery(*name.split(), *args, *([] if name == "run" else ["--json"]))
     assert done.exit_code == code, done.output
     if name != "run":
-        is_answer = code == 0 or (name, code) == ("verify", exit_codes.DIFFERS)
+        is_answer = code == 0 or (name, code) in (("verify", exit_codes.DIFFERS), ("study", exit_codes.FAILED))
         assert ("error" in json.loads(done.stdout)) is not is_answer
 
 
