@@ -94,9 +94,7 @@ def _edited(results: Sequence[TrialResult]) -> list[str]:
     """Point out that not all trials are of the same code."""
     scripts = [_script(result.trial.about()) for result in results if result.status.is_over]
     known = {script["commit"]: script for script in scripts if script}
-    notes = (
-        [f"the script's repository was at {len(known)} commits in the course of the study"] if len(known) > 1 else []
-    )
+    notes = [f"the script's repository was at {len(known)} commits during the study"] if len(known) > 1 else []
     versions = {str(sorted(_environment(result).items())) for result in results if result.status.is_over}
     return notes + (["not all trials ran with the same versions of packages"] if len(versions) > 1 else [])
 

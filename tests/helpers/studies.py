@@ -4,16 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from surgery.engines.job import LOG, Job, Result
+from surgery.exit_codes import INACTIVE
 from surgery.study.plan import Plan
 from surgery.study.template import Template
 from surgery.study.trial import Trial
 
 
-def write_study(folder: Path, scores: Mapping[str, Mapping[int, float]]) -> Plan:
+def write_study(folder: Path, scores: Mapping[str, Mapping[int, float | None]]) -> Plan:
     """Write the folder of a study.
 
     Args:
-        scores: of each arm's seeds, plain first; NaN for a trial that crashed.
+        scores: of each arm's seeds, plain first; NaN for a trial that crashed, None for one without effect.
     """
     _, *arms = scores
     template = Template(("python", "train.py", "--seed", "{seed}", "--output_dir", "{out}"))
@@ -27,11 +28,11 @@ def write_study(folder: Path, scores: Mapping[str, Mapping[int, float]]) -> Plan
     return plan
 
 
-def _write_trial(trial: Trial, score: float, template: Template) -> None:
+def _write_trial(trial: Trial, score: float | None, template: Template) -> None:
     trial.clear()
     words = template.fill(trial.seed, trial.out).words
     Job(trial.folder, words, trial.study.parent).write()
     trial.write({"arm": trial.arm.name, "seed": trial.seed, "command": " ".join(words), "environment": {}})
-    is_crash = score != score
-    (trial.folder / LOG).write_text("out of memory\n" if is_crash else f"eval_accuracy={score!r}\n")
-    Result(1 if is_crash else 0, 1.75e9 + trial.seed, 60.0 + trial.seed, 300_000_000, "host").write(trial.folder)
+    code = INACTIVE if score is None else 1 if score != score else 0
+    (trial.folder / LOG).write_text("out of memory\n" if code == 1 else f"eval_accuracy={score!r}\n")
+    Result(code, 1.75e9 + trial.seed, 60.0 + trial.seed, 300_000_000, "host").write(trial.folder)

@@ -13,7 +13,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--hang-if", type=Path, help="as one that never ends, where this file exists")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2))
@@ -26,7 +26,8 @@ def main():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    time.sleep(options.pause)
+    if options.hang_if and options.hang_if.exists():
+        time.sleep(300)
     model.eval()
     score = (model(x).argmax(1) == y).float().mean().item()
     options.out.joinpath("all_results.json").write_text(json.dumps({"eval_accuracy": score}))

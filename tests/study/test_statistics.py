@@ -85,16 +85,13 @@ def bca(data: np.ndarray, level: float, resamples: int = 200_000) -> tuple[float
 @pytest.mark.parametrize("shape", ["normal", "skewed"])
 def test_interval_is_bca_at_students_width(shape: str) -> None:
     rng = np.random.default_rng(5)
-    data = rng.normal(0.7, 0.05, 12) if shape == "normal" else rng.exponential(1.0, 12)
+    data = rng.normal(0.7, 0.05, 6) if shape == "normal" else rng.exponential(1.0, 6)
     found = mean_interval(data.tolist())
     assert found is not None
-    level = 1 - 2 * stats.norm.cdf(-math.sqrt(12 / 11) * stats.t.isf(0.025, 11))
+    level = 1 - 2 * stats.norm.cdf(-math.sqrt(6 / 5) * stats.t.isf(0.025, 5))
     low, high = bca(data, level)
     width = high - low
     assert (found.low, found.high) == (pytest.approx(low, abs=0.03 * width), pytest.approx(high, abs=0.03 * width))
-    if shape == "normal":
-        student = stats.t.interval(0.95, 11, data.mean(), data.std(ddof=1) / math.sqrt(12))
-        assert (found.low, found.high) == (pytest.approx(student[0], abs=0.01), pytest.approx(student[1], abs=0.01))
 
 
 def test_interval_of_equal_and_of_few_values() -> None:

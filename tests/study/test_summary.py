@@ -54,6 +54,14 @@ def test_what_cannot_be_told_says_how_many_seeds_would() -> None:
     assert found.difference.seeds_needed == 68  # (1.960 + 0.842)^2 * (0.0404 / 0.014)^2 + 1.960^2 / 2
 
 
+def test_no_winner_by_the_interval_alone() -> None:
+    found = summaries(runs(0.50, 0.60, 0.55, 0.65), arm=runs(0.52, 0.63, 0.57, 0.68))["arm"]
+    assert found.difference is not None
+    assert found.difference.interval is not None
+    assert (found.difference.interval.low > 0, found.p) == (True, 2 / 16)
+    assert found.verdict == "cannot tell: about 1 more seed would, if it stays at 0.0250"
+
+
 def test_no_winner_below_three_seeds() -> None:
     found = summaries(runs(0.1, 0.2), arm=runs(0.9, 0.8))["arm"]
     assert found.verdict == "cannot tell: 2 seeds in common with plain, 3 at least"
