@@ -1,0 +1,122 @@
+"""A row for each arm: every run as a dot, the mean with its interval below it, plain's mean as a line through all.
+
+After figure 3 of the Mixout paper (arXiv:1909.11299), lying down: names of any length and number stay apart.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from surgery.report.drawing import drawable, new_figure
+from surgery.report.names import tell_apart
+from surgery.report.study import dots
+from surgery.report.study.colours import ALARM, INK, LINE, MUTED, RUN
+from surgery.report.study.runs import Runs, runs_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from surgery.study.collect import Study
+
+_WIDTH, _ROW, _REST = 8.0, 0.4, 1.9  # inches
+_NAME = 34  # characters of a name
+_DOTS, _MEAN, _JITTER = -0.08, 0.3, 0.4  # within a row, which is 1 high
+_COLUMNS = (("n", 26), ("failed", 66))  # points right of the axes
+
+
+def arms_figure(study: "Study") -> "Figure":
+    """Draw all arms of a study."""
+    runs = runs_of(study)
+    figure = new_figure(_WIDTH, _REST + _ROW * len(runs))
+    figure.set(**dots.surface())
+    axes = figure.add_subplot()
+    _set_axes(axes, study, runs)
+    for row, one in enumerate(runs):
+        _draw_row(axes, row, one, RUN if row else MUTED, edge=float(study.minimize))
+    _draw_columns(axes, runs)
+    _draw_lines(axes, study, runs)
+    dots.add_legend(figure, study, _legend(axes, runs), _notes(axes, runs))
+    return figure
+
+
+def _set_axes(axes: "Axes", study: "Study", runs: Sequence[Runs]) -> None:
+    dots.style_axes(axes)
+    names = tell_apart([one.name for one in runs], _NAME)
+    axes.set_yticks(range(len(runs)), [drawable(names[one.name]) for one in runs])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    ends = [end for one in runs if one.interval for end in (one.interval.low, one.interval.high)]
+    axes.set_xlim(dots.limit((min(ends), max(ends)) if ends else None, [v for one in runs for v in one.values]))
+    axes.locator_params(axis="x", nbins=7)
+    axes.set_xlabel(dots.metric_label(study))
+    for row in range(1, len(runs)):
+        axes.axhline(row - 0.5, color=LINE, linewidth=0.6)
+
+
+def _draw_row(axes: "Axes", row: int, runs: Runs, colour: str, *, edge: float) -> None:
+    offsets = dots.spread(len(runs.values))
+    low, high = axes.get_xlim()
+    for is_failed in (False, True):
+        chosen = [i for i, failed in enumerate(runs.are_failed) if failed == is_failed]
+        if not chosen:  # an empty line that is not clipped takes room at the figure's corner
+            continue
+        xs = [min(max(runs.values[i], low), high) for i in chosen]
+        ys = [row + _DOTS + _JITTER * offsets[i] for i in chosen]
+        axes.plot(xs, ys, **dots.dots(colour, failed=is_failed), clip_on=False, gid=f"dots-{row}-{is_failed:d}")
+    if runs.lost:
+        ys = [row + _DOTS + _JITTER * offset for offset in dots.spread(runs.lost)]
+        axes.plot([edge] * runs.lost, ys, transform=axes.get_yaxis_transform(), **dots.LOST)
+    if runs.interval:
+        axes.plot(
+            [runs.interval.low, runs.interval.high], [row + _MEAN] * 2, color=INK, linewidth=1.6, gid=f"interval-{row}"
+        )
+    if runs.mean is not None:
+        axes.plot([runs.mean], [row + _MEAN], marker="D", color=INK, markersize=4.5, gid=f"mean-{row}")
+    if runs.state:
+        axes.text(0.5, row, runs.state, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8,
+                  color=ALARM, style="italic")  # fmt: skip
+
+
+def _draw_columns(axes: "Axes", runs: Sequence[Runs]) -> None:
+    for title, points in _COLUMNS:
+        cells = [(-0.5, title, MUTED, "bottom")]
+        for row, one in enumerate(runs):
+            text = str(len(one.values)) if title == "n" else _failed(one)
+            cells.append((row, text, ALARM if title == "failed" and one.failed else INK, "center"))
+        for y, text, colour, align in cells:
+            axes.annotate(text, (1, y), (points, 0), ("axes fraction", "data"), "offset points", ha="right", va=align,
+                          fontsize=dots.SMALL, color=colour, annotation_clip=False)  # fmt: skip
+
+
+def _failed(runs: Runs) -> str:
+    return "" if runs.failed is None or not runs.total else f"{runs.failed}/{runs.total}"
+
+
+def _draw_lines(axes: "Axes", study: "Study", runs: Sequence[Runs]) -> None:
+    if runs[0].mean is not None:
+        axes.axvline(runs[0].mean, color=MUTED, linewidth=1, linestyle=(0, (5, 3)), zorder=0.5, gid="plain")
+    threshold = dots.threshold_of(study, axes.get_xlim())
+    if threshold is not None:
+        axes.axvline(threshold, color=ALARM, linewidth=1, linestyle=(0, (1, 2)), zorder=0.5, gid="threshold")
+
+
+def _legend(axes: "Axes", runs: Sequence[Runs]) -> list[object]:
+    drawn = {artist.get_gid() for artist in axes.lines}
+    handles = [
+        dots.line(**dots.dots(RUN, failed=False), label="a run"),
+        dots.line(color=INK, marker="D", markersize=4.5, linewidth=1.6, label="mean, 95 % interval"),
+        dots.line(color=MUTED, linewidth=1, linestyle=(0, (5, 3)), label=drawable(f"mean of {runs[0].name[:_NAME]}")),
+    ]
+    if any(any(one.are_failed) for one in runs):
+        handles.append(dots.line(**dots.dots(RUN, failed=True), label="a failed run"))
+    if "threshold" in drawn:
+        handles.append(dots.line(color=ALARM, linewidth=1, linestyle=(0, (1, 2)), label="from here on failed"))
+    if any(one.lost for one in runs):
+        handles.append(dots.line(**dots.LOST, label="no finite value"))
+    return handles
+
+
+def _notes(axes: "Axes", runs: Sequence[Runs]) -> list[str]:
+    low, high = axes.get_xlim()
+    outside = sum(not low <= value <= high for one in runs for value in one.values)
+    return [f"{outside} runs lie far outside and are drawn at the edge"] if outside else []

@@ -1,0 +1,211 @@
+"""A curve over the values of a sweep with its band, each run as a dot, and below it the share of runs that failed.
+
+After figure 4 of the Mixout paper (arXiv:1909.11299).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from surgery.report.drawing import drawable, new_figure
+from surgery.report.names import tell_apart
+from surgery.report.study import dots
+from surgery.report.study.colours import ALARM, CURVES, INK, LINE, MUTED
+from surgery.report.study.runs import Runs, Sweep, runs_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from surgery.study.collect import Study
+
+_WIDTH, _HEIGHT, _PANEL = 8.0, 4.6, 1.1  # inches
+_MARGIN = 0.06  # of the axis, beside the first and the last value
+_JITTER = 0.014  # of the axis
+_APART = 0.011  # of the axis, from curve to curve
+_CHARACTER = 0.013  # of the axis that one of a tick's label takes
+_LONGEST = 16  # characters of a label
+_CURVE = 40  # characters of a curve's name
+_DASHES: Any = (0, (5, 3))
+
+
+def sweep_figure(study: "Study", sweep: Sweep) -> "Figure":
+    """Draw a sweep of a study."""
+    plain = runs_of(study)[0]
+    has_panel = study.failed_below is not None
+    figure = new_figure(_WIDTH, _HEIGHT + _PANEL * has_panel)
+    figure.set(**dots.surface())
+    ratios = [4, 1] if has_panel else [1]
+    upper, *panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
+    for axes in (upper, *panels):
+        dots.style_axes(axes)
+    _set_axes((upper, *panels)[-1], sweep)
+    _set_metric(upper, study, sweep, plain)
+    _draw_plain(upper, plain)
+    for curve, points in enumerate(sweep.curves.values()):
+        _draw_curve(upper, sweep, points, curve, edge=float(study.minimize))
+    for axes in panels:
+        _draw_failed(axes, sweep, plain)
+    threshold = dots.threshold_of(study, upper.get_ylim())
+    if threshold is not None:
+        upper.axhline(threshold, color=ALARM, linewidth=1, linestyle=(0, (1, 2)), zorder=0.5, gid="threshold")
+    dots.add_legend(figure, study, _legend(upper, sweep, plain), _notes(upper, sweep))
+    return figure
+
+
+def _set_axes(axes: "Axes", sweep: Sweep) -> None:
+    """Place the values of the sweep as numbers where they are some, and label those that have room."""
+    if sweep.is_log:
+        axes.set_xscale("log")
+    place = _placing(sweep)
+    axes.set_xlim(place(0.0, -_MARGIN), place(1.0, _MARGIN))
+    ticks, taken = [], -1.0
+    names = tell_apart(sweep.labels, _LONGEST)
+    for label, x in zip(sweep.labels, sweep.xs, strict=True):
+        room = _CHARACTER * len(names[label]) / 2
+        at = _share(sweep, x)
+        if at - room >= taken:
+            ticks.append((x, drawable(names[label])))
+            taken = at + room + _CHARACTER
+    axes.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(drawable(f"{sweep.name}, with {sweep.fixed}" if sweep.fixed else sweep.name))
+
+
+def _share(sweep: Sweep, x: float) -> float:
+    """Return how far along the axis a value lies: 0 at the first, 1 at the last."""
+    from math import log
+
+    first, last = sweep.xs[0], sweep.xs[-1]
+    if first == last:
+        return 0.5
+    return log(x / first) / log(last / first) if sweep.is_log else (x - first) / (last - first)
+
+
+def _placing(sweep: Sweep) -> Callable[[float, float], float]:
+    """Return a function that takes a share of the axis, and an offset to it, to a value."""
+    first, last = sweep.xs[0], sweep.xs[-1]
+    if first == last:
+        width = abs(first) or 1.0
+        return lambda share, offset: first + width * (share - 0.5 + offset)
+    if sweep.is_log:
+        return lambda share, offset: float(first * (last / first) ** (share + offset))
+    return lambda share, offset: first + (last - first) * (share + offset)
+
+
+def _set_metric(axes: "Axes", study: "Study", sweep: Sweep, plain: Runs) -> None:
+    drawn = [plain, *(runs for points in sweep.curves.values() for runs in points.values())]
+    ends = [end for one in drawn if one.interval for end in (one.interval.low, one.interval.high)]
+    axes.set_ylim(dots.limit((min(ends), max(ends)) if ends else None, [v for one in drawn for v in one.values]))
+    axes.set_ylabel(dots.metric_label(study))
+    axes.grid(axis="y", color=LINE, linewidth=0.5)
+    axes.set_axisbelow(True)
+
+
+def _draw_plain(axes: "Axes", plain: Runs) -> None:
+    if plain.mean is not None:
+        axes.axhline(plain.mean, color=MUTED, linewidth=1, linestyle=_DASHES, gid="plain")
+    if plain.interval:
+        axes.axhspan(plain.interval.low, plain.interval.high, color=MUTED, alpha=0.13, linewidth=0, gid="plain-band")
+
+
+def _draw_curve(axes: "Axes", sweep: Sweep, points: Mapping[int, Runs], curve: int, *, edge: float) -> None:
+    colour, place = CURVES[curve], _placing(sweep)
+    shift = _APART * (curve - (len(sweep.curves) - 1) / 2)
+    known = {sweep.xs[i]: runs for i, runs in sorted(points.items())}
+    for i, runs in sorted(points.items()):
+        at = [place(_share(sweep, sweep.xs[i]), shift + _JITTER * offset) for offset in dots.spread(runs.total)]
+        _draw_runs(axes, runs, colour, at, edge=edge, gid=f"dots-{curve}-{i}")
+    means = [(x, runs.mean) for x, runs in known.items() if runs.mean is not None]
+    bands = [(x, runs.interval) for x, runs in known.items() if runs.interval]
+    if bands:
+        lows, highs = zip(*((band.low, band.high) for _, band in bands), strict=True)
+        alpha = 0.2 if len(sweep.curves) == 1 else 0.08
+        axes.fill_between(
+            [x for x, _ in bands], lows, highs, color=colour, alpha=alpha, linewidth=0, gid=f"band-{curve}"
+        )
+    axes.plot([x for x, _ in means], [mean for _, mean in means], color=colour, linewidth=1.6, marker="D", markersize=4,
+              gid=f"mean-{curve}")  # fmt: skip
+
+
+def _draw_runs(axes: "Axes", runs: Runs, colour: str, xs: Sequence[float], *, edge: float, gid: str) -> None:
+    low, high = axes.get_ylim()
+    for is_failed in (False, True):
+        chosen = [i for i, failed in enumerate(runs.are_failed) if failed == is_failed]
+        if chosen:  # an empty line that is not clipped takes room at the figure's corner
+            ys = [min(max(runs.values[i], low), high) for i in chosen]
+            style = dots.dots(colour, failed=is_failed)
+            axes.plot([xs[i] for i in chosen], ys, **style, clip_on=False, gid=f"{gid}-{is_failed:d}")
+    if runs.lost:
+        axes.plot(xs[len(runs.values) :], [edge] * runs.lost, transform=axes.get_xaxis_transform(), **dots.LOST)
+
+
+def _draw_failed(axes: "Axes", sweep: Sweep, plain: Runs) -> None:
+    """Draw the share of failed runs as stems; plain's as a line."""
+    place, highest = _placing(sweep), plain.failed_share or 0.0
+    for curve, points in enumerate(sweep.curves.values()):
+        shift = _APART * (curve - (len(sweep.curves) - 1) / 2)
+        shares = [(i, runs.failed_share) for i, runs in sorted(points.items()) if runs.failed_share is not None]
+        xs = [place(_share(sweep, sweep.xs[i]), shift) for i, _ in shares]
+        ys = [share for _, share in shares]
+        axes.vlines(xs, 0, ys, color=CURVES[curve], linewidth=2.5)
+        axes.plot(
+            xs,
+            ys,
+            linestyle="none",
+            marker="o",
+            markersize=5,
+            color=CURVES[curve],
+            clip_on=False,
+            gid=f"failed-{curve}",
+        )
+        highest = max([highest, *ys])
+    if plain.failed_share is not None:
+        axes.axhline(plain.failed_share, color=MUTED, linewidth=1, linestyle=_DASHES, gid="plain-failed")
+    axes.set_ylim(0, 1.0 if highest > 0.5 else 0.5 if highest > 0.2 else 0.2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.locator_params(axis="y", nbins=3)
+    axes.set_ylabel("failed")
+
+
+def _legend(axes: "Axes", sweep: Sweep, plain: Runs) -> list[Any]:
+    names = tell_apart(list(sweep.curves), _CURVE)
+    handles = [
+        dots.line(
+            color=CURVES[i],
+            marker="D",
+            markersize=4,
+            linewidth=1.6,
+            label=drawable(names[name]) or "mean, 95 % interval",
+        )
+        for i, name in enumerate(sweep.curves)
+    ]
+    handles.append(
+        dots.line(
+            color=MUTED, linewidth=1, linestyle=_DASHES, label=drawable(f"{plain.name[:_CURVE]}, with its interval")
+        )
+    )
+    drawn = [runs for points in sweep.curves.values() for runs in points.values()]
+    handles.append(dots.line(**dots.dots(CURVES[0] if len(sweep.curves) == 1 else INK, failed=False), label="a run"))
+    if any(any(one.are_failed) for one in drawn):
+        handles.append(dots.line(**dots.dots(INK, failed=True), label="a failed run"))
+    if any(artist.get_gid() == "threshold" for artist in axes.lines):
+        handles.append(dots.line(color=ALARM, linewidth=1, linestyle=(0, (1, 2)), label="from here on failed"))
+    if any(one.lost for one in drawn):
+        handles.append(dots.line(**dots.LOST, label="no finite value"))
+    return handles
+
+
+def _notes(axes: "Axes", sweep: Sweep) -> list[str]:
+    """Say what is not drawn."""
+    low, high = axes.get_ylim()
+    drawn = [(i, name, runs) for name, points in sweep.curves.items() for i, runs in points.items()]
+    outside = sum(not low <= value <= high for _, _, runs in drawn for value in runs.values)
+    notes = [f"{outside} runs lie far outside and are drawn at the edge"] if outside else []
+    notes += [
+        f"{sweep.name}={sweep.labels[i]} {name}".strip() + f": {runs.state}" for i, name, runs in drawn if runs.state
+    ]
+    return notes + ([f"not drawn, as too many: {_some(sweep.left_out)}"] if sweep.left_out else [])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
