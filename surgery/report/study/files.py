@@ -11,7 +11,7 @@ from surgery.escapes import printable
 from surgery.report.drawing import has_matplotlib
 from surgery.report.study.figures import draw_study
 from surgery.report.study.page import PAGE, page
-from surgery.report.study.table import interval, p_value
+from surgery.report.study.table import failed, interval, p_value
 from surgery.study.summary import figure
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _cells(arm: Mapping[str, Any]) -> list[str]:
         *("" if arm[name] is None else figure(arm[name]) for name in ("mean",)),
         interval(arm),
         *("" if arm[name] is None else figure(arm[name]) for name in ("std", "median")),
-        "" if arm["failed"] is None else f"{arm['failed']}/{len(arm['values'])}",
+        failed(arm),
         found,
         "" if difference is None or difference["p_corrected"] is None else p_value(difference["p_corrected"]),
         arm["verdict"],

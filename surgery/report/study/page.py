@@ -30,7 +30,7 @@ def page(study: "Study", rows: Mapping[str, Any], cells: Sequence[Sequence[str]]
 
     Args:
         rows: as `rows` makes them of the study.
-        cells: the table, its header first.
+        cells: the table, its header first; what can be said comes last, and stands at the top of the page.
         figures: as SVG, by name; none where nothing can be drawn.
     """
     title = f"{study.metric}: {study.summaries[0].name} and {len(study.arms) - 1} arm{'s' * (len(study.arms) > 2)}"
@@ -64,12 +64,12 @@ def _verdict(arm: Mapping[str, Any]) -> Html:
 
 
 def _table(study: "Study", rows: Mapping[str, Any], cells: Sequence[Sequence[str]]) -> Html:
-    head, *body = cells
+    head, *body = (row[:-1] for row in cells)
     files = [tag("a", name, href=name) for name in ("table.md", "table.tex", "trials.csv")]
     return tag(
         "section",
         tag("h2", "Arms"),
-        table(head, body, label="what is known of each arm", numbers=range(1, len(head) - 1)),
+        table(head, body, label="what is known of each arm", numbers=range(1, len(head))),
         tag("p", failed_rule(study)),
         *(tag("p", tag("b", "Note: "), note) for note in rows["notes"]),
         tag("p", "Also as ", join(files, ", "), class_="muted"),
