@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from surgery.study.collect import Study
 
 _WIDTH, _ROW, _REST = 8.0, 0.4, 1.9  # inches
-_NAME = 34  # characters of a name
+_NAME, _METRIC = 34, 40  # characters of names
 _DOTS, _MEAN, _JITTER = -0.08, 0.3, 0.4  # within a row, which is 1 high
 _COLUMNS = (("n", 26), ("failed", 66))  # points right of the axes
 
@@ -48,7 +48,7 @@ def _set_axes(axes: "Axes", study: "Study", runs: Sequence[Runs]) -> None:
     ends = [end for one in runs if one.interval for end in (one.interval.low, one.interval.high)]
     axes.set_xlim(dots.limit((min(ends), max(ends)) if ends else None, [v for one in runs for v in one.values]))
     axes.locator_params(axis="x", nbins=7)
-    axes.set_xlabel(dots.metric_label(study))
+    axes.set_xlabel(dots.metric_label(study, _METRIC))
     for row in range(1, len(runs)):
         axes.axhline(row - 0.5, color=LINE, linewidth=0.6)
 
@@ -117,6 +117,4 @@ def _legend(axes: "Axes", runs: Sequence[Runs]) -> list[object]:
 
 
 def _notes(axes: "Axes", runs: Sequence[Runs]) -> list[str]:
-    low, high = axes.get_xlim()
-    outside = sum(not low <= value <= high for one in runs for value in one.values)
-    return [f"{outside} runs lie far outside and are drawn at the edge"] if outside else []
+    return dots.outside([value for one in runs for value in one.values], axes.get_xlim())

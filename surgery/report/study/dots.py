@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.report.drawing import drawable
 from surgery.report.study.colours import ALARM, INK, LINE, MUTED, SURFACE
 from surgery.report.study.runs import failed_rule
+from surgery.report.widths import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 SMALL = 8
 _GOLDEN = 0.6180339887498949
+_METRIC = 40  # characters of its name
 _LEGEND_LINE = 110  # characters that fit below a figure
 _WIDEST = 40  # times what the middle half of the runs spans: an axis of more shows nothing but the outermost
 
@@ -36,9 +38,9 @@ LOST: dict[str, Any] = {"linestyle": "none", "marker": "x", "color": ALARM, "mar
 """How runs without a finite value are drawn, at the edge."""
 
 
-def metric_label(study: "Study") -> str:
-    """Return what is on the axis of the metric."""
-    return drawable(f"{study.metric}, {'less' if study.minimize else 'more'} is better")
+def metric_label(study: "Study", room: int) -> str:
+    """Return what is on the axis of the metric, its name in so many characters at most."""
+    return drawable(f"{shorten(study.metric, room)}, {'less' if study.minimize else 'more'} is better")
 
 
 def style_axes(axes: "Axes") -> None:
@@ -74,6 +76,12 @@ def limit(low_high: "tuple[float, float] | None", values: Sequence[float]) -> tu
     return low - margin, high + margin
 
 
+def outside(values: Sequence[float], limits: tuple[float, float]) -> list[str]:
+    """Say how many runs are drawn at the edge."""
+    n = sum(not limits[0] <= value <= limits[1] for value in values)
+    return [f"{n} run{'s lie' if n > 1 else ' lies'} far outside, drawn at the edge"] if n else []
+
+
 def threshold_of(study: "Study", limits: tuple[float, float]) -> float | None:
     """Return where the line of failed runs is drawn, if there is one in sight."""
     rule = study.failed_below
@@ -84,7 +92,7 @@ def add_legend(figure: "Figure", study: "Study", handles: Sequence[Any], notes: 
     """Say below a figure what is drawn, which runs have failed, and what else must be known."""
     import textwrap
 
-    lines = [wrapped for text in (failed_rule(study), *notes) for wrapped in textwrap.wrap(text, _LEGEND_LINE)]
+    lines = [wrapped for text in (failed_rule(study, _METRIC), *notes) for wrapped in textwrap.wrap(text, _LEGEND_LINE)]
     legend = figure.legend(
         handles=list(handles),
         title="\n".join(map(drawable, lines)),

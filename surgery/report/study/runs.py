@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from surgery.report.widths import shorten
 from surgery.study.summary import figure
 from surgery.study.trial import Status
 
@@ -71,12 +72,13 @@ def _state(study: "Study", arm: str) -> str:
     return ", ".join(states) or "no runs"
 
 
-def failed_rule(study: "Study") -> str:
-    """Say which runs have failed."""
+def failed_rule(study: "Study", room: int | None = None) -> str:
+    """Say which runs have failed, with the metric's name in so many characters at most."""
     rule = study.failed_below
     if rule is None:
         return "failed: not known, as no runs of plain share a worst score"
-    return f"failed: {study.metric} of {figure(rule.value)} or {'more' if study.minimize else 'less'} ({rule.why})"
+    metric = study.metric if room is None else shorten(study.metric, room)
+    return f"failed: {metric} of {figure(rule.value)} or {'more' if study.minimize else 'less'} ({rule.why})"
 
 
 @dataclass(frozen=True)

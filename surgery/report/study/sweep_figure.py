@@ -11,6 +11,7 @@ from surgery.report.names import tell_apart
 from surgery.report.study import dots
 from surgery.report.study.colours import ALARM, CURVES, INK, LINE, MUTED
 from surgery.report.study.runs import Runs, Sweep, runs_of
+from surgery.report.widths import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ _JITTER = 0.014  # of the axis
 _APART = 0.011  # of the axis, from curve to curve
 _CHARACTER = 0.013  # of the axis that one of a tick's label takes
 _LONGEST = 16  # characters of a label
-_CURVE = 40  # characters of a curve's name
+_CURVE, _METRIC, _FIXED = 40, 22, 80  # characters of names
 _DASHES: Any = (0, (5, 3))
 
 
@@ -68,7 +69,7 @@ def _set_axes(axes: "Axes", sweep: Sweep) -> None:
             taken = at + room + _CHARACTER
     axes.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_xlabel(drawable(f"{sweep.name}, with {sweep.fixed}" if sweep.fixed else sweep.name))
+    axes.set_xlabel(drawable(shorten(f"{sweep.name}, with {sweep.fixed}" if sweep.fixed else sweep.name, _FIXED)))
 
 
 def _share(sweep: Sweep, x: float) -> float:
@@ -96,7 +97,7 @@ def _set_metric(axes: "Axes", study: "Study", sweep: Sweep, plain: Runs) -> None
     drawn = [plain, *(runs for points in sweep.curves.values() for runs in points.values())]
     ends = [end for one in drawn if one.interval for end in (one.interval.low, one.interval.high)]
     axes.set_ylim(dots.limit((min(ends), max(ends)) if ends else None, [v for one in drawn for v in one.values]))
-    axes.set_ylabel(dots.metric_label(study))
+    axes.set_ylabel(dots.metric_label(study, _METRIC))
     axes.grid(axis="y", color=LINE, linewidth=0.5)
     axes.set_axisbelow(True)
 
@@ -197,10 +198,8 @@ def _legend(axes: "Axes", sweep: Sweep, plain: Runs) -> list[Any]:
 
 def _notes(axes: "Axes", sweep: Sweep) -> list[str]:
     """Say what is not drawn."""
-    low, high = axes.get_ylim()
     drawn = [(i, name, runs) for name, points in sweep.curves.items() for i, runs in points.items()]
-    outside = sum(not low <= value <= high for _, _, runs in drawn for value in runs.values)
-    notes = [f"{outside} runs lie far outside and are drawn at the edge"] if outside else []
+    notes = dots.outside([value for _, _, runs in drawn for value in runs.values], axes.get_ylim())
     notes += [
         f"{sweep.name}={sweep.labels[i]} {name}".strip() + f": {runs.state}" for i, name, runs in drawn if runs.state
     ]
