@@ -84,16 +84,16 @@ def as_csv(study: "Study") -> str:
         value = one.metric.value if one.metric else None
         writer.writerow(
             (
-                one.trial.arm.name,
+                printable(one.trial.arm.name),
                 one.trial.seed,
                 one.status.value,
                 "" if value is None else repr(value),
                 "" if value is None or study.failed_below is None else int(study.is_failed(value)),
                 f"{one.result.seconds:.1f}" if one.result else "",
                 one.result.peak_memory if one.result and one.result.peak_memory else "",
-                one.metric.file if one.metric else "",
-                one.metric.rule if one.metric else "",
-                one.why,
+                printable(one.metric.file) if one.metric else "",
+                printable(one.metric.rule) if one.metric else "",
+                printable(one.why),
             )
         )
     return text.getvalue()

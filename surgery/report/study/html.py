@@ -13,10 +13,10 @@ class Html(str):
 
 
 def escape(text: str) -> Html:
-    """Escape a text, unless it is HTML already; of what a terminal would act on, newlines alone are kept."""
+    """Escape a text for a terminal and for HTML, unless it is HTML already."""
     if isinstance(text, Html):
         return text
-    return Html(html.escape("\n".join(map(printable, text.split("\n")))))
+    return Html(html.escape(printable(text)))
 
 
 def tag(name: str, *children: str, **attributes: str | bool | None) -> Html:

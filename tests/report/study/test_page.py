@@ -261,7 +261,7 @@ def test_tags_escape_what_they_hold():
     assert tag("p", "<b>", Html("<i>"), class_="a\"b'", hidden=True, id=None) == (
         '<p class="a&quot;b&#x27;" hidden>&lt;b&gt;<i></p>'
     )
-    assert escape("a\n\x1b<") == "a\n\\x1b&lt;"
+    assert escape("a\n\x1b<") == "a\\n\\x1b&lt;"
     shown = table(("a", "b"), [("x", "1")], label="l", numbers=[1])
     assert '<th scope="row">x</th><td class="number">1</td>' in shown
 
@@ -282,9 +282,10 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 _OVERLAPS = """[...document.querySelectorAll('svg')].flatMap(svg => {
   const boxes = [...svg.querySelectorAll('text')].filter(t => t.textContent.trim())
     .map(t => [t.textContent, t.getBoundingClientRect()]);
-  return boxes.flatMap(([a, one], i) => boxes.slice(i + 1).filter(([, other]) =>
-    one.left < other.right - 1 && other.left < one.right - 1 && one.top < other.bottom - 2 && other.top < one.bottom - 2)
-    .map(([b]) => [a, b]));
+  const meet = (a, b) =>
+    a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 2 && b.top < a.bottom - 2;
+  return boxes.flatMap(([a, one], i) =>
+    boxes.slice(i + 1).filter(([, other]) => meet(one, other)).map(([b]) => [a, b]));
 })"""
 
 
