@@ -35,7 +35,7 @@ def arms_figure(study: "Study") -> "Figure":
         _draw_row(axes, row, one, RUN if row else MUTED, edge=float(study.minimize))
     _draw_columns(axes, runs)
     _draw_lines(axes, study, runs)
-    dots.add_legend(figure, study, _legend(axes, runs), _notes(axes, runs))
+    dots.add_legend(figure, study, _legend(axes, runs), dots.outside(runs, axes.get_xlim()))
     return figure
 
 
@@ -45,8 +45,7 @@ def _set_axes(axes: "Axes", study: "Study", runs: Sequence[Runs]) -> None:
     axes.set_yticks(range(len(runs)), [drawable(names[one.name]) for one in runs])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(runs) - 0.5, -0.5)
-    ends = [end for one in runs if one.interval for end in (one.interval.low, one.interval.high)]
-    axes.set_xlim(dots.limit((min(ends), max(ends)) if ends else None, [v for one in runs for v in one.values]))
+    axes.set_xlim(dots.limit(runs))
     axes.locator_params(axis="x", nbins=7)
     axes.set_xlabel(dots.metric_label(study, _METRIC))
     for row in range(1, len(runs)):
@@ -55,23 +54,23 @@ def _set_axes(axes: "Axes", study: "Study", runs: Sequence[Runs]) -> None:
 
 def _draw_row(axes: "Axes", row: int, runs: Runs, colour: str, *, edge: float) -> None:
     offsets = dots.spread(len(runs.values))
-    low, high = axes.get_xlim()
+    limits = axes.get_xlim()
     for is_failed in (False, True):
         chosen = [i for i, failed in enumerate(runs.are_failed) if failed == is_failed]
         if not chosen:  # an empty line that is not clipped takes room at the figure's corner
             continue
-        xs = [min(max(runs.values[i], low), high) for i in chosen]
+        xs = [dots.within(runs.values[i], limits) for i in chosen]
         ys = [row + _DOTS + _JITTER * offsets[i] for i in chosen]
         axes.plot(xs, ys, **dots.dots(colour, failed=is_failed), clip_on=False, gid=f"dots-{row}-{is_failed:d}")
     if runs.lost:
         ys = [row + _DOTS + _JITTER * offset for offset in dots.spread(runs.lost)]
         axes.plot([edge] * runs.lost, ys, transform=axes.get_yaxis_transform(), **dots.LOST)
     if runs.interval:
-        axes.plot(
-            [runs.interval.low, runs.interval.high], [row + _MEAN] * 2, color=INK, linewidth=1.6, gid=f"interval-{row}"
-        )
+        ends = [dots.within(end, limits) for end in (runs.interval.low, runs.interval.high)]
+        axes.plot(ends, [row + _MEAN] * 2, color=INK, linewidth=1.6, gid=f"interval-{row}")
     if runs.mean is not None:
-        axes.plot([runs.mean], [row + _MEAN], marker="D", color=INK, markersize=4.5, gid=f"mean-{row}")
+        mean = dots.within(runs.mean, limits)
+        axes.plot([mean], [row + _MEAN], marker="D", color=INK, markersize=4.5, clip_on=False, gid=f"mean-{row}")
     if runs.state:
         axes.text(0.5, row, runs.state, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8,
                   color=ALARM, style="italic")  # fmt: skip
@@ -94,7 +93,14 @@ def _failed(runs: Runs) -> str:
 
 def _draw_lines(axes: "Axes", study: "Study", runs: Sequence[Runs]) -> None:
     if runs[0].mean is not None:
-        axes.axvline(runs[0].mean, color=MUTED, linewidth=1, linestyle=(0, (5, 3)), zorder=0.5, gid="plain")
+        axes.axvline(
+            dots.within(runs[0].mean, axes.get_xlim()),
+            color=MUTED,
+            linewidth=1,
+            linestyle=(0, (5, 3)),
+            zorder=0.5,
+            gid="plain",
+        )
     threshold = dots.threshold_of(study, axes.get_xlim())
     if threshold is not None:
         axes.axvline(threshold, color=ALARM, linewidth=1, linestyle=(0, (1, 2)), zorder=0.5, gid="threshold")
@@ -114,7 +120,3 @@ def _legend(axes: "Axes", runs: Sequence[Runs]) -> list[object]:
     if any(one.lost for one in runs):
         handles.append(dots.line(**dots.LOST, label="no finite value"))
     return handles
-
-
-def _notes(axes: "Axes", runs: Sequence[Runs]) -> list[str]:
-    return dots.outside([value for one in runs for value in one.values], axes.get_xlim())

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.report.drawing import drawable
 from surgery.report.study.colours import ALARM, INK, LINE, MUTED, SURFACE
-from surgery.report.study.runs import failed_rule
+from surgery.report.study.runs import Runs, failed_rule
 from surgery.report.widths import shorten
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ SMALL = 8
 _GOLDEN = 0.6180339887498949
 _METRIC = 40  # characters of its name
 _LEGEND_LINE = 110  # characters that fit below a figure
+_HIGHEST = 1e100  # of what is drawn as it is: matplotlib overflows beyond
 _WIDEST = 40  # times what the middle half of the runs spans: an axis of more shows nothing but the outermost
 
 
@@ -55,31 +56,36 @@ def style_axes(axes: "Axes") -> None:
         label.set_fontsize(9)
 
 
-def limit(low_high: "tuple[float, float] | None", values: Sequence[float]) -> tuple[float, float]:
-    """Return where an axis of the metric begins and ends: within it lie all values, but for those far outside.
-
-    Args:
-        low_high: what must be within it, such as intervals.
-        values: of all runs.
-    """
+def limit(runs: Sequence[Runs]) -> tuple[float, float]:
+    """Return where an axis of the metric begins and ends: within it lies all that is drawn, but what is far outside."""
     import numpy as np
 
-    known = np.asarray([*values, *(low_high or ())], float)
-    if not len(known):
+    values = [value for one in runs for value in one.values]
+    ends = [end for one in runs if one.interval for end in (one.interval.low, one.interval.high)]
+    if not values:
         return 0.0, 1.0
+    known = np.clip([*values, *ends], -_HIGHEST, _HIGHEST)
     low, high = float(known.min()), float(known.max())
-    first, third = np.quantile(np.asarray(values or known, float), (0.25, 0.75))
-    far = _WIDEST * float(third - first)
+    first, third = np.quantile(known[: len(values)], (0.25, 0.75)).tolist()
+    far = _WIDEST * (third - first)
     if far and high - low > far:
-        low, high = max(low, float(first) - far / 4), min(high, float(third) + far / 4)
+        low, high = max(low, first - far / 4), min(high, third + far / 4)
     margin = 0.04 * (high - low) or 0.05 * abs(high) or 0.5
     return low - margin, high + margin
 
 
-def outside(values: Sequence[float], limits: tuple[float, float]) -> list[str]:
-    """Say how many runs are drawn at the edge."""
-    n = sum(not limits[0] <= value <= limits[1] for value in values)
-    return [f"{n} run{'s lie' if n > 1 else ' lies'} far outside, drawn at the edge"] if n else []
+def within(value: float, limits: tuple[float, float]) -> float:
+    """Return where a figure is drawn: at the edge, if it lies beyond it."""
+    return min(max(value, limits[0]), limits[1])
+
+
+def outside(runs: Sequence[Runs], limits: tuple[float, float]) -> list[str]:
+    """Say how much is drawn at the edge."""
+    values = [value for one in runs for value in one.values]
+    kinds = {"run": values, "mean": [one.mean for one in runs if one.mean is not None]}
+    counts = {name: sum(bool(within(value, limits) != value) for value in known) for name, known in kinds.items()}
+    told = [f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items() if n]
+    return [f"far outside, and drawn at the edge: {' and '.join(told)}"] if told else []
 
 
 def threshold_of(study: "Study", limits: tuple[float, float]) -> float | None:

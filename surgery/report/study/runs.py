@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from surgery.report.text import finite
 from surgery.report.widths import shorten
 from surgery.study.summary import figure
 from surgery.study.trial import Status
@@ -59,8 +60,15 @@ def runs_of(study: "Study") -> list[Runs]:
         are_failed = tuple(map(study.is_failed, values))
         lost = len(arm.values) - len(values)
         state = "" if arm.values else _state(study, arm.name)
-        found.append(Runs(arm.name, values, are_failed, lost, arm.mean, arm.interval, arm.failed, state))
+        found.append(
+            Runs(arm.name, values, are_failed, lost, finite(arm.mean), _known(arm.interval), arm.failed, state)
+        )
     return found
+
+
+def _known(interval: "Interval | None") -> "Interval | None":
+    """Leave out an interval that is beyond what floats hold, as runs that diverge may have."""
+    return interval if interval and math.isfinite(interval.high - interval.low) else None
 
 
 def _state(study: "Study", arm: str) -> str:

@@ -95,18 +95,20 @@ def _placing(sweep: Sweep) -> Callable[[float, float], float]:
 
 def _set_metric(axes: "Axes", study: "Study", sweep: Sweep, plain: Runs) -> None:
     drawn = [plain, *(runs for points in sweep.curves.values() for runs in points.values())]
-    ends = [end for one in drawn if one.interval for end in (one.interval.low, one.interval.high)]
-    axes.set_ylim(dots.limit((min(ends), max(ends)) if ends else None, [v for one in drawn for v in one.values]))
+    axes.set_ylim(dots.limit(drawn))
     axes.set_ylabel(dots.metric_label(study, _METRIC))
     axes.grid(axis="y", color=LINE, linewidth=0.5)
     axes.set_axisbelow(True)
 
 
 def _draw_plain(axes: "Axes", plain: Runs) -> None:
+    limits = axes.get_ylim()
     if plain.mean is not None:
-        axes.axhline(plain.mean, color=MUTED, linewidth=1, linestyle=_DASHES, gid="plain")
+        mean = dots.within(plain.mean, limits)
+        axes.axhline(mean, color=MUTED, linewidth=1, linestyle=_DASHES, gid="plain")
     if plain.interval:
-        axes.axhspan(plain.interval.low, plain.interval.high, color=MUTED, alpha=0.13, linewidth=0, gid="plain-band")
+        low, high = (dots.within(end, limits) for end in (plain.interval.low, plain.interval.high))
+        axes.axhspan(low, high, color=MUTED, alpha=0.13, linewidth=0, gid="plain-band")
 
 
 def _draw_curve(axes: "Axes", sweep: Sweep, points: Mapping[int, Runs], curve: int, *, edge: float) -> None:
@@ -116,10 +118,14 @@ def _draw_curve(axes: "Axes", sweep: Sweep, points: Mapping[int, Runs], curve: i
     for i, runs in sorted(points.items()):
         at = [place(_share(sweep, sweep.xs[i]), shift + _JITTER * offset) for offset in dots.spread(runs.total)]
         _draw_runs(axes, runs, colour, at, edge=edge, gid=f"dots-{curve}-{i}")
-    means = [(x, runs.mean) for x, runs in known.items() if runs.mean is not None]
+    limits = axes.get_ylim()
+    means = [(x, dots.within(runs.mean, limits)) for x, runs in known.items() if runs.mean is not None]
     bands = [(x, runs.interval) for x, runs in known.items() if runs.interval]
     if bands:
-        lows, highs = zip(*((band.low, band.high) for _, band in bands), strict=True)
+        lows, highs = (
+            [dots.within(end, limits) for end in ends]
+            for ends in zip(*((band.low, band.high) for _, band in bands), strict=True)
+        )
         alpha = 0.2 if len(sweep.curves) == 1 else 0.08
         axes.fill_between(
             [x for x, _ in bands], lows, highs, color=colour, alpha=alpha, linewidth=0, gid=f"band-{curve}"
@@ -129,11 +135,11 @@ def _draw_curve(axes: "Axes", sweep: Sweep, points: Mapping[int, Runs], curve: i
 
 
 def _draw_runs(axes: "Axes", runs: Runs, colour: str, xs: Sequence[float], *, edge: float, gid: str) -> None:
-    low, high = axes.get_ylim()
+    limits = axes.get_ylim()
     for is_failed in (False, True):
         chosen = [i for i, failed in enumerate(runs.are_failed) if failed == is_failed]
         if chosen:  # an empty line that is not clipped takes room at the figure's corner
-            ys = [min(max(runs.values[i], low), high) for i in chosen]
+            ys = [dots.within(runs.values[i], limits) for i in chosen]
             style = dots.dots(colour, failed=is_failed)
             axes.plot([xs[i] for i in chosen], ys, **style, clip_on=False, gid=f"{gid}-{is_failed:d}")
     if runs.lost:
@@ -199,7 +205,7 @@ def _legend(axes: "Axes", sweep: Sweep, plain: Runs) -> list[Any]:
 def _notes(axes: "Axes", sweep: Sweep) -> list[str]:
     """Say what is not drawn."""
     drawn = [(i, name, runs) for name, points in sweep.curves.items() for i, runs in points.items()]
-    notes = dots.outside([value for _, _, runs in drawn for value in runs.values], axes.get_ylim())
+    notes = dots.outside([runs for _, _, runs in drawn], axes.get_ylim())
     notes += [
         f"{sweep.name}={sweep.labels[i]} {name}".strip() + f": {runs.state}" for i, name, runs in drawn if runs.state
     ]

@@ -196,7 +196,7 @@ def test_runs_far_outside_do_not_hide_the_others(tmp_path):
     low, high = figure.axes[0].get_xlim()
     assert high - low < 2
     assert max(x for x, _ in find(figure, "dots-1-0")) == high
-    assert any("1 run lies far outside, drawn at the edge" in text for text in texts_of(figure))
+    assert any("far outside, and drawn at the edge: 1 run and 1 mean" in text for text in texts_of(figure))
 
 
 @pytest.mark.parametrize("status", [Status.MISSING, Status.CRASHED], ids=lambda status: status.value)
