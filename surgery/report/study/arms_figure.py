@@ -78,6 +78,8 @@ def _draw_row(axes: "Axes", row: int, runs: Runs, colour: str, *, edge: float) -
 
 def _draw_columns(axes: "Axes", runs: Sequence[Runs]) -> None:
     for title, points in _COLUMNS:
+        if title == "failed" and all(one.failed is None for one in runs):
+            continue
         cells = [(-0.5, title, MUTED, "bottom")]
         for row, one in enumerate(runs):
             text = str(len(one.values)) if title == "n" else _failed(one)

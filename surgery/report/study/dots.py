@@ -32,7 +32,7 @@ def dots(colour: str, *, failed: bool) -> dict[str, Any]:
     face = (
         {"markerfacecolor": "none", "markeredgecolor": ALARM, "alpha": 1.0} if failed else {"markeredgecolor": "none"}
     )
-    return {"linestyle": "none", "marker": "o", "color": colour, "markersize": 4.2, "alpha": 0.6} | face
+    return {"linestyle": "none", "marker": "o", "color": colour, "markersize": 4.2, "alpha": 0.65} | face
 
 
 LOST: dict[str, Any] = {"linestyle": "none", "marker": "x", "color": ALARM, "markersize": 5, "clip_on": False}

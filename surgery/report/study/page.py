@@ -64,7 +64,8 @@ def _verdict(arm: Mapping[str, Any]) -> Html:
 
 
 def _table(study: "Study", rows: Mapping[str, Any], cells: Sequence[Sequence[str]]) -> Html:
-    head, *body = (row[:-1] for row in cells)
+    shown = [i for i in range(len(cells[0]) - 1) if any(row[i] for row in cells[1:])]
+    head, *body = ([row[i] for i in shown] for row in cells)
     files = [tag("a", name, href=name) for name in ("table.md", "table.tex", "trials.csv")]
     return tag(
         "section",

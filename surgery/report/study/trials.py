@@ -46,7 +46,7 @@ def _trial(study: "Study", result: "TrialResult", room: int) -> Html:
     facts = [
         ("status", result.status.value + (", a failed run" if is_failed else "")),
         ("why", tag("span", result.why, class_="alarm") if result.why else ""),
-        (study.metric, f"{value!r}, {result.metric.rule}, in {result.metric.file}" if result.metric else ""),
+        (study.metric, _place(result, value)),
         ("time", f"{ended.seconds:.1f} s" + (f" on {ended.host}" if ended.host else "") if ended else ""),
         ("memory", as_bytes(ended.peak_memory) + " at most" if ended and ended.peak_memory else ""),
         ("folder", str(about.get("cwd", ""))),
@@ -57,6 +57,12 @@ def _trial(study: "Study", result: "TrialResult", room: int) -> Html:
     copy = tag("pre", tag("code", command), class_="command") if command else Html()
     inner = tag("div", items(facts), copy, _log(result, room), class_="trial")
     return tag("details", tag("summary", _title(result, value, is_failed=is_failed)), inner)
+
+
+def _place(result: "TrialResult", value: float | None) -> str:
+    """Say what the metric is, to every digit, and where it was found."""
+    found = result.metric
+    return ", ".join(filter(None, (repr(value), found.rule, f"in {found.file}"))) if found else ""
 
 
 def _title(result: "TrialResult", value: float | None, *, is_failed: bool) -> Html:

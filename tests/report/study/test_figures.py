@@ -125,6 +125,16 @@ def test_labels_of_a_sweep_stay_apart(name, values, tmp_path):
         assert_apart(only_sweep(study))
 
 
+def test_most_of_a_figure_is_what_it_shows(studies):
+    with rc_context(STYLE):
+        for name, least in (("two", 0.5), ("twelve", 0.75)):
+            figure = arms_figure(studies[name])
+            figure.canvas.draw()
+            place = figure.axes[0].get_position()
+            assert place.height > least
+            assert place.width > 0.55
+
+
 @pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".pdf", b"%PDF-"), (".svg", b"<?xml")])
 def test_same_study_gives_the_same_bytes(suffix, magic, studies):
     first, second = (draw_study(studies["twelve"], suffix) for _ in range(2))
@@ -177,6 +187,16 @@ def test_n_and_failed_runs_stand_beside_each_arm(studies):
     assert {"n", "failed", "3/20", "2/20", "4/18", "19"} <= set(texts)
     assert "failed: eval_accuracy of 0.527 or less (3 runs of plain have exactly this)" in texts
     assert not any(text.endswith("/0") for text in texts)
+
+
+def test_failed_runs_are_not_spoken_of_where_they_are_not_known(tmp_path):
+    study = sweep_of(tmp_path / "s", "noisytune", ["0.1", "0.2"])
+    with rc_context(STYLE):
+        arms, sweep = all_figures(study)
+    unknown = "failed: not known, as no runs of plain share a worst score"
+    assert [text for text in texts_of(arms) if "failed" in text] == [unknown]
+    assert [text for text in texts_of(sweep) if "failed" in text] == [unknown]
+    assert len(sweep.axes) == 1
 
 
 @pytest.mark.parametrize(("minimize", "edge"), [(False, 0), (True, 1)])

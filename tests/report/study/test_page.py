@@ -176,6 +176,17 @@ def test_trial_says_how_it_ended_and_why(pages):
     assert f"inactive: {REASON}" in text
 
 
+def test_what_is_not_known_is_left_out(tmp_path):
+    study = make_study(tmp_path / "s", {"plain": draw_scores(3), "rdrop=1": draw_scores(3, seed=1)})
+    score = tmp_path / "s" / "trials" / "plain" / "0" / "score.json"
+    score.write_text(score.read_text().replace("the last", ""))
+    assert study.plan
+    page = write(collect(study.plan))
+    assert ">n</th>" in page
+    assert ">failed</th>" not in page
+    assert f"{study.summaries[0].values[0]!r}, in out/eval.json" in Outline(page).text
+
+
 def test_trial_under_way_has_its_command(tmp_path):
     text = Outline(write(make_study(tmp_path / "s", {"plain": [0.1, Status.SUBMITTED], "rdrop=1": [0.2, 0.3]}))).text
     assert "seed 1: under way" in text
