@@ -11,6 +11,8 @@ import numpy as np
 from surgery.engines.job import LOG, Result
 from surgery.escapes import shell_join
 from surgery.exit_codes import INACTIVE
+from surgery.report.study.files import write_files
+from surgery.report.study.rows import rows
 from surgery.study.collect import Study, collect
 from surgery.study.command import make_job
 from surgery.study.plan import Plan
@@ -28,6 +30,7 @@ ENVIRONMENT = {
     "script": {"file": "train.py", "commit": "c0ffee" * 6 + "c0ff", "is_edited": True},
 }
 REASON = "mixout: no layer with dropout before it"
+HOSTILE = "<script>alert(1)</script>&\"'\x1b[31mred\x1b[0m\u202e</pre></details>"
 Score = float | Status
 """Of a trial: its metric, or how it ends without one."""
 
@@ -124,3 +127,17 @@ def twelve_arms(folder: Path, n: int = 20) -> Study:
     scores |= {f"noisytune={lam}": draw_scores(n, 0.86, failed=i / 10, seed=5 + i) for i, lam in enumerate(lams)}
     scores["rdrop=5"] = draw_scores(n, 0.88, seed=10)
     return make_study(folder, scores, sweeps=[f"noisytune={','.join(lams)}"])
+
+
+def hostile(folder: Path) -> Study:
+    """Names and logs that would act on a page or a terminal."""
+    scores = {"plain": draw_scores(3), f"rdrop=1 'include={HOSTILE.split(chr(34))[0]}'": draw_scores(3)}
+    words = ("python", HOSTILE, "{seed}")
+    return make_study(folder, scores, metric=HOSTILE, words=words, log=lambda _: f"{HOSTILE}\n{'x' * 3000}\n")
+
+
+def write_page(study: Study) -> str:
+    """Write a study's files, and return its page."""
+    assert study.plan
+    write_files(study, rows(study), study.plan.folder)
+    return (study.plan.folder / "index.html").read_text(encoding="utf-8")

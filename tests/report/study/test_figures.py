@@ -2,15 +2,11 @@
 
 import math
 import sys
-from collections.abc import Sequence
-from itertools import combinations
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from drawn import all_figures, assert_apart, find, grid, sweep_of, texts_of
 from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from studies import draw_scores, make_study, twelve_arms, two_arms
 
 from surgery.cli import main
@@ -18,26 +14,10 @@ from surgery.report.drawing import STYLE
 from surgery.report.study import dots
 from surgery.report.study.arms_figure import arms_figure
 from surgery.report.study.figures import draw_study, for_page
-from surgery.report.study.runs import MOST_CURVES, sweeps_of
-from surgery.report.study.sweep_figure import sweep_figure
+from surgery.report.study.runs import sweeps_of
 from surgery.study.collect import Study
 from surgery.study.others import compare_runs
 from surgery.study.trial import Status
-
-LAMS, PS = ("0.0001", "0.0005", "0.001", "0.01", "0.1"), ("0.1", "0.3", "0.5", "0.7", "0.8", "0.9", "0.95")
-
-
-def grid(folder: Path) -> Study:
-    """Return 36 arms of a sweep over two names, one curve of which is one too many."""
-    scores = {"plain": draw_scores(4, failed=0.5, seed=3)}
-    for i, lam in enumerate(LAMS):
-        scores |= {f"noisytune={lam} mixout={p}": draw_scores(4, failed=0.1, seed=10 * i) for p in PS}
-    return make_study(folder, scores, sweeps=[f"noisytune={','.join(LAMS)} mixout={','.join(PS)}"], failed_below=0.6)
-
-
-def sweep_of(folder: Path, name: str, values: Sequence[str], **study: object) -> Study:
-    scores = {"plain": draw_scores(5)} | {f"{name}={value}": draw_scores(5, seed=i) for i, value in enumerate(values)}
-    return make_study(folder, scores, sweeps=[f"{name}={','.join(values)}"], **study)
 
 
 @pytest.fixture(scope="module")
@@ -46,46 +26,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Study]:
     return {"two": two_arms(folder / "2"), "twelve": twelve_arms(folder / "12"), "grid": grid(folder / "36")}
 
 
-def all_figures(study: Study) -> list[Figure]:
-    return [arms_figure(study), *(sweep_figure(study, one) for one in sweeps_of(study))]
-
-
-def only_sweep(study: Study) -> Figure:
-    (sweep,) = sweeps_of(study)
-    return sweep_figure(study, sweep)
-
-
-def find(figure: Figure, gid: str) -> list[tuple[float, float]]:
-    """Return the points of what is drawn under an id; none where nothing is."""
-    lines = [line for axes in figure.axes for line in axes.lines if line.get_gid() == gid]
-    return [tuple(map(float, point)) for line in lines for point in line.get_xydata()]
-
-
-def texts_of(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.findobj(Text) if text.get_text().strip()]
-
-
 # -- all figures ------------------------------------------------------------------------------------------------------
-
-
-def assert_apart(figure: Figure) -> None:
-    """Assert that the texts of a figure are within it, large enough to read, and do not overlap."""
-    figure.canvas.draw()
-    hidden = set()  # labels of ticks beyond the ends of an axis
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        low, high = sorted(axis.get_view_interval())
-        hidden |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
-    texts = figure.findobj(Text)
-    found = [text for text in texts if text.get_text().strip() and text.get_visible() and text not in hidden]
-    boxes = {f"{i} {text.get_text()}": text.get_window_extent() for i, text in enumerate(found)}
-    for text, box in boxes.items():
-        assert box.x0 >= 0, text
-        assert box.y0 >= 0, text
-        assert box.x1 <= figure.bbox.x1, text
-        assert box.y1 <= figure.bbox.y1, text
-    overlapping = [(a, b) for (a, one), (b, other) in combinations(boxes.items(), 2) if one.overlaps(other)]
-    assert not overlapping
-    assert min(text.get_fontsize() for text in found) >= 7
 
 
 @pytest.mark.parametrize("name", ["two", "twelve", "grid"])
@@ -106,23 +47,6 @@ def test_texts_stay_apart_however_long_they_are(tmp_path):
         for figure in figures:
             assert_apart(figure)
     assert len(figures) == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("noisytune", ("0.01", "0.011", "0.012", "0.3")),
-        ("noisytune", tuple(f"{i / 1000}" for i in range(1, 41))),
-        ("include", tuple(f"encoder.layer.{i}.attention" for i in range(9))),
-    ],
-    ids=["close", "many", "words"],
-)
-def test_labels_of_a_sweep_stay_apart(name, values, tmp_path):
-    fixed = "" if name == "noisytune" else "mixout=0.7 "
-    scores = {"plain": draw_scores(2)} | {f"{fixed}{name}={value}": draw_scores(2) for value in values}
-    study = make_study(tmp_path / "s", scores, sweeps=[f"{fixed}{name}={','.join(values)}"])
-    with rc_context(STYLE):
-        assert_apart(only_sweep(study))
 
 
 def test_most_of_a_figure_is_what_it_shows(studies):
@@ -251,77 +175,6 @@ def test_dots_of_equal_values_lie_apart():
     offsets = dots.spread(20)
     assert all(-0.5 < offset < 0.5 for offset in offsets)
     assert min(b - a for a, b in zip(sorted(offsets), sorted(offsets)[1:], strict=False)) > 0.01
-
-
-# -- sweeps -----------------------------------------------------------------------------------------------------------
-
-
-def test_curve_band_and_dots_of_a_sweep_are_the_data(studies):
-    study = studies["twelve"]
-    with rc_context(STYLE):
-        figure = only_sweep(study)
-    arms = {arm.name: arm for arm in study.summaries}
-    swept = {lam: arms[f"noisytune={lam}"] for lam in (0.05, 0.1, 0.15, 0.3)}
-    assert find(figure, "mean-0") == [(lam, arm.mean) for lam, arm in swept.items()]
-    (band,) = (one for one in figure.axes[0].collections if one.get_gid() == "band-0")
-    points = {(float(x), float(y)) for x, y in band.get_paths()[0].vertices}
-    assert points == {(lam, end) for lam, arm in swept.items() for end in (arm.interval.low, arm.interval.high)}
-    for i, (lam, arm) in enumerate(swept.items()):
-        drawn = find(figure, f"dots-0-{i}-0") + find(figure, f"dots-0-{i}-1")
-        assert sorted(y for _, y in drawn) == sorted(arm.values.values())
-        assert all(abs(x - lam) < 0.01 for x, _ in drawn)
-        assert {y for _, y in find(figure, f"dots-0-{i}-1")} <= {study.failed_below.value}
-    assert find(figure, "failed-0") == [(lam, arm.failed / 20) for lam, arm in swept.items()]
-    assert {y for _, y in find(figure, "plain-failed")} == {3 / 20}
-    assert {y for _, y in find(figure, "plain")} == {study.summaries[0].mean}
-
-
-def test_sweep_over_two_names_has_a_curve_for_each_value_of_the_second(studies):
-    study = studies["grid"]
-    with rc_context(STYLE):
-        figure = only_sweep(study)
-    arms = {arm.name: arm for arm in study.summaries}
-    for i, p in enumerate(PS[:MOST_CURVES]):
-        assert find(figure, f"mean-{i}") == [(float(lam), arms[f"noisytune={lam} mixout={p}"].mean) for lam in LAMS]
-    assert not find(figure, f"mean-{MOST_CURVES}")
-    assert {f"mixout={p}" for p in PS[:MOST_CURVES]} <= set(texts_of(figure))
-    assert any("not drawn, as too many: mixout=0.95" in text for text in texts_of(figure))
-
-
-@pytest.mark.parametrize(
-    ("values", "scale", "xs"),
-    [
-        (("0.3", "0.1", "0.2"), "linear", [0.1, 0.2, 0.3]),
-        (("0.001", "0.01", "0.1"), "log", [0.001, 0.01, 0.1]),
-        (("0.01", "0.3"), "linear", [0.01, 0.3]),
-        (("0.2",), "linear", [0.2]),
-    ],
-    ids=["sorted", "log", "30 times", "one"],
-)
-def test_axis_of_a_sweep_is_of_numbers(values, scale, xs, tmp_path):
-    with rc_context(STYLE):
-        figure = only_sweep(sweep_of(tmp_path / "s", "noisytune", values))
-        figure.canvas.draw()
-    assert figure.axes[-1].get_xscale() == scale
-    assert [x for x, _ in find(figure, "mean-0")] == xs
-    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == sorted(values, key=float)
-
-
-def test_axis_of_a_sweep_over_words_has_them_in_their_order(tmp_path):
-    scores = {"plain": draw_scores(3)} | {f"mixout=0.5 include={name}": draw_scores(3) for name in ("b", "a", "c")}
-    study = make_study(tmp_path / "s", scores, sweeps=["mixout=0.5 include=b,a,c"])
-    with rc_context(STYLE):
-        figure = only_sweep(study)
-    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["b", "a", "c"]
-    assert figure.axes[-1].get_xlabel() == "include, with mixout=0.5"
-    assert list(draw_study(study, ".svg")) == ["arms", "sweep-mixout+include"]
-
-
-def test_two_sweeps_over_one_name_are_one_figure(tmp_path):
-    scores = {name: draw_scores(3) for name in ("plain", "noisytune=0.1", "noisytune=0.3", "--noisytune=0.2")}
-    study = make_study(tmp_path / "s", scores, sweeps=["noisytune=0.1,0.3", "--noisytune=0.2"])
-    (sweep,) = sweeps_of(study)
-    assert (sweep.name, sweep.labels) == ("noisytune", ("0.1", "0.2", "0.3"))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

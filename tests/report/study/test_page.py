@@ -1,48 +1,28 @@
 """index.html: one file that asks for nothing, says everything of a study, and fits a narrow window and a wide one."""
 
-import html
 import json
 import re
-import shutil
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from browser import Tab, find_chromium, opened
-from studies import ENVIRONMENT, REASON, draw_scores, make_study, twelve_arms, two_arms
+from studies import ENVIRONMENT, HOSTILE, REASON, draw_scores, hostile, make_study, twelve_arms, two_arms, write_page
 
 from surgery.report.study import logs
-from surgery.report.study.files import write_files
 from surgery.report.study.html import Html, escape, table, tag
-from surgery.report.study.rows import rows
-from surgery.study.collect import Study, collect
+from surgery.study.collect import collect
 from surgery.study.trial import Status
 
-HOSTILE = "<script>alert(1)</script>&\"'\x1b[31mred\x1b[0m\u202e</pre></details>"
 _VOID = {"meta"}
-
-
-def write(study: Study) -> str:
-    """Write a study's files, and return its page."""
-    assert study.plan
-    write_files(study, rows(study), study.plan.folder)
-    return (study.plan.folder / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Studies of 2 and of 12 arms, and one of hostile names and logs, each with its page."""
     root = tmp_path_factory.mktemp("pages")
-    hostile = {"plain": draw_scores(3), f"rdrop=1 'include={HOSTILE.split(chr(34))[0]}'": draw_scores(3)}
-    for study in (
-        two_arms(root / "two"),
-        twelve_arms(root / "twelve"),
-        make_study(root / "hostile", hostile, metric=HOSTILE, words=("python", HOSTILE, "{seed}"),
-                   log=lambda _: f"{HOSTILE}\n{'x' * 3000}\n"),
-    ):  # fmt: skip
-        write(study)
+    for name, make in (("two", two_arms), ("twelve", twelve_arms), ("hostile", hostile)):
+        write_page(make(root / name))
     return {name: root / name for name in ("two", "twelve", "hostile")}
 
 
@@ -124,7 +104,7 @@ def test_same_study_gives_the_same_page(folders, pages):
     from surgery.study.plan import read_plan
 
     study = collect(read_plan(folders["twelve"]))
-    assert write(study) == pages["twelve"]
+    assert write_page(study) == pages["twelve"]
 
 
 # -- what it says -----------------------------------------------------------------------------------------------------
@@ -181,14 +161,16 @@ def test_what_is_not_known_is_left_out(tmp_path):
     score = tmp_path / "s" / "trials" / "plain" / "0" / "score.json"
     score.write_text(score.read_text().replace("the last", ""))
     assert study.plan
-    page = write(collect(study.plan))
+    page = write_page(collect(study.plan))
     assert ">n</th>" in page
     assert ">failed</th>" not in page
     assert f"{study.summaries[0].values[0]!r}, in out/eval.json" in Outline(page).text
 
 
 def test_trial_under_way_has_its_command(tmp_path):
-    text = Outline(write(make_study(tmp_path / "s", {"plain": [0.1, Status.SUBMITTED], "rdrop=1": [0.2, 0.3]}))).text
+    text = Outline(
+        write_page(make_study(tmp_path / "s", {"plain": [0.1, Status.SUBMITTED], "rdrop=1": [0.2, 0.3]}))
+    ).text
     assert "seed 1: under way" in text
     assert "train.py --seed 1" in text
     assert "no log yet" in text
@@ -206,7 +188,7 @@ def test_hostile_names_and_logs_are_text(pages):
 
 def test_page_without_matplotlib_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    page = write(make_study(tmp_path / "s", {"plain": draw_scores(3), "rdrop=1": draw_scores(3)}))
+    page = write_page(make_study(tmp_path / "s", {"plain": draw_scores(3), "rdrop=1": draw_scores(3)}))
     assert "There are no figures, as matplotlib is not installed" in Outline(page).text
     assert "<svg" not in page
     assert (tmp_path / "s" / "table.md").is_file()
@@ -225,7 +207,7 @@ def test_page_of_many_trials_with_large_logs_is_small(tmp_path):
     scores = {f"rdrop={i}": draw_scores(20, seed=i) for i in range(1, 12)}
     line = "<&>\"'\x1b[0m\u202e" * 20
     study = make_study(tmp_path / "s", {"plain": draw_scores(20)} | scores, log=lambda _: f"{line}\n" * 400 + "end\n")
-    page = write(study)
+    page = write_page(study)
     assert len(page.encode()) < 3_000_000
     assert page.count("\nend</pre>") == 240
     assert "the last 200 lines or 6.2 kB are here" in page
@@ -275,88 +257,3 @@ def test_tags_escape_what_they_hold():
     assert escape("a\n\x1b<") == "a\\n\\x1b&lt;"
     shown = table(("a", "b"), [("x", "1")], label="l", numbers=[1])
     assert '<th scope="row">x</th><td class="number">1</td>' in shown
-
-
-# -- in a browser -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    if not find_chromium():
-        pytest.skip("there is no Chromium; Debian's package is `chromium`")
-    profile = tmp_path_factory.mktemp("profile")
-    with opened(profile) as found:
-        yield found
-    shutil.rmtree(profile, ignore_errors=True)
-
-
-_OVERLAPS = """[...document.querySelectorAll('svg')].flatMap(svg => {
-  const boxes = [...svg.querySelectorAll('text')].filter(t => t.textContent.trim())
-    .map(t => [t.textContent, t.getBoundingClientRect()]);
-  const meet = (a, b) =>
-    a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 2 && b.top < a.bottom - 2;
-  return boxes.flatMap(([a, one], i) =>
-    boxes.slice(i + 1).filter(([, other]) => meet(one, other)).map(([b]) => [a, b]));
-})"""
-
-
-@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1400])
-@pytest.mark.parametrize("name", ["two", "twelve", "hostile"])
-def test_page_fits_a_window_and_complains_of_nothing(name, width, is_dark, folders, tab):
-    path = folders[name] / "index.html"
-    tab.open(path, width, is_dark=is_dark)
-    for state in ("closed", "open"):
-        assert tab.evaluate("document.scrollingElement.scrollWidth") <= width, state
-        tab.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
-    assert tab.evaluate("innerWidth") == width
-    assert tab.evaluate(_OVERLAPS) == []
-    for seen in (".verdicts li b", "table", "figure svg", "pre.command", "pre.log"):
-        box = tab.evaluate(f"document.querySelector('{seen}').getBoundingClientRect().toJSON()")
-        assert 0 <= box["left"] < width, seen
-        assert min(box["width"], box["height"]) > 10, seen
-    assert tab.requests() == [path.as_uri()]
-    assert tab.complaints() == []
-
-
-@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
-def test_text_of_a_page_stands_out(is_dark, folders, tab):
-    """WCAG 2.1, 1.4.3: a contrast of 4.5 at least, of all text and on all that it stands on."""
-    tab.open(folders["twelve"] / "index.html", 1400, is_dark=is_dark)
-    behind = [
-        tab.evaluate(f"getComputedStyle(document.querySelector('{one}')).backgroundColor") for one in ("body", "pre")
-    ]
-    kinds = ("p", ".muted", "a", ".alarm", ".verdicts .better b", ".idle b", "td", "thead th", "dt", "pre.log")
-    styles = [tab.evaluate(f"getComputedStyle(document.querySelector('{one}')).color") for one in kinds]
-    styles += tab.evaluate(
-        "[...new Set([...document.querySelectorAll('svg text')].map(t => getComputedStyle(t).fill))]"
-    )
-    assert min(contrast(style, other) for style in styles for other in behind) >= 4.5
-    is_dark_page = contrast(behind[0], "rgb(255, 255, 255)") > 10
-    assert is_dark_page == is_dark
-
-
-def contrast(one: str, other: str) -> float:
-    """Return the contrast of two colours, as WCAG 2.1 defines it."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(text) / 255 for text in re.findall(r"\d+", colour)[:3]]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-        return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_browser_hears_of_what_a_page_must_not_do(tmp_path, tab):
-    policy = html.escape("default-src 'none'", quote=True)
-    (tmp_path / "a.html").write_text(
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><div style="width: 3000px">a</div>'
-        '<script>alert(1)</script><img src="b.png">'
-    )
-    tab.open(tmp_path / "a.html", 400)
-    assert len(tab.complaints()) >= 2
-    (tmp_path / "c.html").write_text('<div style="width: 3000px">a</div><img src="b.png">')
-    tab.open(tmp_path / "c.html", 400)
-    assert tab.evaluate("document.scrollingElement.scrollWidth") > 400
-    assert len(tab.requests()) == 2
