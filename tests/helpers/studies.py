@@ -13,6 +13,7 @@ from surgery.escapes import shell_join
 from surgery.exit_codes import INACTIVE
 from surgery.report.study.files import write_files
 from surgery.report.study.rows import rows
+from surgery.study.arms import make_arms
 from surgery.study.collect import Study, collect
 from surgery.study.command import make_job
 from surgery.study.plan import Plan
@@ -53,12 +54,7 @@ def make_study(
     """
     folder.mkdir(parents=True)
     seeds = tuple(range(max(map(len, scores.values()))))
-    swept = {
-        arm.name
-        for arm in Plan(
-            folder, Template(tuple(words)), folder, ("mixout=0.123",), tuple(sweeps), (0, 1), "m"
-        ).made_arms()
-    }
+    swept = {arm.name for arm in make_arms((), sweeps)} if sweeps else set()
     arms = tuple(name for name in scores if name != "plain" and name not in swept)
     made = Plan(folder, Template(tuple(words)), Path("/home/me"), arms, tuple(sweeps), seeds, metric, **plan)
     made.write()
@@ -88,9 +84,8 @@ def write_trial(plan: Plan, trial: Trial, score: Score, log: str) -> None:
         return
     (trial.folder / LOG).write_text(log, encoding="utf-8")
     if trial.arm.options:
-        report = (
-            {"status": "inactive", "reason": REASON} if score is Status.INACTIVE else {"status": "active", "reason": ""}
-        )
+        is_idle = score is Status.INACTIVE
+        report = {"status": "inactive" if is_idle else "active", "reason": REASON if is_idle else None}
         report |= {"notes": ["drawn once a step"], "settings": {"mixout": {"p": 0.7}}, "seconds": 61.5}
         (trial.folder / REPORT).write_text(json.dumps(report))
     code = {Status.INACTIVE: INACTIVE, Status.CRASHED: 1}.get(score, 0) if isinstance(score, Status) else 0

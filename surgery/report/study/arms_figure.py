@@ -11,10 +11,12 @@ from surgery.report.names import tell_apart
 from surgery.report.study import dots
 from surgery.report.study.colours import ALARM, INK, LINE, MUTED, RUN
 from surgery.report.study.runs import Runs, runs_of
+from surgery.report.widths import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     from surgery.study.collect import Study
 
@@ -34,8 +36,8 @@ def arms_figure(study: "Study") -> "Figure":
     for row, one in enumerate(runs):
         _draw_row(axes, row, one, RUN if row else MUTED, edge=float(study.minimize))
     _draw_columns(axes, runs)
-    _draw_lines(axes, study, runs)
-    dots.add_legend(figure, study, _legend(axes, runs), dots.outside(runs, axes.get_xlim()))
+    entries = _draw_lines(axes, study, runs)
+    dots.add_legend(figure, study, entries, dots.outside(runs, axes.get_xlim()))
     return figure
 
 
@@ -70,7 +72,7 @@ def _draw_row(axes: "Axes", row: int, runs: Runs, colour: str, *, edge: float) -
         axes.plot(ends, [row + _MEAN] * 2, color=INK, linewidth=1.6, gid=f"interval-{row}")
     if runs.mean is not None:
         mean = dots.within(runs.mean, limits)
-        axes.plot([mean], [row + _MEAN], marker="D", color=INK, markersize=4.5, clip_on=False, gid=f"mean-{row}")
+        axes.plot([mean], [row + _MEAN], color=INK, **dots.MEAN, clip_on=False, gid=f"mean-{row}")
     if runs.state:
         axes.text(0.5, row, runs.state, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8,
                   color=ALARM, style="italic")  # fmt: skip
@@ -93,32 +95,13 @@ def _failed(runs: Runs) -> str:
     return "" if runs.failed is None or not runs.total else f"{runs.failed}/{runs.total}"
 
 
-def _draw_lines(axes: "Axes", study: "Study", runs: Sequence[Runs]) -> None:
-    if runs[0].mean is not None:
-        axes.axvline(
-            dots.within(runs[0].mean, axes.get_xlim()),
-            color=MUTED,
-            linewidth=1,
-            linestyle=(0, (5, 3)),
-            zorder=0.5,
-            gid="plain",
-        )
+def _draw_lines(axes: "Axes", study: "Study", runs: Sequence[Runs]) -> list["Line2D"]:
+    """Draw what goes through all rows; return the entries of the legend."""
     threshold = dots.threshold_of(study, axes.get_xlim())
     if threshold is not None:
-        axes.axvline(threshold, color=ALARM, linewidth=1, linestyle=(0, (1, 2)), zorder=0.5, gid="threshold")
-
-
-def _legend(axes: "Axes", runs: Sequence[Runs]) -> list[object]:
-    drawn = {artist.get_gid() for artist in axes.lines}
-    handles = [
-        dots.line(**dots.dots(RUN, failed=False), label="a run"),
-        dots.line(color=INK, marker="D", markersize=4.5, linewidth=1.6, label="mean, 95 % interval"),
-        dots.line(color=MUTED, linewidth=1, linestyle=(0, (5, 3)), label=drawable(f"mean of {runs[0].name[:_NAME]}")),
-    ]
-    if any(any(one.are_failed) for one in runs):
-        handles.append(dots.line(**dots.dots(RUN, failed=True), label="a failed run"))
-    if "threshold" in drawn:
-        handles.append(dots.line(color=ALARM, linewidth=1, linestyle=(0, (1, 2)), label="from here on failed"))
-    if any(one.lost for one in runs):
-        handles.append(dots.line(**dots.LOST, label="no finite value"))
-    return handles
+        axes.axvline(threshold, **dots.THRESHOLD, zorder=0.5, gid="threshold")
+    entries = [dots.entry("mean, 95 % interval", color=INK, **dots.MEAN)]
+    if runs[0].mean is not None:
+        axes.axvline(dots.within(runs[0].mean, axes.get_xlim()), **dots.PLAIN, zorder=0.5, gid="plain")
+        entries.append(dots.entry(f"mean of {shorten(runs[0].name, _NAME)}", **dots.PLAIN))
+    return [*entries, *dots.run_entries(runs, RUN, has_threshold=threshold is not None)]

@@ -11,6 +11,7 @@ from surgery.report.widths import shorten
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     from surgery.study.collect import Study
 
@@ -29,14 +30,19 @@ def spread(n: int) -> list[float]:
 
 def dots(colour: str, *, failed: bool) -> dict[str, Any]:
     """Return how runs are drawn: those that have failed are hollow and in the colour of an alarm."""
-    face = (
-        {"markerfacecolor": "none", "markeredgecolor": ALARM, "alpha": 1.0} if failed else {"markeredgecolor": "none"}
-    )
-    return {"linestyle": "none", "marker": "o", "color": colour, "markersize": 4.2, "alpha": 0.65} | face
+    common = {"linestyle": "none", "marker": "o", "markersize": 4.2, "color": colour}
+    if failed:
+        return common | {"markerfacecolor": "none", "markeredgecolor": ALARM}
+    return common | {"markeredgecolor": "none", "alpha": 0.65}
 
 
 LOST: dict[str, Any] = {"linestyle": "none", "marker": "x", "color": ALARM, "markersize": 5, "clip_on": False}
 """How runs without a finite value are drawn, at the edge."""
+
+
+PLAIN: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (5, 3))}
+THRESHOLD: dict[str, Any] = {"color": ALARM, "linewidth": 1, "linestyle": (0, (1, 2))}
+MEAN: dict[str, Any] = {"marker": "D", "markersize": 4.5, "linewidth": 1.6}
 
 
 def metric_label(study: "Study", room: int) -> str:
@@ -94,13 +100,13 @@ def threshold_of(study: "Study", limits: tuple[float, float]) -> float | None:
     return rule.value if rule and limits[0] <= rule.value <= limits[1] else None
 
 
-def add_legend(figure: "Figure", study: "Study", handles: Sequence[Any], notes: Sequence[str] = ()) -> None:
+def add_legend(figure: "Figure", study: "Study", entries: "Sequence[Line2D]", notes: Sequence[str]) -> None:
     """Say below a figure what is drawn, which runs have failed, and what else must be known."""
     import textwrap
 
     lines = [wrapped for text in (failed_rule(study, _METRIC), *notes) for wrapped in textwrap.wrap(text, _LEGEND_LINE)]
     legend = figure.legend(
-        handles=list(handles),
+        handles=list(entries),
         title="\n".join(map(drawable, lines)),
         loc="outside lower left",
         alignment="left",
@@ -108,16 +114,28 @@ def add_legend(figure: "Figure", study: "Study", handles: Sequence[Any], notes: 
         title_fontsize=SMALL,
         labelcolor=INK,
         frameon=False,
-        ncols=min(3, len(handles)),
+        ncols=min(3, len(entries)),
     )
     legend.get_title().set_color(MUTED)
 
 
-def line(**style: Any) -> Any:
+def run_entries(runs: Sequence[Runs], colour: str, *, has_threshold: bool) -> list["Line2D"]:
+    """Return the entries of a legend for runs, of those kinds that are drawn."""
+    entries = [entry("a run", **dots(colour, failed=False))]
+    if any(any(one.are_failed) for one in runs):
+        entries.append(entry("a failed run", **dots(colour, failed=True)))
+    if has_threshold:
+        entries.append(entry("from here on failed", **THRESHOLD))
+    if any(one.lost for one in runs):
+        entries.append(entry("no finite value", **LOST))
+    return entries
+
+
+def entry(label: str, **style: Any) -> "Line2D":
     """Return an entry of a legend."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], **style)
+    return Line2D([], [], label=drawable(label), **style)
 
 
 def surface() -> dict[str, Any]:

@@ -115,6 +115,20 @@ class Sweep:
     left_out: tuple[str, ...]
     flags: tuple[str, ...]
 
+    def share(self, x: float) -> float:
+        """Return how far along the axis a value lies: 0 at the first, 1 at the last."""
+        first, last = self.xs[0], self.xs[-1]
+        if first == last:
+            return 0.5
+        return math.log(x / first) / math.log(last / first) if self.is_log else (x - first) / (last - first)
+
+    def at(self, share: float) -> float:
+        """Return the value that lies so far along the axis."""
+        first, last = self.xs[0], self.xs[-1]
+        if first == last:
+            return first + (abs(first) or 1.0) * (share - 0.5)
+        return float(first * (last / first) ** share) if self.is_log else first + (last - first) * share
+
     @property
     def file_name(self) -> str:
         """What tells its figure from those of other sweeps."""

@@ -3,19 +3,20 @@
 After figure 4 of the Mixout paper (arXiv:1909.11299).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.report.drawing import drawable, new_figure
 from surgery.report.names import tell_apart
 from surgery.report.study import dots
-from surgery.report.study.colours import ALARM, CURVES, INK, LINE, MUTED
+from surgery.report.study.colours import CURVES, INK, LINE, MUTED
 from surgery.report.study.runs import Runs, Sweep, runs_of
 from surgery.report.widths import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     from surgery.study.collect import Study
 
@@ -26,7 +27,6 @@ _APART = 0.011  # of the axis, from curve to curve
 _CHARACTER = 0.013  # of the axis that one of a tick's label takes
 _LONGEST = 16  # characters of a label
 _CURVE, _METRIC, _FIXED = 40, 22, 80  # characters of names
-_DASHES: Any = (0, (5, 3))
 
 
 def sweep_figure(study: "Study", sweep: Sweep) -> "Figure":
@@ -48,8 +48,8 @@ def sweep_figure(study: "Study", sweep: Sweep) -> "Figure":
         _draw_failed(axes, sweep, plain)
     threshold = dots.threshold_of(study, upper.get_ylim())
     if threshold is not None:
-        upper.axhline(threshold, color=ALARM, linewidth=1, linestyle=(0, (1, 2)), zorder=0.5, gid="threshold")
-    dots.add_legend(figure, study, _legend(upper, sweep, plain), _notes(upper, sweep))
+        upper.axhline(threshold, **dots.THRESHOLD, zorder=0.5, gid="threshold")
+    dots.add_legend(figure, study, _legend(sweep, plain, has_threshold=threshold is not None), _notes(upper, sweep))
     return figure
 
 
@@ -57,40 +57,18 @@ def _set_axes(axes: "Axes", sweep: Sweep) -> None:
     """Place the values of the sweep as numbers where they are some, and label those that have room."""
     if sweep.is_log:
         axes.set_xscale("log")
-    place = _placing(sweep)
-    axes.set_xlim(place(0.0, -_MARGIN), place(1.0, _MARGIN))
+    axes.set_xlim(sweep.at(-_MARGIN), sweep.at(1 + _MARGIN))
     ticks, taken = [], -1.0
     names = tell_apart(sweep.labels, _LONGEST)
     for label, x in zip(sweep.labels, sweep.xs, strict=True):
         room = _CHARACTER * len(names[label]) / 2
-        at = _share(sweep, x)
+        at = sweep.share(x)
         if at - room >= taken:
             ticks.append((x, drawable(names[label])))
             taken = at + room + _CHARACTER
     axes.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(drawable(shorten(f"{sweep.name}, with {sweep.fixed}" if sweep.fixed else sweep.name, _FIXED)))
-
-
-def _share(sweep: Sweep, x: float) -> float:
-    """Return how far along the axis a value lies: 0 at the first, 1 at the last."""
-    from math import log
-
-    first, last = sweep.xs[0], sweep.xs[-1]
-    if first == last:
-        return 0.5
-    return log(x / first) / log(last / first) if sweep.is_log else (x - first) / (last - first)
-
-
-def _placing(sweep: Sweep) -> Callable[[float, float], float]:
-    """Return a function that takes a share of the axis, and an offset to it, to a value."""
-    first, last = sweep.xs[0], sweep.xs[-1]
-    if first == last:
-        width = abs(first) or 1.0
-        return lambda share, offset: first + width * (share - 0.5 + offset)
-    if sweep.is_log:
-        return lambda share, offset: float(first * (last / first) ** (share + offset))
-    return lambda share, offset: first + (last - first) * (share + offset)
 
 
 def _set_metric(axes: "Axes", study: "Study", sweep: Sweep, plain: Runs) -> None:
@@ -105,18 +83,18 @@ def _draw_plain(axes: "Axes", plain: Runs) -> None:
     limits = axes.get_ylim()
     if plain.mean is not None:
         mean = dots.within(plain.mean, limits)
-        axes.axhline(mean, color=MUTED, linewidth=1, linestyle=_DASHES, gid="plain")
+        axes.axhline(mean, **dots.PLAIN, gid="plain")
     if plain.interval:
         low, high = (dots.within(end, limits) for end in (plain.interval.low, plain.interval.high))
         axes.axhspan(low, high, color=MUTED, alpha=0.13, linewidth=0, gid="plain-band")
 
 
 def _draw_curve(axes: "Axes", sweep: Sweep, points: Mapping[int, Runs], curve: int, *, edge: float) -> None:
-    colour, place = CURVES[curve], _placing(sweep)
-    shift = _APART * (curve - (len(sweep.curves) - 1) / 2)
+    colour, shift = CURVES[curve], _shift(sweep, curve)
     known = {sweep.xs[i]: runs for i, runs in sorted(points.items())}
     for i, runs in sorted(points.items()):
-        at = [place(_share(sweep, sweep.xs[i]), shift + _JITTER * offset) for offset in dots.spread(runs.total)]
+        middle = sweep.share(sweep.xs[i]) + shift
+        at = [sweep.at(middle + _JITTER * offset) for offset in dots.spread(runs.total)]
         _draw_runs(axes, runs, colour, at, edge=edge, gid=f"dots-{curve}-{i}")
     limits = axes.get_ylim()
     means = [(x, dots.within(runs.mean, limits)) for x, runs in known.items() if runs.mean is not None]
@@ -130,8 +108,12 @@ def _draw_curve(axes: "Axes", sweep: Sweep, points: Mapping[int, Runs], curve: i
         axes.fill_between(
             [x for x, _ in bands], lows, highs, color=colour, alpha=alpha, linewidth=0, gid=f"band-{curve}"
         )
-    axes.plot([x for x, _ in means], [mean for _, mean in means], color=colour, linewidth=1.6, marker="D", markersize=4,
-              gid=f"mean-{curve}")  # fmt: skip
+    axes.plot([x for x, _ in means], [mean for _, mean in means], color=colour, **dots.MEAN, gid=f"mean-{curve}")
+
+
+def _shift(sweep: Sweep, curve: int) -> float:
+    """Return how far beside their value a curve's dots and stems lie, as a share of the axis."""
+    return _APART * (curve - (len(sweep.curves) - 1) / 2)
 
 
 def _draw_runs(axes: "Axes", runs: Runs, colour: str, xs: Sequence[float], *, edge: float, gid: str) -> None:
@@ -148,64 +130,40 @@ def _draw_runs(axes: "Axes", runs: Runs, colour: str, xs: Sequence[float], *, ed
 
 def _draw_failed(axes: "Axes", sweep: Sweep, plain: Runs) -> None:
     """Draw the share of failed runs as stems; plain's as a line."""
-    place, highest = _placing(sweep), plain.failed_share or 0.0
+    highest = plain.failed_share or 0.0
     for curve, points in enumerate(sweep.curves.values()):
-        shift = _APART * (curve - (len(sweep.curves) - 1) / 2)
         shares = [(i, runs.failed_share) for i, runs in sorted(points.items()) if runs.failed_share is not None]
-        xs = [place(_share(sweep, sweep.xs[i]), shift) for i, _ in shares]
+        xs = [sweep.at(sweep.share(sweep.xs[i]) + _shift(sweep, curve)) for i, _ in shares]
         ys = [share for _, share in shares]
         axes.vlines(xs, 0, ys, color=CURVES[curve], linewidth=2.5)
-        axes.plot(
-            xs,
-            ys,
-            linestyle="none",
-            marker="o",
-            markersize=5,
-            color=CURVES[curve],
-            clip_on=False,
-            gid=f"failed-{curve}",
-        )
+        style: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5, "color": CURVES[curve]}
+        axes.plot(xs, ys, **style, clip_on=False, gid=f"failed-{curve}")
         highest = max([highest, *ys])
     if plain.failed_share is not None:
-        axes.axhline(plain.failed_share, color=MUTED, linewidth=1, linestyle=_DASHES, gid="plain-failed")
+        axes.axhline(plain.failed_share, **dots.PLAIN, gid="plain-failed")
     axes.set_ylim(0, 1.0 if highest > 0.5 else 0.5 if highest > 0.2 else 0.2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.locator_params(axis="y", nbins=3)
     axes.set_ylabel("failed")
 
 
-def _legend(axes: "Axes", sweep: Sweep, plain: Runs) -> list[Any]:
+def _legend(sweep: Sweep, plain: Runs, *, has_threshold: bool) -> list["Line2D"]:
     names = tell_apart(list(sweep.curves), _CURVE)
-    handles = [
-        dots.line(
-            color=CURVES[i],
-            marker="D",
-            markersize=4,
-            linewidth=1.6,
-            label=drawable(names[name]) or "mean, 95 % interval",
-        )
+    curves = [
+        dots.entry(names[name] or "mean, 95 % interval", color=CURVES[i], **dots.MEAN)
         for i, name in enumerate(sweep.curves)
     ]
-    handles.append(
-        dots.line(
-            color=MUTED, linewidth=1, linestyle=_DASHES, label=drawable(f"{plain.name[:_CURVE]}, with its interval")
-        )
-    )
     drawn = [runs for points in sweep.curves.values() for runs in points.values()]
-    handles.append(dots.line(**dots.dots(CURVES[0] if len(sweep.curves) == 1 else INK, failed=False), label="a run"))
-    if any(any(one.are_failed) for one in drawn):
-        handles.append(dots.line(**dots.dots(INK, failed=True), label="a failed run"))
-    if any(artist.get_gid() == "threshold" for artist in axes.lines):
-        handles.append(dots.line(color=ALARM, linewidth=1, linestyle=(0, (1, 2)), label="from here on failed"))
-    if any(one.lost for one in drawn):
-        handles.append(dots.line(**dots.LOST, label="no finite value"))
-    return handles
+    colour = CURVES[0] if len(curves) == 1 else INK
+    runs = dots.run_entries(drawn, colour, has_threshold=has_threshold)
+    return [*curves, dots.entry(f"{plain.name}, with its interval", **dots.PLAIN), *runs]
 
 
 def _notes(axes: "Axes", sweep: Sweep) -> list[str]:
-    """Say what is not drawn."""
+    """Say what curves are, and what is not drawn."""
     drawn = [(i, name, runs) for name, points in sweep.curves.items() for i, runs in points.items()]
-    notes = dots.outside([runs for _, _, runs in drawn], axes.get_ylim())
+    notes = ["curves and bands: means and their 95 % intervals"] if len(sweep.curves) > 1 else []
+    notes += dots.outside([runs for _, _, runs in drawn], axes.get_ylim())
     notes += [
         f"{sweep.name}={sweep.labels[i]} {name}".strip() + f": {runs.state}" for i, name, runs in drawn if runs.state
     ]
