@@ -55,7 +55,7 @@ def _set_axes(axes: "Axes", study: "Study", runs: Sequence[Runs]) -> None:
 
 
 def _draw_row(axes: "Axes", row: int, runs: Runs, colour: str, *, edge: float) -> None:
-    offsets = dots.spread(len(runs.values))
+    offsets = dots.spread(runs.total)
     limits = axes.get_xlim()
     for is_failed in (False, True):
         chosen = [i for i, failed in enumerate(runs.are_failed) if failed == is_failed]
@@ -65,7 +65,7 @@ def _draw_row(axes: "Axes", row: int, runs: Runs, colour: str, *, edge: float) -
         ys = [row + _DOTS + _JITTER * offsets[i] for i in chosen]
         axes.plot(xs, ys, **dots.dots(colour, failed=is_failed), clip_on=False, gid=f"dots-{row}-{is_failed:d}")
     if runs.lost:
-        ys = [row + _DOTS + _JITTER * offset for offset in dots.spread(runs.lost)]
+        ys = [row + _DOTS + _JITTER * offset for offset in offsets[len(runs.values) :]]
         axes.plot([edge] * runs.lost, ys, transform=axes.get_yaxis_transform(), **dots.LOST)
     if runs.interval:
         ends = [dots.within(end, limits) for end in (runs.interval.low, runs.interval.high)]

@@ -130,6 +130,8 @@ def test_runs_without_a_finite_value_are_crosses_at_the_worse_edge(minimize, edg
         figure = arms_figure(make_study(tmp_path / "s", scores, minimize=minimize))
     crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
     assert [list(line.get_xdata()) for line in crosses] == [[edge, edge]]
+    heights = [y for line in crosses for y in line.get_ydata()] + [y for _, y in find(figure, "dots-1-0")]
+    assert len(set(heights)) == 3
     assert "no finite value" in texts_of(figure)
 
 
