@@ -33,7 +33,7 @@ def diff(a: str, b: str, *, is_all: bool, plot: Path | None, as_json: bool, **se
     from surgery.report.tables import stdout_terminal
 
     if plot:
-        from surgery.report.plot import check_plot
+        from surgery.report.drawing import check_plot
 
         check_plot(plot)
     comparison = diff_checkpoints(a, b, **settings)

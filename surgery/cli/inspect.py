@@ -36,7 +36,7 @@ def inspect(model: str, *, is_all: bool, plot: Path | None, as_json: bool, **set
     from surgery.report.tables import stdout_terminal
 
     if plot:
-        from surgery.report.plot import check_plot
+        from surgery.report.drawing import check_plot
 
         if not settings["stats"]:
             raise SettingError("--plot: expected --stats with it, got headers alone. Add --stats.")

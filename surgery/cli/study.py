@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from surgery.study.plan import Plan
 
 
+_plot = options.plot("Draw all arms; each sweep beside it, as FILE-NAME.")
+
+
 def _judging(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how a metric is judged."""
     for option in (
@@ -78,25 +81,27 @@ class _StudyCommand(SurgeryCommand):
 @click.option("--cpus", type=click.IntRange(min=1), help="Cores for each trial.")
 @click.option("--gpus", type=click.IntRange(min=0), help="GPUs for each trial.")
 @click.option("--print", "prints", is_flag=True, help="Print the commands, one a line, and run none.")
+@_plot
 @command
-def study(arguments: tuple[str, ...], out: Path | None, *, as_json: bool, **asked: Any) -> None:
+def study(arguments: tuple[str, ...], out: Path | None, *, plot: Path | None, as_json: bool, **asked: Any) -> None:
     """Run COMMAND over arms and seeds, and say whether the arms differ from plain, and how sure that is.
 
     {seed} and {out} in COMMAND are filled in for each trial. Without -o, print what a STUDY has found so far. Exits 1
     where a trial has no metric.
     """
+    _check_plot(plot, prints=asked["prints"])
     if out is None:
         _refuse_options(asked)
         if len(arguments) != 1:
             raise click.UsageError("expected the folder of a STUDY, or -o OUT and a COMMAND after --.")
-        _finish(_collect(Path(arguments[0])), as_json=as_json)
+        _finish(_collect(Path(arguments[0])), plot=plot, as_json=as_json)
         return
     plan = _make_plan(arguments, out, asked)
     if asked["prints"]:
         _print_commands(plan, asked)
         return
     _run(plan, asked)
-    _finish(_collect(out), as_json=as_json)
+    _finish(_collect(out), plot=plot, as_json=as_json)
 
 
 @main.command(
@@ -106,15 +111,28 @@ def study(arguments: tuple[str, ...], out: Path | None, *, as_json: bool, **aske
 )
 @click.argument("globs", nargs=-1, required=True, metavar="GLOB GLOB...")
 @_judging
+@_plot
 @command
-def compare(globs: tuple[str, ...], *, metric: str | None, as_json: bool, **judged: Any) -> None:
+def compare(globs: tuple[str, ...], *, metric: str | None, plot: Path | None, as_json: bool, **judged: Any) -> None:
     """Compare runs that are there, whoever made them, and start nothing.
 
     Each GLOB names the runs of one arm, and is quoted; the others are compared with the first.
     """
     from surgery.study.others import compare_runs
 
-    _finish(compare_runs(globs, metric=_needed(metric), **judged), as_json=as_json)
+    _check_plot(plot)
+    _finish(compare_runs(globs, metric=_needed(metric), **judged), plot=plot, as_json=as_json)
+
+
+def _check_plot(path: Path | None, *, prints: bool = False) -> None:
+    """Refuse a figure that there will be none of, before anything is run."""
+    if path is None:
+        return
+    from surgery.report.drawing import check_plot
+
+    if prints:
+        raise SettingError("--plot: expected runs to draw, got --print, which runs none. Leave one of them out.")
+    check_plot(path)
 
 
 def _refuse_options(asked: dict[str, Any]) -> None:
@@ -192,12 +210,16 @@ def _collect(folder: Path) -> "Study":
     return found
 
 
-def _finish(study: "Study", *, as_json: bool) -> None:
-    """Print a study, and end with an error where a trial that is over has no metric."""
+def _finish(study: "Study", *, plot: Path | None, as_json: bool) -> None:
+    """Draw and print a study, and end with an error where a trial that is over has no metric."""
     from surgery.report.study.rows import rows
     from surgery.report.study.table import table
     from surgery.report.tables import stdout_terminal
 
+    if plot:
+        from surgery.report.study.figures import write_plots
+
+        write_plots(study, plot)
     found = rows(study)
     echo_report(found, lambda: table(found, stdout_terminal()), as_json=as_json)
     if any(result.why for result in study.results):

@@ -17,8 +17,9 @@ from surgery.inspect.inspection import Inspection, TensorInfo, components, open_
 from surgery.inspect.sample import sample
 from surgery.noise import UNIT_STD
 from surgery.noisytune import FLOATS, Moments, NoisyTune
+from surgery.report.drawing import check_plot
 from surgery.report.grid import Cell, Mark
-from surgery.report.plot import Density, Histogram, Picture, check_plot
+from surgery.report.plot import Density, Histogram, Picture
 from surgery.report.widths import shorten
 
 _BINS = 30  # of a 16-bit tensor more would show its grid rather than the noise

@@ -4,18 +4,14 @@ Each tensor is a cell of a map rather than a point, so that 400 of them stay apa
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from surgery.errors import OutputError, SettingError
-from surgery.escapes import printable
+from surgery.report.drawing import STYLE, drawable, new_figure, render, write_picture
 from surgery.report.grid import Cell, Grid, lay_out
 
 if TYPE_CHECKING:
@@ -26,17 +22,6 @@ if TYPE_CHECKING:
 Density = Callable[[np.ndarray], np.ndarray]
 """Probability density at values of shape (n,), shape (n,)."""
 
-FORMATS = (".png", ".pdf", ".svg")
-_STYLE: Any = {
-    "font.family": ["DejaVu Sans"],  # matplotlib's own
-    "text.parse_math": False,  # a $ in a name is no formula
-    "text.usetex": False,
-    "svg.fonttype": "none",  # text that can be searched and copied
-    "svg.hashsalt": "surgery",
-    "pdf.fonttype": 42,
-}
-_UNDATED: dict[str, Any] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-"""What keeps the time out of each format: the same picture is the same bytes."""
 _MOST_NUMBERED = 13  # layers: of more, the figures would overlap
 _MOST_LABELLED = 24
 _NARROWEST = 130  # columns of a map: of more, two digits side by side would touch
@@ -85,30 +70,6 @@ class Picture:
     histogram: Histogram
 
 
-def check_plot(path: Path) -> None:
-    """Refuse a picture that could not be written in the end.
-
-    Raises:
-        SettingError: of no format that we draw, or matplotlib is not installed.
-        OutputError: it is a folder, or its folder does not exist or cannot be written to.
-    """
-    if path.suffix.lower() not in FORMATS:
-        raise SettingError(f"--plot: expected a file that ends in .png, .pdf or .svg, got {path}. Correct the name.")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise OutputError(f"--plot: expected a folder that exists, got {path.parent}. Make it first.")
-    if path.is_dir():
-        raise OutputError(f"--plot: expected a file, got the folder {path}. Choose another name.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"--plot: expected a folder to write to, got {path.parent}. Choose another.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise SettingError(
-            "--plot: expected matplotlib, got no such package. Install it with `pip install 'model-surgery[plot]'`."
-        ) from error
-
-
 def draw(picture: Picture, path: Path) -> None:
     """Write a picture as PNG, PDF or SVG, by its suffix: whole or not at all.
 
@@ -117,42 +78,22 @@ def draw(picture: Picture, path: Path) -> None:
     """
     from matplotlib import rc_context
 
-    suffix, data = path.suffix.lower(), BytesIO()
-    with rc_context(_STYLE):
-        compose(picture).savefig(data, format=suffix[1:], metadata=_UNDATED[suffix])
-    part = path.with_name(f".surgery-plot-{os.getpid()}.part")
-    try:
-        part.write_bytes(data.getvalue())
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise OutputError(f"{path}: expected a file to write, got {error.strerror}. Choose another.") from error
+    with rc_context(STYLE):
+        data = render(compose(picture), path.suffix.lower())
+    write_picture(data, path)
 
 
 def compose(picture: Picture) -> "Figure":
     """Return a picture as a figure of matplotlib, yet to be rendered."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     grid = lay_out(picture.tensors)
     width = min(max(3.0, 0.28 * len(grid.layers)), 11.0)
     height = max(4.8, 2.2 + 0.2 * len(grid.kinds))
-    figure = Figure(figsize=(width + 9.0, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(f"{_text(picture.title)}\n{_text(picture.verdict)}", fontsize=10)
+    figure = new_figure(width + 9.0, height)
+    figure.suptitle(f"{drawable(picture.title)}\n{drawable(picture.verdict)}", fontsize=10)
     left, right = figure.subplots(1, 2, width_ratios=[width + 2.5, 5.0])
     _draw_map(figure, left, picture, grid)
     _draw_histogram(right, picture.histogram)
     return figure
-
-
-def _text(text: str) -> str:
-    """Escape what cannot be drawn: controls, and characters that the font does not have."""
-    from matplotlib.font_manager import findfont, get_font
-
-    font = get_font(findfont("DejaVu Sans"))
-    return "".join(c if font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in printable(text))
 
 
 def _draw_map(figure: "Figure", axes: "Axes", picture: Picture, grid: Grid) -> None:
@@ -162,7 +103,7 @@ def _draw_map(figure: "Figure", axes: "Axes", picture: Picture, grid: Grid) -> N
     norm = _norm(values[np.isfinite(values)], picture.expected)
     image = axes.imshow(np.ma.masked_invalid(values), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
     axes.set_facecolor(_NO_TENSOR)
-    axes.set_yticks(range(len(grid.kinds)), [_text(kind) for kind in grid.kinds], fontsize=7)
+    axes.set_yticks(range(len(grid.kinds)), [drawable(kind) for kind in grid.kinds], fontsize=7)
     step, apart = math.ceil(len(grid.layers) / _MOST_LABELLED), len(grid.layers) / _NARROWEST
     ticks = [i for i, layer in enumerate(grid.layers) if layer is None or (layer % step == 0 and not 0 < i < apart)]
     axes.set_xticks(ticks, ["-" if grid.layers[i] is None else str(grid.layers[i]) for i in ticks], fontsize=7)

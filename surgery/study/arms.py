@@ -45,7 +45,8 @@ class Arm:
         safe = "+".join(_UNSAFE.sub("_", part) for part in text.split("+"))
         if safe == text and len(safe) <= _LONGEST_FOLDER:
             return safe
-        return f"{safe[:_LONGEST_FOLDER]}-{blake2b(self.name.encode(), digest_size=4).hexdigest()}"
+        digest = blake2b(self.name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+        return f"{safe[:_LONGEST_FOLDER]}-{digest}"
 
     def flags(self, seed: int) -> list[str]:
         """Return the flags of `surgery run` for a trial. NoisyTune's noise follows the trial's seed."""

@@ -1,7 +1,6 @@
 """surgery/cli/README.md says what `--json` prints and which exit codes there are: both are held to real commands."""
 
 import json
-import math
 import re
 import sys
 from collections import defaultdict
@@ -18,10 +17,11 @@ from conftest import write_json, write_sharded
 from hub import Hub
 from runs import training
 from safetensors.numpy import load_file, save_file
-from studies import write_study
+from studies import make_study
 
 from surgery import exit_codes
 from surgery.cli import main
+from surgery.study.trial import Status
 
 CARD = (Path(__file__).parents[2] / "surgery/cli/README.md").read_text(encoding="utf-8")
 ERROR = "an error, a wrong option, Ctrl-C"
@@ -134,9 +134,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     w = torch.arange(64.0).reshape(8, 8)
     torch.save({"a.weight": w, "b.weight": w}, folder / "tied.bin")
     (folder / "out/notes.txt").write_text("of the user")
-    plain = {seed: 0.5 + seed / 10 for seed in range(3)}
-    write_study(folder / "study", {"plain": plain, "mixout=0.7": {seed: 0.6 + seed / 9 for seed in range(3)}})
-    write_study(folder / "crashed", {"plain": plain, "mixout=0.7": {0: math.nan}})
+    scores = {"plain": [0.5, 0.6, 0.7], "mixout=0.7": [0.6, 0.7, 0.9]}
+    make_study(folder / "study", scores, log=lambda trial: f"eval_accuracy={scores[trial.arm.name][trial.seed]}\n")
+    make_study(folder / "crashed", {"plain": [0.5, 0.6], "mixout=0.7": [Status.CRASHED]})
     return folder
 
 

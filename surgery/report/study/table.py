@@ -49,7 +49,7 @@ def _cells(arm: Mapping[str, Any]) -> list[str]:
         _figure(arm["median"]),
         _figure(arm["best"]),
         _figure(arm["worst"]),
-        "" if arm["failed"] is None else f"{arm['failed']}/{len(arm['values'])}",
+        failed(arm),
         "" if found.get("improvement") is None else f"{found['improvement']:.0%}",
         "" if found.get("p_corrected") is None else p_value(found["p_corrected"]),
         _ratio(found.get("seconds_ratio")),
@@ -66,6 +66,11 @@ def interval(row: Mapping[str, Any]) -> str:
     return "" if row["low"] is None else f"{figure(row['low'])} to {figure(row['high'])}"
 
 
+def failed(arm: Mapping[str, Any]) -> str:
+    """Write how many runs of an arm have failed."""
+    return "" if arm["failed"] is None or not arm["values"] else f"{arm['failed']}/{len(arm['values'])}"
+
+
 def p_value(value: float) -> str:
     """Write a p-value: no digits that 9,999 resamples do not have."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
@@ -76,11 +81,11 @@ def _ratio(value: float | None) -> str:
 
 
 def _explanations(rows: Mapping[str, Any]) -> list[str]:
-    failed = rows["failed_below"]
-    if failed is None:
+    rule = rows["failed_below"]
+    if rule is None:
         return ["failed: not known, as no runs of plain share a worst score; see --failed-below"]
-    return [f"failed: {rows['metric']} of {figure(failed['value'])} or {'more' if rows['minimize'] else 'less'} "
-            f"({failed['why']})"]  # fmt: skip
+    return [f"failed: {rows['metric']} of {figure(rule['value'])} or {'more' if rows['minimize'] else 'less'} "
+            f"({rule['why']})"]  # fmt: skip
 
 
 def _problems(rows: Mapping[str, Any]) -> list[str]:
