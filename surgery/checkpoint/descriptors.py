@@ -64,9 +64,14 @@ class Descriptor:
                 raise
             _close_idle(0)
             fd = os.open(self._path, _FLAGS)
-        if not Stamp.of_stat(os.fstat(fd)).is_same(self._stamp):
+        try:
+            with naming(self._path):
+                is_same = Stamp.of_stat(os.fstat(fd)).is_same(self._stamp)
+            if not is_same:
+                refuse_changed(self._path, self._stamp)
+        except BaseException:
             os.close(fd)
-            refuse_changed(self._path, self._stamp)
+            raise
         return fd
 
     def close(self) -> None:

@@ -165,7 +165,8 @@ def read_header(path: Path, *, label: str) -> Header:
             pass
     except FileNotFoundError as error:  # safetensors says so of any file that it cannot open
         with open_file(path):
-            raise SourceError(f"{label}: expected a file to read, got {error}. Run again.") from error
+            # no word on what the file holds: SourceError would be one
+            raise OSError(f"{path}: expected a file to open, got an error that is gone by now. Run again.") from error
     except SafetensorError as error:
         raise SourceError(f"{label}: expected a valid safetensors file, got {error}. Fetch it again.") from error
     return Header(raw, tensors)
