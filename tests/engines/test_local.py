@@ -185,7 +185,7 @@ def test_what_a_job_leaves_behind_ends_with_it(tmp_path, mark):
 def test_jobs_end_with_the_process_that_submitted_them(tmp_path, mark):
     script = f"sleep 600; : {mark}"
     plan = make_plan(tmp_path / "study", script, 2)
-    study = start_study(plan, "local", script)
+    study = start_study(plan, "local")
     wait_for(lambda: running(f"sleep 600; : {mark}; echo"))
     study.kill()
     study.wait()
@@ -196,7 +196,7 @@ def test_jobs_end_with_the_process_that_submitted_them(tmp_path, mark):
 def test_a_study_whose_engine_process_was_killed_runs_its_trial_again(tmp_path):
     script = 'mkdir -p "$1/../../../seen"; if mkdir "$1/../../../seen/$2"; then kill -KILL $PPID; fi'
     plan = make_plan(tmp_path / "study", script, 2)
-    assert start_study(plan, "local", script).wait(60) == 0
+    assert start_study(plan, "local").wait(60) == 0
     assert scores(plan) == [0.0, 0.1]
 
 

@@ -4,22 +4,24 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from surgery.engines.engine import Engine, State
 from surgery.engines.job import Job
 from surgery.engines.registry import open_engine
+from surgery.study import run
 from surgery.study.arms import PLAIN
 from surgery.study.plan import Plan
-from surgery.study.run import StudyRun
 from surgery.study.template import Template
 from surgery.study.todo import read_results
-from surgery.study.trial import Trial, TrialResult
+from surgery.study.trial import Trial
 
 METRIC = "score"
+_PRINT = "; echo \"{'score': 0.$2}\""
 
 
 class PlainPlan(Plan):
@@ -27,6 +29,10 @@ class PlainPlan(Plan):
 
     def trials(self) -> list[Trial]:
         return [trial for trial in super().trials() if trial.arm.name == PLAIN]
+
+    @property
+    def script(self) -> str:
+        return self.template.words[2].removesuffix(_PRINT)
 
 
 def make_plan(folder: Path, script: str, seeds: int) -> PlainPlan:
@@ -39,15 +45,20 @@ def scores(plan: Plan) -> list[float | None]:
     return [one.metric.value if one.metric else None for one in read_results(plan)]
 
 
-def results(plan: Plan) -> list[TrialResult]:
-    return read_results(plan)
+def start_study(
+    plan: PlainPlan, engine: str, *, settle: float = 1.0, env: Mapping[str, str] = os.environ, **popen: Any
+) -> "subprocess.Popen[bytes]":
+    """Run a study in a process of its own, which a test can kill.
 
-
-def start_study(plan: Plan, engine: str, script: str) -> "subprocess.Popen[bytes]":
-    """Run a study in a process of its own, which a test can kill."""
-    arguments = [sys.executable, __file__, str(plan.folder), engine, str(len(plan.seeds)), script]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.Popen(arguments, env=env, start_new_session=True)
+    Args:
+        plan: by `make_plan`.
+        engine: by its name.
+        settle: seconds that a result may take to show.
+        env, popen: of the process.
+    """
+    arguments = [sys.executable, __file__, str(plan.folder), engine, str(len(plan.seeds)), plan.script, str(settle)]
+    here = {"PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(arguments, env={**env, **here}, start_new_session=True, **popen)
 
 
 def make_job(folder: Path, *command: str, **settings: object) -> Job:
@@ -84,5 +95,7 @@ def running(words: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    plan = make_plan(Path(sys.argv[1]), sys.argv[4], int(sys.argv[3]))
-    StudyRun(plan, open_engine(sys.argv[2], logs=plan.folder / ".slurm")).run()
+    folder, name, seeds, text, settle = sys.argv[1:]
+    run._SETTLE = float(settle)
+    plan = make_plan(Path(folder), text, int(seeds))
+    run.StudyRun(plan, open_engine(name, logs=plan.folder / ".slurm")).run()
