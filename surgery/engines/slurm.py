@@ -62,6 +62,7 @@ class SlurmEngine(Engine):
             raise SettingError(f"--engine slurm: expected a controller that answers, got none ({why}). Check `sinfo`.")
         self._logs, self._most = logs, jobs
         self._jobs: dict[str, Job] = {}
+        self._is_silent = False
 
     def submit(self, jobs: Sequence[Job]) -> list[str]:
         ids: dict[Path, str] = {}
@@ -73,8 +74,10 @@ class SlurmEngine(Engine):
         return [ids[job.folder] for job in jobs]
 
     def poll(self, ids: Sequence[str]) -> Mapping[str, State]:
-        if why := self._look():  # the controller is started again, perhaps: what was so is taken to be so still
-            _log.warning("squeue: %s", why)
+        why = self._look()
+        if why and not self._is_silent:  # perhaps it is started again: what was so is taken to be so still
+            _log.warning("Slurm's controller does not answer (%s): waiting for it", why)
+        self._is_silent = bool(why)
         words = {id: self._states.get(id, _DONE) for id in ids}
         for id, word in words.items():
             # one that has run to its end has a result, though it may not show here yet
@@ -186,4 +189,4 @@ def _import_submitit() -> Any:
 def _reason(text: str) -> str:
     """Return the last line of what a command of Slurm has said."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return printable(lines[-1] if lines else "no reason").rstrip(".")
+    return printable(re.sub(r"^\w+: (error: |fatal: )?", "", lines[-1]) if lines else "no reason").rstrip(".")
