@@ -11,7 +11,8 @@ import pytest
 from plain_study import finish, make_plan, running, scores, shell_jobs, start_study, wait_for
 
 from surgery.engines.engine import State
-from surgery.engines.job import LOG, Result
+from surgery.engines.job import LOG, Job, Result
+from surgery.engines.ray import _needs
 from surgery.engines.registry import open_engine
 from surgery.errors import SettingError
 
@@ -115,6 +116,20 @@ def test_a_job_has_the_cores_that_it_needs(engine, tmp_path, caplog):
     assert "no node of the Ray cluster has 2 CPUs now, but 1 at most: waiting for one" in caplog.text
     assert set(engine.poll(ids).values()) == {State.WAITING}
     engine.cancel(ids)
+
+
+@pytest.mark.parametrize(
+    ("node", "asked", "needs"),
+    [
+        ({"CPU": 8.0, "GPU": 4.0}, {}, {"CPU": 1.0, "GPU": 1.0}),
+        ({"CPU": 8.0, "GPU": 4.0}, {"cpus": 3, "gpus": 0}, {"CPU": 3.0, "GPU": 0.0}),
+        ({"CPU": 8.0, "GPU": 4.0}, {"gpus": 2}, {"CPU": 1.0, "GPU": 2.0}),
+        ({"CPU": 8.0}, {}, {"CPU": 1.0, "GPU": 0.0}),
+    ],
+    ids=["a-gpu-by-default", "none", "two", "none-there"],
+)
+def test_what_a_job_is_given(tmp_path, node, asked, needs):
+    assert _needs(Job(tmp_path, ("true",), tmp_path, **asked), [node]) == needs
 
 
 def test_a_study_runs_a_lost_nodes_trial_again(cluster, tmp_path, monkeypatch):
