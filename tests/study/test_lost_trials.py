@@ -71,6 +71,23 @@ def test_trials_of_an_idle_arm_that_end_together_are_all_kept(tmp_path):
     assert engine.is_closed
 
 
+def test_a_lost_trial_of_an_idle_arm_is_not_run_again(tmp_path):
+    template = Template(("sh", "{seed}"))
+    plan = Plan(tmp_path / "study", template, tmp_path, ("mixout=0.7",), (), (0, 1), "score")
+
+    def act(job, _):
+        if "/plain/" in str(job.folder):
+            end(job)
+        elif job.folder.name == "0":
+            end(job, INACTIVE)
+
+    engine = Scripted(act)
+    StudyRun(plan, engine).run()
+    assert engine.submissions == [4]
+    statuses = [one.status for one in read_results(plan)]
+    assert statuses == [Status.DONE, Status.INACTIVE, Status.DONE, Status.MISSING]
+
+
 def test_lost_trials_are_submitted_again_together_and_three_times_at_most(tmp_path):
     plan = make_plan(tmp_path / "study", "true", 4)
     engine = Scripted(lambda job, _: None if job.folder.name in "01" else end(job))
