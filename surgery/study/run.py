@@ -153,9 +153,8 @@ class StudyRun:
         others = [id for id, trial in self._board.trials.items() if trial.arm.name == idle.arm.name]
         self._engine.cancel(others)
         for id in others:
-            if (
-                Result.read(self._board.trials[id].folder) is None
-            ):  # else it ended by itself, and is yet to be collected
+            # one with a result ended by itself, and is yet to be collected
+            if Result.read(self._board.trials[id].folder) is None:
                 self._board.trials.pop(id).clear()
                 self._total -= 1
 
