@@ -10,6 +10,7 @@ import click
 from surgery.cli import options
 from surgery.cli.group import STUDY_CARD, command, main
 from surgery.cli.syntax import SurgeryCommand, echo_report
+from surgery.engines.registry import ENGINES
 from surgery.errors import SettingError
 from surgery.exit_codes import FAILED
 
@@ -77,6 +78,7 @@ class _StudyCommand(SurgeryCommand):
     "--env", "variables", multiple=True, metavar="NAME=VALUE", help="A variable, perhaps with {seed} or {out}."
 )
 @click.option("--retry", is_flag=True, help="Run those again that ended without a metric.")
+@click.option("--engine", type=click.Choice(ENGINES), help="Where trials run.  [default: local]")
 @click.option("--jobs", type=click.IntRange(min=1), help="Trials at once.  [default: one for each GPU, or one]")
 @click.option("--cpus", type=click.IntRange(min=1), help="Cores for each trial.")
 @click.option("--gpus", type=click.IntRange(min=0), help="GPUs for each trial.")
@@ -171,10 +173,11 @@ def _make_plan(arguments: tuple[str, ...], out: Path, asked: dict[str, Any]) -> 
     )
 
 
-def _engine(asked: dict[str, Any]) -> "Engine":
-    from surgery.engines.local import LocalEngine
+def _engine(out: Path, asked: dict[str, Any]) -> "Engine":
+    from surgery.engines.registry import open_engine
 
-    return LocalEngine(asked["jobs"], gpus_each=asked["gpus"] or 1)
+    wanted = {name: asked[name] for name in ("jobs", "gpus")}
+    return open_engine(asked["engine"] or "local", logs=out / ".slurm", **wanted)
 
 
 def _run(plan: "Plan", asked: dict[str, Any]) -> None:
@@ -184,19 +187,22 @@ def _run(plan: "Plan", asked: dict[str, Any]) -> None:
     with following(plan.metric) as follow:
         StudyRun(
             plan,
-            _engine(asked),
+            _engine(plan.folder, asked),
             cpus=asked["cpus"] or 0,
-            gpus=asked["gpus"] or 0,
+            gpus=asked["gpus"],
             retry=asked["retry"],
             on_progress=follow,
         ).run()
 
 
 def _print_commands(plan: "Plan", asked: dict[str, Any]) -> None:
-    from surgery.study.command import shell_line
+    from surgery.study.todo import shell_lines
 
-    for trial in plan.trials():
-        click.echo(shell_line(trial, plan.template, plan.cwd, cpus=asked["cpus"] or 0))
+    for name in ("engine", "jobs", "cpus", "gpus"):
+        if asked[name] is not None:
+            raise SettingError(f"--{name}: expected no --print with it, got both. Another scheduler decides that.")
+    for line in shell_lines(plan, retry=asked["retry"]):
+        click.echo(line)
 
 
 def _collect(folder: Path) -> "Study":

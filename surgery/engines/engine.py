@@ -26,10 +26,12 @@ class Engine(ABC):
     Attributes:
         name: what --engine calls it.
         is_detached: jobs go on when the process that submitted them is gone, and are found again by their ids.
+        is_remote: jobs run on other machines, whose files may take a while to show on this one.
     """
 
     name: ClassVar[str]
     is_detached: ClassVar[bool] = False
+    is_remote: ClassVar[bool] = False
 
     @abstractmethod
     def submit(self, jobs: Sequence[Job]) -> list[str]:

@@ -1,7 +1,6 @@
 """Run the job of a folder in this process's place: `python -m surgery.engines.execute FOLDER`, as every engine does.
 
-The command gets a session of its own, so that all that it started can be ended with it.
-"""
+The command gets a session of its own, so that all that it started can be ended with it."""
 
 import os
 import signal
@@ -17,22 +16,30 @@ from typing import Any
 from surgery.engines.job import LOG, Job, Result, hold
 from surgery.escapes import printable
 
+LIFELINE = "--lifeline"
+"""Argument after the folder: end the job when stdin closes, as by the end of the process that started this one."""
+APART = "--apart"
+"""Argument after the folder: go on in another process than the one that was started, which ends at once."""
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127
+_IS_HELD = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def run_job(folder: str | Path) -> int:
     """Run the job of a folder to its end, unless it has ended before; return its exit code, or minus its signal.
 
-    One that is ended from outside, by SIGTERM or SIGINT to this process, leaves no result.
+    One that is ended from outside, by SIGTERM or SIGINT to this process, leaves no result. One that another process
+    runs already is left alone: two would write over each other.
     """
     folder = Path(folder)
     if before := Result.read(folder):
         return before.code
     job = Job.read(folder)
     begun, started = time.time(), time.monotonic()
-    with (folder / LOG).open("wb") as log, Ending() as ending:
-        hold(log.fileno())
+    with (folder / LOG).open("ab") as log, Ending() as ending:
+        if not hold(log.fileno()):
+            return _IS_HELD
+        log.truncate(0)
         code, peak = _run(job, log.fileno(), ending)
     if not ending.is_asked:
         Result(code, begun, time.monotonic() - started, peak, socket.gethostname()).write(folder)
@@ -53,7 +60,7 @@ def _run(job: Job, log: int, ending: "Ending") -> tuple[int, int | None]:
             start_new_session=True,
         )
     except OSError as error:
-        os.write(log, f"{printable(job.command[0])}: {error.strerror}\n".encode())
+        os.write(log, f"{printable(str(error.filename or job.command[0]))}: {error.strerror}\n".encode())
         return (_NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_EXECUTABLE), None
     ending.of(child.pid)
     _, status, usage = os.wait4(child.pid, 0)
@@ -116,10 +123,20 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _leave_parent() -> None:
+    """Go on as nobody's child: a Ray worker that ends kills its children, who then could not end what they started."""
+    if os.fork():
+        os._exit(0)
+
+
 def main() -> None:
-    """Run the job of the folder that is named, for as long as stdin is open."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    run_job(sys.argv[1])
+    """Run the job of the folder that is named, and exit with its code, as a shell does."""
+    if APART in sys.argv[2:]:
+        _leave_parent()
+    if LIFELINE in sys.argv[2:]:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    code = run_job(sys.argv[1])
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ class Job:
         cwd: the folder to run it in.
         variables: what it gets in its environment beside what is there.
         removed: what it does not get of it.
-        cpus, gpus: how many it is to have; 0: the engine's default.
+        cpus: how many it is to have; 0: the engine's default.
+        gpus: how many it is to have; None: the engine's default.
     """
 
     folder: Path
@@ -34,7 +35,7 @@ class Job:
     variables: Mapping[str, str] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
     cpus: int = 0
-    gpus: int = 0
+    gpus: int | None = None
 
     def write(self) -> None:
         """Write job.json, from which any process can run it."""
@@ -98,22 +99,33 @@ class Result:
             return f"ended by signal {-self.code}"
 
 
-def hold(log: int) -> None:
-    """Mark an open log as in use: by this process and all that inherit it, until the last of them has ended."""
-    with suppress(OSError):  # some disks have no locks
+def hold(log: int) -> bool:
+    """Mark an open log as in use: by this process and all that inherit it, until the last of them has ended.
+
+    Return False where another process has done so.
+    """
+    try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some disks have no locks
+        return True
+    return True
 
 
 def is_held(folder: Path) -> bool:
     """Tell whether processes of a former try at a folder's job still run, on this machine at least."""
     try:
-        with (folder / LOG).open("rb") as log:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        with (folder / LOG).open("r+b") as log:
+            return not hold(log.fileno())  # NFS locks only what is open for writing
     except OSError:
         return False
-    return False
+
+
+def note(folder: Path, text: str) -> None:
+    """Add a line to a job's log: what its engine knows of its end, where the job itself could not tell."""
+    with suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
+        log.write(f"{text}\n")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from surgery.engines.engine import Engine, State
+from surgery.engines.execute import LIFELINE
 from surgery.engines.job import Job
 from surgery.errors import SettingError
 from surgery.threads import cores
@@ -33,17 +34,23 @@ class LocalEngine(Engine):
     Args:
         jobs: how many at once; None: one for each GPU, or one.
         gpus: the GPUs to share out, as CUDA_VISIBLE_DEVICES names them; None: those that are here.
-        gpus_each: how many of them a job gets.
+        gpus_each: how many of them a job gets; None: one, if there are any.
+
+    Raises:
+        SettingError: there are fewer than a job is to get.
     """
 
     name: ClassVar[str] = "local"
 
-    def __init__(self, jobs: int | None = None, gpus: Sequence[str] | None = None, *, gpus_each: int = 1) -> None:
+    def __init__(
+        self, jobs: int | None = None, gpus: Sequence[str] | None = None, *, gpus_each: int | None = None
+    ) -> None:
         found = find_gpus() if gpus is None else list(gpus)
-        each = max(1, gpus_each)
-        self._shares = [",".join(found[i : i + each]) for i in range(0, len(found) - each + 1, each)]
-        if found and not self._shares:
+        each = min(1, len(found)) if gpus_each is None else gpus_each
+        if each > len(found):
             raise SettingError(f"--gpus: expected at most the {len(found)} that are here, got {each}. Take fewer.")
+        self._shares = [",".join(found[i : i + each]) for i in range(0, len(found) - each + 1, each)] if each else []
+        self._hides_gpus = bool(found) and not each
         self.slots = jobs or len(self._shares) or 1
         self._free = list(range(self.slots))
         self._waiting: deque[tuple[str, Job]] = deque()
@@ -85,7 +92,7 @@ class LocalEngine(Engine):
             slot = self._free.pop(0)
             replace(job, variables=self._share(job, slot) | dict(job.variables)).write()
             process = subprocess.Popen(
-                [sys.executable, "-m", "surgery.engines.execute", str(job.folder)],
+                [sys.executable, "-P", "-m", "surgery.engines.execute", str(job.folder), LIFELINE],
                 stdin=subprocess.PIPE,  # whose end tells the child that we are gone
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is ours to answer
@@ -94,11 +101,12 @@ class LocalEngine(Engine):
 
     def _share(self, job: Job, slot: int) -> dict[str, str]:
         """Return the variables that give a job its GPU or its share of the cores; the user's own count wins."""
-        if self._shares:
-            return {_GPUS: self._shares[slot % len(self._shares)]}
-        if not job.cpus and _THREADS in os.environ:
-            return {}
-        return {_THREADS: str(job.cpus or max(1, cores() // self.slots))}
+        share = {}
+        if self._shares or self._hides_gpus:
+            share[_GPUS] = self._shares[slot % len(self._shares)] if self._shares else ""
+        if job.cpus or not (self._shares or _THREADS in os.environ):
+            share[_THREADS] = str(job.cpus or max(1, cores() // self.slots))
+        return share
 
     def _free_slot(self, id: str) -> None:
         running = self._running.pop(id)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from surgery.engines.job import Job
-from surgery.escapes import shell_join
 from surgery.hooks.run.command import find_program
 from surgery.hooks.run.launch import SITE
 from surgery.hooks.run.options import is_own
@@ -16,7 +15,7 @@ from surgery.study.trial import REPORT, Trial
 _PATH = "PYTHONPATH"
 
 
-def make_job(trial: Trial, template: Template, cwd: Path, *, cpus: int = 0, gpus: int = 0) -> Job:
+def make_job(trial: Trial, template: Template, cwd: Path, *, cpus: int = 0, gpus: int | None = None) -> Job:
     """Return the job that runs a trial."""
     filled = template.fill(trial.seed, trial.out)
     words, removed, variables = filled.words, *_without_us(os.environ)
@@ -24,16 +23,6 @@ def make_job(trial: Trial, template: Template, cwd: Path, *, cpus: int = 0, gpus
         flags = [*trial.arm.flags(trial.seed), "--report", str(trial.folder / REPORT)]
         words = (sys.executable, "-m", "surgery", "run", *flags, "--", *words)
     return Job(trial.folder, words, cwd, variables | dict(filled.variables), removed, cpus, gpus)
-
-
-def shell_line(trial: Trial, template: Template, cwd: Path, *, cpus: int = 0) -> str:
-    """Return the command of a trial as a line for a shell, for a scheduler that we do not know.
-
-    It leaves in the trial's folder what an engine would.
-    """
-    trial.clear()
-    make_job(trial, template, cwd, cpus=cpus).write()
-    return shell_join([sys.executable, "-m", "surgery.engines.execute", str(trial.folder)])
 
 
 def check_program(template: Template) -> None:
