@@ -129,6 +129,10 @@ def _sweep(text: str) -> Iterable[Arm]:
     axes = [(word.partition("=")[0], word.partition("=")[2].split(",")) for word in _split(text)]
     if not axes or any(not name or not all(values) for name, values in axes):
         raise SettingError(f"sweep {text!r}: expected name=value,value,..., got something else. Correct it.")
+    if len({name for name, _ in axes}) < len(axes):
+        raise SettingError(
+            f"sweep {text!r}: expected each name once, got one twice. Write its values after one another."
+        )
     for values in product(*(values for _, values in axes)):
         chosen = {name: value for (name, _), value in zip(axes, values, strict=True)}
         yield _make(shlex.join(f"{name}={value}" for name, value in chosen.items()), chosen)

@@ -1,6 +1,5 @@
 """All that a study says: a summary of each arm, its difference from plain, and one line in plain words."""
 
-import math
 import statistics as basic
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,15 @@ LEAST_SEEDS = 3
 _SURE = 0.05
 _OF_NOTHING = ("matthews", "mcc", "kappa", "spearman", "pearson", "kendall")
 """Metrics of which 0 is what a model has that always gives one answer."""
+
+
+_LARGEST = 1e150
+"""Of a metric that is worth a mean: the square of a larger one is infinite."""
+
+
+def is_usable(value: float) -> bool:
+    """Tell whether a metric has a place in a mean: NaN, Inf and what a run that has diverged writes have none."""
+    return abs(value) <= _LARGEST
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class FailedBelow:
     def covers(self, value: float, *, minimize: bool) -> bool:
         """Tell whether a run with this score has failed; NaN and Inf have."""
         sign = -1 if minimize else 1
-        return not math.isfinite(value) or sign * value <= sign * self.value
+        return not is_usable(value) or sign * value <= sign * self.value
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ def find_failed(plain: Sequence[Run], metric: str, *, minimize: bool, asked: flo
         return FailedBelow(asked, "as asked")
     if not minimize and any(name in metric.lower() for name in _OF_NOTHING):
         return FailedBelow(0.0, "a model that always gives one answer has 0")
-    values = sorted((run.value for run in plain if math.isfinite(run.value)), reverse=minimize)
+    values = sorted((run.value for run in plain if is_usable(run.value)), reverse=minimize)
     counts = Counter(values)
     others = [value for value in values if value != values[0]] if values else []
     if not others or counts[values[0]] < 2:
@@ -143,7 +151,7 @@ def find_failed(plain: Sequence[Run], metric: str, *, minimize: bool, asked: flo
 
 
 def _alone(name: str, runs: Sequence[Run], threshold: FailedBelow | None, *, minimize: bool) -> ArmSummary:
-    values = [run.value for run in runs if math.isfinite(run.value)]
+    values = [run.value for run in runs if is_usable(run.value)]
     low, high = (min(values), max(values)) if values else (None, None)
     failed = sum(threshold.covers(run.value, minimize=minimize) for run in runs) if threshold else None
     return ArmSummary(
@@ -168,15 +176,15 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def _difference(plain: Sequence[Run], arm: Sequence[Run], tests: int) -> Difference | None:
-    before = {run.seed: run.value for run in plain if math.isfinite(run.value)}
-    pairs = [(before[run.seed], run.value) for run in arm if run.seed in before and math.isfinite(run.value)]
+    before = {run.seed: run.value for run in plain if is_usable(run.value)}
+    pairs = [(before[run.seed], run.value) for run in arm if run.seed in before and is_usable(run.value)]
     return compare_pairs(*zip(*pairs, strict=True), tests=tests) if pairs else None
 
 
 def _against(
     plain: ArmSummary, arm: ArmSummary, difference: Difference | None, p: float | None, *, minimize: bool
 ) -> ArmSummary:
-    both = [[value for value in one.values.values() if math.isfinite(value)] for one in (plain, arm)]
+    both = [[value for value in one.values.values() if is_usable(value)] for one in (plain, arm)]
     totals = [(one.failed, len(one.values)) for one in (plain, arm)]
     known = [(failed, total) for failed, total in totals if failed is not None and total]
     return replace(

@@ -64,6 +64,7 @@ def test_globs_with_spaces_and_several_of_them() -> None:
         (["noisytune=0.1"], ["noisytune=0.1,0.2"], "arm: expected each arm once, got 'noisytune=0.1' and"),
         ([], ["noisytune"], "sweep 'noisytune': expected name=value,value,..., got something else. Correct it."),
         ([], ["noisytune=0.1,,0.2"], "sweep 'noisytune=0.1,,0.2': expected name=value,value,..., got something else."),
+        ([], ["rdrop=1,2 rdrop=3"], "sweep 'rdrop=1,2 rdrop=3': expected each name once, got one twice."),
         (["plain"], [], "arm 'plain': expected name=value"),
     ],
     ids=lambda value: str(value)[:30],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgery.report.text import finite
 from surgery.report.widths import shorten
-from surgery.study.summary import figure
+from surgery.study.summary import figure, is_usable
 from surgery.study.trial import Status
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def runs_of(study: "Study") -> list[Runs]:
     """Return the runs of all arms, plain first."""
     found = []
     for arm in study.summaries:
-        values = tuple(value for value in arm.values.values() if math.isfinite(value))
+        values = tuple(value for value in arm.values.values() if is_usable(value))
         are_failed = tuple(map(study.is_failed, values))
         lost = len(arm.values) - len(values)
         state = "" if arm.values else _state(study, arm.name)
