@@ -43,7 +43,7 @@ def read_library(card: Path) -> str | None:
     """Return the library that a card names, if there is a card that names one."""
     try:
         found = read_fields(card, ("library_name",)).get("library_name")
-    except (OSError, ValueError, yaml.YAMLError):
+    except (FileNotFoundError, ValueError, yaml.YAMLError):
         return None
     return found if isinstance(found, str) else None
 

@@ -103,7 +103,7 @@ class _Files:
         """Return the JSON of a companion; None if there is none."""
         try:
             return json.loads(read_file(self.out / name)) if name in self.recipe.companions else None
-        except (OSError, ValueError, RecursionError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
 
     def read_config(self, name: str) -> Mapping[str, Any]:
