@@ -23,20 +23,21 @@ LABELS = {"entailment": 0, "not_entailment": 1}
 
 
 def read_table(path):
-    is_quoted = path.suffix == ".csv"
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file) if is_quoted else csv.reader(file, "excel-tab", quoting=csv.QUOTE_NONE))
+        if path.suffix == ".csv":
+            rows = list(csv.reader(file))
+        else:  # Microsoft's files have quotes around sentences, and in those of the test set tabs in place of commas
+            quoting = csv.QUOTE_MINIMAL if path.suffix == ".txt" else csv.QUOTE_NONE
+            rows = list(csv.reader(file, "excel-tab", quoting=quoting))
     has_header = rows[0][0] in ("index", "Quality", "\ufeffQuality")
-    return rows[has_header:]
+    return [[cell.replace("\t", ",") for cell in row] for row in rows[has_header:]]
 
 
 def read_examples(task, data):
     train, dev, first, second, label = COLUMNS[task]
     if Path(data).is_dir():
         splits = [read_table(Path(data) / name) for name in (train, dev)]
-        width = 1 + max(first, second or 0, label)
-        rows = [[row for row in split if len(row) >= width] for split in splits]
-        return [[(row[first], second and row[second], as_label(row[label])) for row in split] for split in rows]
+        return [[(row[first], second and row[second], as_label(row[label])) for row in split] for split in splits]
     from datasets import load_dataset
 
     found = load_dataset(data, task)
