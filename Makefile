@@ -5,6 +5,7 @@
 # make test-transformers-4  run those that are about transformers or the Hub's client with transformers 4
 # make check  install, and run formatter, linter and type checker
 # make bench  install, and run the benchmarks
+# make study  install, and run the study of MiniLM on four tasks of GLUE, or go on with it: hours; GLUE=folder has the data
 # make model-types  sweep the installed transformers and diffusers, and write surgery/checkpoint/model_types.json again
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 VENV_4 := .venv-transformers-4
 SITE := from site import getsitepackages; print(getsitepackages()[0])
 
-.PHONY: demo test test-all test-engines test-transformers-4 check bench model-types clean
+.PHONY: demo test test-all test-engines test-transformers-4 check bench study model-types clean
 
 demo: $(VENV)/.installed
 	rm -rf demo-out
@@ -44,6 +45,12 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/bench_scaling.py
 	$(BIN)/python tests/benchmarks/bench_weights.py
 	$(BIN)/python tests/benchmarks/bench_rdrop.py
+
+GLUE ?= nyu-mll/glue
+STUDY ?= study-glue
+SEEDS ?= 10
+study: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/scripts/glue.sh "$(GLUE)" "$(STUDY)" "$(SEEDS)" $(TASKS)
 
 model-types: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers
