@@ -50,6 +50,7 @@ GLUE ?= nyu-mll/glue
 STUDY ?= study-glue
 SEEDS ?= 10
 study: $(VENV)/.installed
+	test -d "$(GLUE)" || $(BIN)/python -m pip install --quiet -c constraints.txt datasets
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/scripts/glue.sh "$(GLUE)" "$(STUDY)" "$(SEEDS)" $(TASKS)
 
 model-types: $(VENV)/.installed

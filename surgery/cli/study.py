@@ -91,6 +91,9 @@ def study(arguments: tuple[str, ...], out: Path | None, *, plot: Path | None, as
     {seed} and {out} in COMMAND are filled in for each trial. Without -o, print what a STUDY has found so far. Exits 1
     where a trial has no metric.
     """
+    from surgery.study.statistics import check_scipy
+
+    check_scipy()
     _check_plot(plot, prints=asked["prints"])
     if out is None:
         _refuse_options(asked)
@@ -121,7 +124,9 @@ def compare(globs: tuple[str, ...], *, metric: str | None, plot: Path | None, as
     Each GLOB names the runs of one arm, and is quoted; the others are compared with the first.
     """
     from surgery.study.others import compare_runs
+    from surgery.study.statistics import check_scipy
 
+    check_scipy()
     _check_plot(plot)
     _finish(compare_runs(globs, metric=_needed(metric), **judged), plot=plot, as_json=as_json)
 

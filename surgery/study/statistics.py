@@ -9,11 +9,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from surgery.errors import SettingError
+
 RESAMPLES = 9999
 LEVEL = 0.95
 POWER = 0.8
 _SEED = 20200124
 _MOST_SEEDS = 10_000
+
+
+def check_scipy() -> None:
+    """Refuse to begin what could not be judged in the end.
+
+    Raises:
+        SettingError: SciPy is not installed.
+    """
+    try:
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise SettingError(
+            "surgery study: expected SciPy, got no such package. Install it with `pip install 'model-surgery[study]'`."
+        ) from error
 
 
 @dataclass(frozen=True)

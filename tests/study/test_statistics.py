@@ -2,11 +2,15 @@
 
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from scipy import stats
 
+from surgery.cli import main
 from surgery.study.statistics import compare_pairs, failed_p, holm, mean_interval, probability_of_improvement
 from surgery.study.summary import Run, summarize
 
@@ -176,3 +180,17 @@ def test_no_number_of_seeds_tells_what_is_equal() -> None:
     found = compare_pairs([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0])
     assert found is not None
     assert (found.mean, found.seeds_needed) == (0.0, None)
+
+
+def test_missing_scipy_is_refused_before_anything_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.chdir(tmp_path)
+    asked = ["-o", "study", "--seeds", "2", "--metric", "acc", "--arm", "mixout=1", "--", "python", "{seed}"]
+    for words in (["study", *asked], ["study", "compare", "a", "b", "--metric", "acc"]):
+        done = CliRunner().invoke(main, words)
+        assert (done.exit_code, done.stderr) == (
+            1,
+            "error: surgery study: expected SciPy, got no such package. Install it with "
+            "`pip install 'model-surgery[study]'`.\n",
+        )
+    assert not list(tmp_path.iterdir())
