@@ -37,8 +37,9 @@ def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["diff", "model.safetensors", "other.safetensors"], "  tensors      3 changed, 0 equal"),
         (["perturb", "model.safetensors", "--dry-run"], "  tensors      3 perturbed, 0 copied"),
         (["env", "--mixout", "0.7"], "export SURGERY_MIXOUT=0.7"),
+        (["study", "--help"], "Usage: -c study [OPTIONS] [STUDY | -- COMMAND...]"),
     ],
-    ids=["inspect", "stats", "diff", "dry-run", "env"],
+    ids=["inspect", "stats", "diff", "dry-run", "env", "study"],
 )
 def test_command_that_writes_nothing_needs_no_posix(arguments, line, tmp_path):
     write_weights(tmp_path / "model.safetensors", 0)
@@ -77,6 +78,11 @@ unpatch_model(model)
             1,
         ),
         (
+            ["study", "-o", "x", "--seeds", "2", "--metric", "acc", "--arm", "mixout=1", "--", "python", "{seed}"],
+            "surgery study: expected Linux or macOS, got Windows. Use WSL.",
+            1,
+        ),
+        (
             ["materialize", "nobody/nothing"],
             "surgery materialize: expected Linux or macOS, got Windows, which can neither lock a folder nor sync it to "
             "the disk. Use WSL, or call perturb_model in the script instead.",
@@ -88,7 +94,7 @@ unpatch_model(model)
             2,
         ),
     ],
-    ids=["perturb", "materialize", "run"],
+    ids=["perturb", "study", "materialize", "run"],
 )
 def test_command_that_windows_lacks_the_means_for_says_so(arguments, error, code, tmp_path):
     # other packages look at the platform when they are imported, and would want what is not here

@@ -93,6 +93,8 @@ def study(arguments: tuple[str, ...], out: Path | None, *, plot: Path | None, as
     """
     from surgery.study.statistics import check_scipy
 
+    if out is not None and sys.platform == "win32":
+        raise SettingError("surgery study: expected Linux or macOS, got Windows. Use WSL.")
     check_scipy()
     _check_plot(plot, prints=asked["prints"])
     if out is None:

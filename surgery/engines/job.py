@@ -1,6 +1,5 @@
 """A job: one command, run once, in a folder that it shares with whoever waits for it; and what came of it."""
 
-import fcntl
 import json
 import os
 import signal
@@ -104,6 +103,8 @@ def hold(log: int) -> bool:
 
     Return False where another process has done so.
     """
+    import fcntl  # not on Windows, where no job is run
+
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -137,5 +138,8 @@ def write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # fsync's has none
+        raise
     finally:
         part.unlink(missing_ok=True)

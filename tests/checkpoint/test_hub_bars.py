@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 from conftest import tensors
 from hub import Hub
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors.numpy import save
 
 from surgery import inspect_checkpoint, progress
@@ -32,6 +33,7 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     def use(late: float) -> None:
         monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+        enable_progress_bars()  # transformers' logging.disable_progress_bar is for the whole process
         for module in (progress, hub_of):
             monkeypatch.setattr(module, "is_notebook", lambda: True)
             monkeypatch.setattr(module, "LATE", late)
