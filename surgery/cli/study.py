@@ -10,7 +10,7 @@ import click
 from surgery.cli import options
 from surgery.cli.group import STUDY_CARD, command, main
 from surgery.cli.syntax import SurgeryCommand, echo_report
-from surgery.engines.registry import ENGINES
+from surgery.engines import ENGINES
 from surgery.errors import SettingError
 from surgery.exit_codes import FAILED
 

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+from surgery.engines import ENGINES
 from surgery.engines.engine import Engine
 from surgery.errors import SettingError
-
-ENGINES = ("local", "ray", "slurm")
 
 
 def open_engine(
