@@ -4,11 +4,13 @@ import errno
 import itertools
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import clean_env, command, tree_digest, write_json, write_sharded
 from helpers.faults import CALLS, build, failing
+from hub import Hub
 
 _COMMANDS = {
     "perturb": ("perturb", "source", "-o", "out"),
@@ -82,3 +84,47 @@ def test_failing_call_is_one_line_with_its_file(name: str, call: str, nth: int, 
 @pytest.mark.parametrize("name", _COMMANDS)
 def test_every_failing_call_is_one_line_with_its_file(name: str, call: str, root: Path) -> None:
     assert any(not _is_hit(root, name, call, nth) for nth in itertools.count(1))
+
+
+@pytest.fixture(scope="module")
+def pushed(root: Path) -> Iterator[Callable[[str, int], bool]]:
+    """Push with a call that fails, as _is_hit does it for what needs no Hub."""
+    with Hub() as hub:
+        online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.login("me"), "HF_HUB_OFFLINE": "0"}
+        words = ("push", "fresh", "me/noisy")
+
+        def push(call: str, nth: int) -> bool:
+            hub.repos.pop("me/noisy", None)
+            hub.stored.clear()
+            hit = root / "hit"
+            hit.unlink(missing_ok=True)
+            shutil.rmtree(root / "work/cache", ignore_errors=True)
+            faults = failing(root / "faults.so", call, errno.EIO, root / "work", nth=nth, hit=hit)
+            done = _run(root, *words, env=online | faults)
+            if not hit.exists():
+                return False
+            if done.returncode:
+                assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+                assert done.stderr.startswith("error: ")
+                names = [path.name for path in (root / "work/fresh").iterdir()]
+                named = any(name in done.stderr for name in (str(root), "fresh/", "error: fresh:", *names))
+                assert named, done.stderr
+                assert _run(root, *words, env=online).returncode == 0
+            files = {name: data for name, data in hub.repos["me/noisy"].files.items() if name.endswith(".safetensors")}
+            assert files == {path.name: path.read_bytes() for path in (root / "work/fresh").glob("*.safetensors")}
+            return True
+
+        yield push
+
+
+@pytest.mark.parametrize(("call", "nth"), [("open", 4), ("read", 6), ("stat", 8)])
+def test_failing_call_of_a_push_is_one_line_with_its_file(
+    call: str, nth: int, pushed: Callable[[str, int], bool]
+) -> None:
+    assert pushed(call, nth)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("call", CALLS)
+def test_every_failing_call_of_a_push_is_one_line_with_its_file(call: str, pushed: Callable[[str, int], bool]) -> None:
+    assert any(not pushed(call, nth) for nth in itertools.count(1))

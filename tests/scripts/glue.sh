@@ -24,14 +24,14 @@ main() {
 
 for each in ${@:-cola rte mrpc stsb sweeps}; do
     case $each in
-    cola) main cola eval_matthews 1000 3e-4 ;;
-    rte) main rte eval_accuracy 1000 1e-4 ;;
+    cola) main cola eval_matthews 1000 2e-4 ;;
+    rte) main rte eval_accuracy 500 1e-4 ;;
     mrpc) main mrpc eval_f1 500 2e-4 ;;
-    stsb) main stsb eval_spearman 500 3e-4 ;;
+    stsb) main stsb eval_spearman 500 2e-4 ;;
     sweeps)
         study cola-sweeps eval_matthews 5 --sweep noisytune=0.05,0.1,0.15,0.2,0.25,0.3 \
             --sweep mixout=0.1,0.3,0.5,0.7,0.8,0.9 --sweep rdrop=0.5,1,2,5 --sweep "rdrop=1 rdrop-every=2,5" -- \
-            python "$here/glue.py" --model "$model" --data "$data" --task cola --train_size 1000 --lr 3e-4 \
+            python "$here/glue.py" --model "$model" --data "$data" --task cola --train_size 1000 --lr 2e-4 \
             --seed "{seed}" --output_dir "{out}"
         ;;
     esac
