@@ -17,9 +17,10 @@ from surgery.checkpoint.hub_errors import PUSH, HttpLibraryError, one_line, wait
 from surgery.display import Brief
 from surgery.errors import OutputError, SettingError
 from surgery.escapes import shell_join
+from surgery.io_errors import naming
 from surgery.progress import has_widgets, is_notebook, is_shown
 from surgery.push.collection import add_to_collection
-from surgery.push.contents import Contents, read_contents
+from surgery.push.contents import Contents, LocalFile, read_contents
 from surgery.push.remote import PushPlan, RemoteRevision, plan_push, read_revision
 
 _TRIES = 5
@@ -231,7 +232,7 @@ def _send(api: HfApi, options: PushOptions, plan: PushPlan) -> Pushed:
 
 def _commit(api: HfApi, options: PushOptions, plan: PushPlan) -> Pushed:
     remote = plan.remote
-    additions = [CommitOperationAdd(item.name, item.content) for item in plan.changed]
+    additions = [_addition(item) for item in plan.changed]
     for addition, item in zip(additions, plan.changed, strict=True):
         addition.upload_info.sha256 = bytes.fromhex(item.sha256)  # it was checked, and need not be read once more
     opens_pull = options.create_pr and remote.pull is None
@@ -251,6 +252,11 @@ def _commit(api: HfApi, options: PushOptions, plan: PushPlan) -> Pushed:
             "Correct that file."
         )
     return Pushed(str(done.pr_url or plan.pull_url or done.commit_url), done.oid, plan)
+
+
+def _addition(item: LocalFile) -> CommitOperationAdd:
+    with naming(item.content if isinstance(item.content, Path) else item.name):
+        return CommitOperationAdd(item.name, item.content)
 
 
 @contextmanager
