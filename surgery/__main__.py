@@ -1,8 +1,13 @@
 """The process of the command line: of the script `surgery`, and of `python -m surgery`."""
 
+import os
 import sys
 
-from surgery import interrupts
+try:
+    from surgery import interrupts
+except KeyboardInterrupt:  # in the milliseconds before it can answer by itself, in its words
+    os.write(2, b"interrupted: run the same command again.\n")
+    os._exit(130)
 
 
 def main() -> None:
