@@ -20,8 +20,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from surgery import io_errors
 from surgery.errors import OutputError, SourceError, SurgeryError
-from surgery.io_errors import advice, cause
 
 HttpLibraryError: Any = [kind for kind in HfHubHTTPError.__mro__ if kind.__module__ != "builtins"][-1]
 """What huggingface_hub raises when there is no connection: its HTTP library's own errors; which library depends on its
@@ -68,7 +68,6 @@ _HINTS = {
     403: "Ask for access at {url}, or `hf auth login` with a token that has it.",
     429: "Wait{wait}, or `hf auth login` for a higher limit.",
 }
-_UPLOADED = re.compile(r"uploading '(.+)' to the Hub")
 _GARBLED = (
     "expected answers of the Hub from {hub}, got others. "
     "Check HF_ENDPOINT, and that no proxy or login page is in between."
@@ -121,20 +120,9 @@ def one_line(what: str, repo_id: str, wording: Wording) -> Iterator[None]:
         root = _root_of(error)
         if isinstance(root, RuntimeError) and not _is_xet(root):  # not the Hub's
             raise
-        raise wording.kind(f"{what}: {_of_a_file(error, root) or _explain(root, repo_id, wording)}") from error
-
-
-def _of_a_file(error: BaseException, root: BaseException) -> str | None:
-    """Say which file a disk failed to give to an upload: the client's own error names it, and no more."""
-    file = _UPLOADED.search(str(error))
-    if (
-        not file
-        or not isinstance(root, OSError)
-        or root.errno is None
-        or isinstance(root, ConnectionError | TimeoutError)
-    ):
-        return None
-    return f"expected {file[1]} to be readable, got {cause(root)}. {advice(root)}"
+        if wording is PUSH and isinstance(root, OSError) and root.filename is not None:  # a disk's, not the Hub's
+            raise wording.kind(io_errors.one_line(root)) from error
+        raise wording.kind(f"{what}: {_explain(root, repo_id, wording)}") from error
 
 
 def _root_of(error: BaseException) -> BaseException:

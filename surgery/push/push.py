@@ -5,10 +5,10 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -20,7 +20,7 @@ from surgery.escapes import shell_join
 from surgery.io_errors import naming
 from surgery.progress import has_widgets, is_notebook, is_shown
 from surgery.push.collection import add_to_collection
-from surgery.push.contents import Contents, LocalFile, read_contents
+from surgery.push.contents import Contents, read_contents
 from surgery.push.remote import PushPlan, RemoteRevision, plan_push, read_revision
 
 _TRIES = 5
@@ -232,7 +232,7 @@ def _send(api: HfApi, options: PushOptions, plan: PushPlan) -> Pushed:
 
 def _commit(api: HfApi, options: PushOptions, plan: PushPlan) -> Pushed:
     remote = plan.remote
-    additions = [_addition(item) for item in plan.changed]
+    additions = [_Addition(item.name, item.content) for item in plan.changed]
     for addition, item in zip(additions, plan.changed, strict=True):
         addition.upload_info.sha256 = bytes.fromhex(item.sha256)  # it was checked, and need not be read once more
     opens_pull = options.create_pr and remote.pull is None
@@ -254,9 +254,21 @@ def _commit(api: HfApi, options: PushOptions, plan: PushPlan) -> Pushed:
     return Pushed(str(done.pr_url or plan.pull_url or done.commit_url), done.oid, plan)
 
 
-def _addition(item: LocalFile) -> CommitOperationAdd:
-    with naming(item.content if isinstance(item.content, Path) else item.name):
-        return CommitOperationAdd(item.name, item.content)
+class _Addition(CommitOperationAdd):
+    """A file to commit, which is named in what a disk says while huggingface_hub reads it."""
+
+    def __post_init__(self) -> None:
+        with self._naming():
+            super().__post_init__()
+
+    @contextmanager
+    def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
+        with self._naming(), super().as_file(with_tqdm) as file:
+            yield file
+
+    def _naming(self) -> AbstractContextManager[None]:
+        is_path = isinstance(self.path_or_fileobj, str | Path)
+        return naming(str(self.path_or_fileobj) if is_path else self.path_in_repo)
 
 
 @contextmanager
