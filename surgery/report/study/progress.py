@@ -1,6 +1,5 @@
 """How far a study is: a bar with the time left on a terminal, and a line for each trial."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.escapes import printable
+from surgery.progress import is_shown
 from surgery.study.summary import figure
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 @contextmanager
 def following(metric: str) -> Iterator[Callable[["Progress"], None]]:
     """Show how far a study is, on stderr, for the body, which calls what it is given for each trial."""
-    disabled = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
-    if disabled or not sys.stderr.isatty():
+    if not is_shown():
         begun = time.monotonic()
         first: list[int] = []
 

@@ -4,20 +4,9 @@ import html
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from browser import Tab, find_chromium, opened
-from studies import hostile, twelve_arms, two_arms, write_page
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Studies of 2 and of 12 arms, and one of hostile names and logs, each with its page."""
-    root = tmp_path_factory.mktemp("pages")
-    for name, make in (("two", two_arms), ("twelve", twelve_arms), ("hostile", hostile)):
-        write_page(make(root / name))
-    return {name: root / name for name in ("two", "twelve", "hostile")}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from studies import ENVIRONMENT, HOSTILE, REASON, draw_scores, hostile, make_study, twelve_arms, two_arms, write_page
+from studies import ENVIRONMENT, HOSTILE, REASON, draw_scores, make_study, write_page
 
 from surgery.report.study import logs
 from surgery.report.study.html import Html, escape, table, tag
@@ -15,15 +15,6 @@ from surgery.study.collect import collect
 from surgery.study.trial import Status
 
 _VOID = {"meta"}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Studies of 2 and of 12 arms, and one of hostile names and logs, each with its page."""
-    root = tmp_path_factory.mktemp("pages")
-    for name, make in (("two", two_arms), ("twelve", twelve_arms), ("hostile", hostile)):
-        write_page(make(root / name))
-    return {name: root / name for name in ("two", "twelve", "hostile")}
 
 
 @pytest.fixture(scope="module")
