@@ -1,15 +1,11 @@
-"""Shared helpers: seeded tiny checkpoints, the real command line in a subprocess, digests of whole folders."""
+"""Fixtures of all tests: the command line in a process of its own or here, a tiny checkpoint, a Hub."""
 
 import contextlib
-import hashlib
-import json
 import os
 import signal
 import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,34 +13,12 @@ from weakref import WeakKeyDictionary
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core already; read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
+from checkpoints import tree_digest, write_json, write_weights
 from click.testing import CliRunner
-from safetensors.numpy import save_file
+from commands import Ran, clean_env, command
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
-Tensors = dict[str, np.ndarray]
-
-_OF_THE_USER = ("HF_", "HUGGING", "SURGERY_")
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-def clean_env(**extra: str) -> dict[str, str]:
-    """The environment of a command under test: none of the user's Hub settings, and no Hub at all unless given."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_USER)}
-    return env | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | extra
-
-
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "surgery", *map(str, args)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -138,59 +112,6 @@ def refuses(run_here: Callable[..., Ran], tmp_path: Path) -> Callable[..., None]
         assert tree_digest(tmp_path, skip="hf-home") == before
 
     return check
-
-
-def tree_digest(root: Path, *, skip: str = "") -> dict[str, str]:
-    """Sha256 of every file below `root`, or where it links to, by name; folders too."""
-    digests = {}
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if skip and name.split("/")[0] == skip:
-            continue
-        if path.is_symlink():
-            digests[name] = f"link to {path.readlink()}"
-        elif path.is_file():
-            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            digests[name] = "folder" if path.is_dir() else "special"
-    return digests
-
-
-def tensors(seed: int = 0, names: tuple[str, ...] = ("dense.weight", "dense.bias", "out.weight")) -> Tensors:
-    rng = np.random.default_rng(seed)
-    shapes = {"bias": (8,), "weight": (16, 8)}
-    return {name: rng.standard_normal(shapes[name.rpartition(".")[2]]).astype(np.float32) for name in names}
-
-
-def write_json(path: Path, document: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document), encoding="utf-8")
-
-
-def write_weights(path: Path, seed: int = 0, **kwargs: Any) -> Tensors:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = tensors(seed, **kwargs)
-    save_file(written, path, metadata={"format": "pt"})
-    return written
-
-
-def write_sharded(folder: Path, *, stem: str = "model") -> Tensors:
-    """Write three shards with their index."""
-    weight_map = {}
-    everything: Tensors = {}
-    for number in (1, 2, 3):
-        shard = f"{stem}-{number:05}-of-00003.safetensors"
-        names = (f"layer.{number}.weight", f"layer.{number}.bias")
-        everything |= write_weights(folder / shard, number, names=names)
-        weight_map |= dict.fromkeys(names, shard)
-    size = sum(array.nbytes for array in everything.values())
-    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
-    return everything
-
-
-def raw_safetensors(header: bytes, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """A safetensors file of any header, true or not."""
-    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
 
 
 @pytest.fixture

@@ -269,3 +269,13 @@ def test_imports_in_the_wrong_direction_are_found(tmp_path):
 def test_lazy_imports_by_name_are_known():
     users = {name for name, path in modules(ROOT).items() if "import_module(" in path.read_text(encoding="utf-8")}
     assert users == {"surgery", "surgery.hooks", "surgery.hooks.registry"}
+
+
+def test_nothing_is_imported_from_conftest():
+    """A folder may have its own, and pytest calls each `conftest`: what is shared is in tests/helpers."""
+    found = [
+        path
+        for path in (ROOT / "tests").rglob("*.py")
+        if path != Path(__file__) and "from conftest" in path.read_text()
+    ]
+    assert found == []

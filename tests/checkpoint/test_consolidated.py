@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
+from checkpoints import tree_digest
 from click.testing import CliRunner
-from conftest import tree_digest
 from safetensors.torch import load_file, save_file
 
 torch = pytest.importorskip("torch")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import tree_digest, write_json, write_weights
 from click.testing import CliRunner
-from conftest import tree_digest, write_json, write_weights
 from safetensors.torch import load_file, save_file
 
 torch = pytest.importorskip("torch")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import raw_safetensors, write_json, write_weights
+from checkpoints import raw_safetensors, write_json, write_weights
 from safetensors.numpy import save
 
 from surgery.checkpoint.foreign_files import kind_of_file, kind_of_folder

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import Ran, tensors, tree_digest
+from checkpoints import tensors, tree_digest
+from commands import Ran
 from hub import FLIPPED, Hub
 from safetensors.numpy import load_file, save
 

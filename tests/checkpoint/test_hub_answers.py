@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ran, tensors
+from checkpoints import tensors
+from commands import Ran
 from hub import Hub
 from safetensors.numpy import save
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import tensors
+from checkpoints import tensors
 from hub import Hub
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors.numpy import save

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import raw_safetensors, tensors
+from checkpoints import raw_safetensors, tensors
 from hub import FLOODED, Hub
 from safetensors.numpy import save
 

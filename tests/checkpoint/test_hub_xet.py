@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import clean_env, tensors
+from checkpoints import tensors
+from commands import clean_env
 from hub import DROPPED, TRUNCATED, Hub
 from hub_xet import xet_hash
 from safetensors.numpy import save

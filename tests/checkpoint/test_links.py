@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from checkpoints import tensors, tree_digest, write_json, write_sharded, write_weights
 from click.testing import CliRunner, Result
-from conftest import tensors, tree_digest, write_json, write_sharded, write_weights
 
 from surgery.cli import main
 

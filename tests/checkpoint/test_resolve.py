@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Ran, raw_safetensors, tensors, tree_digest, write_json, write_sharded, write_weights
+from checkpoints import raw_safetensors, tensors, tree_digest, write_json, write_sharded, write_weights
+from commands import Ran
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import tree_digest, write_weights
 from click.testing import CliRunner, Result
-from conftest import tree_digest, write_weights
 from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch")

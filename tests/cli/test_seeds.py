@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Ran, tree_digest
+from checkpoints import tree_digest
+from commands import Ran
 
 from surgery import Recipe, perturb_checkpoint
 

@@ -1,6 +1,6 @@
 """Two processes that train one patched model between them, each beside its own run of the whole in one process.
 
-Run as `python -m tests.helpers.ranks RANK FOLDER CASE...`; what each case measured is left in FOLDER as JSON.
+Run as `python -m ranks RANK FOLDER CASE...`; what each case measured is left in FOLDER as JSON.
 """
 
 import json

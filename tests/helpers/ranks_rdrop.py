@@ -1,6 +1,6 @@
 """Two processes that train one model under R-Drop, beside the mean of each rank's own two explicit passes.
 
-Run as `python -m tests.helpers.ranks_rdrop RANK FOLDER CASE...`; what each case measured is left in FOLDER as JSON.
+Run as `python -m ranks_rdrop RANK FOLDER CASE...`; what each case measured is left in FOLDER as JSON.
 """
 
 import sys
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import main
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery import RDrop, patch_model, stats, unpatch_model
-from tests.helpers.ranks import main
 
 SIZE, CLASSES, ROWS, ALPHA, STEPS = 8, 5, 4, 1.5, 3
 TWO = RDrop(ALPHA, passes="two")

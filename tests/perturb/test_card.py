@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
-from conftest import Ran, tensors, tree_digest, write_json, write_weights
+from checkpoints import tensors, tree_digest, write_json, write_weights
+from commands import Ran
 from hub import Hub
 from huggingface_hub import ModelCard
 from safetensors.numpy import save

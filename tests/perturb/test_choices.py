@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Ran, tree_digest, write_json
+from checkpoints import tree_digest, write_json
+from commands import Ran
 from safetensors.numpy import load_file, save_file
 
 from surgery import Recipe, inspect_checkpoint, materialize_checkpoint, perturb_checkpoint, verify_checkpoint

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Ran, clean_env, command, tree_digest, write_json, write_weights
+from checkpoints import tree_digest, write_json, write_weights
+from commands import Ran, clean_env, command
 from helpers.faults import build, failing
 from safetensors.numpy import save_file
 

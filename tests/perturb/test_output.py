@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Ran, clean_env, command, tree_digest, write_json, write_sharded, write_weights
+from checkpoints import tree_digest, write_json, write_sharded, write_weights
+from commands import Ran, clean_env, command
 from safetensors.numpy import save_file
 
 JOURNAL = "surgery.unfinished.json"

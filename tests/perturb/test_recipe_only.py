@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Ran, tree_digest, write_sharded
+from checkpoints import tree_digest, write_sharded
+from commands import Ran
 
 from surgery import OutputError, materialize_checkpoint, perturb_checkpoint, verify_checkpoint
 

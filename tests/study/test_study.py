@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ran, clean_env, command, tree_digest
+from checkpoints import tree_digest
+from commands import Ran, clean_env, command
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TRAIN = (sys.executable, SCRIPTS / "scored.py", "--seed", "{seed}", "--out", "{out}")

@@ -1,51 +1,10 @@
 """Two processes that train a patched model between them do what one does with all the rows: DDP and FSDP 2 on gloo."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
-from filelock import FileLock
+from ranks import CASES, STEPS
+from two_ranks import Found, launched, measured
 
-from tests.conftest import clean_env
-from tests.helpers.ranks import CASES, STEPS
-
-ROOT = Path(__file__).parents[3]
-Found = dict[str, dict[str, Any]]
 TOLERANCE = 1e-12
-
-
-def launch(folder: Path, names: list[str], *, module: str = "ranks") -> list[Found]:
-    """Run cases of a module in two processes, and return what each has measured."""
-    environment = clean_env(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment |= {"GLOO_SOCKET_IFNAME": "lo"}
-    folder.mkdir()
-    ranks = []
-    try:
-        for rank in ("0", "1"):
-            command = [sys.executable, "-m", f"tests.helpers.{module}", rank, str(folder), *names]
-            with (folder / f"{rank}.log").open("w") as log:
-                ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
-        codes = [process.wait(timeout=120) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], (folder / "0.log").read_text() + (folder / "1.log").read_text()
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def launched(tmp_path_factory: pytest.TempPathFactory, module: str, names: list[str]) -> list[Found]:
-    """What every case measured, by rank: launched once, also when pytest-xdist spreads the tests over processes."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / module
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            launch(shared, names, module=module)
-    return [json.loads((shared / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +18,6 @@ TRAINED = [
     if name not in ("fsdp bf16 before", "fsdp bf16 after", "fsdp folder", "fsdp eval", "fsdp cpu")
 ]
 SHARDED = [name for name in TRAINED if name.startswith("fsdp") and "state_dict" not in name]
-
-
-def measured(found: list[Found], name: str) -> list[dict[str, Any]]:
-    """What both ranks have measured in a case."""
-    assert [rank[name].get("error") for rank in found] == [None, None]
-    return [rank[name] for rank in found]
 
 
 @pytest.mark.parametrize("name", TRAINED)

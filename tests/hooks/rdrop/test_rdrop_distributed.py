@@ -1,9 +1,8 @@
 """R-Drop on two gloo processes, DDP and FSDP 2: the gradient is the mean of those of each rank's two passes."""
 
 import pytest
-
-from tests.helpers.ranks_rdrop import CASES, STEPS
-from tests.hooks.mixout.test_mixout_distributed import Found, launched, measured
+from ranks_rdrop import CASES, STEPS
+from two_ranks import Found, launched, measured
 
 TOLERANCE = 1e-12
 

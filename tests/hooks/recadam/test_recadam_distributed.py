@@ -1,10 +1,9 @@
 """RecAdam on two gloo processes, DDP and FSDP 2: what one process does with all the rows."""
 
 import pytest
-
-from tests.helpers.ranks import STEPS
-from tests.helpers.ranks_recadam import CASES
-from tests.hooks.mixout.test_mixout_distributed import Found, launched, measured
+from ranks import STEPS
+from ranks_recadam import CASES
+from two_ranks import Found, launched, measured
 
 TOLERANCE = 1e-12
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import seeded
-from conftest import Ran
+from commands import Ran
 
 SCRIPT = """
 import sys

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import clean_env
-from conftest import command as surgery
+from commands import clean_env
+from commands import command as surgery
 from runs import python
 
 RUN = ("run", "--mixout", "0.7", "--allow-inactive", "--")

@@ -7,7 +7,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import clean_env
+from commands import clean_env
 from runs import ROOT, python
 
 from surgery.hooks.run.launch import SITE

@@ -9,7 +9,7 @@ import event_files
 import pytest
 import seeded
 import torch
-from conftest import tree_digest
+from checkpoints import tree_digest
 from torch import nn
 from trainers import Reporter, trained, trainer
 from transformers import TrainerCallback
