@@ -52,7 +52,7 @@ def as_label(text):
     return LABELS[text] if text in LABELS else float(text)
 
 
-def collate(tokenizer, max_length):
+def collate(tokenizer, max_length, device):
     def function(rows):
         first, second, labels = zip(*rows, strict=True)
         batch = tokenizer(
@@ -63,7 +63,7 @@ def collate(tokenizer, max_length):
             max_length=max_length,
             return_tensors="pt",
         )
-        return batch, torch.tensor(labels)
+        return batch.to(device), torch.tensor(labels, device=device)
 
     return function
 
@@ -110,6 +110,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
     options = parser.parse_args()
 
     train, dev = read_examples(options.task, options.data)
@@ -119,8 +120,9 @@ def main():
     torch.manual_seed(options.seed)
     outputs = 1 if options.task == "stsb" else 2
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=outputs)
-    with_padding = collate(tokenizer, options.max_length)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=outputs).to(device)
+    with_padding = collate(tokenizer, options.max_length, device)
     batches = DataLoader(train, options.batch_size, shuffle=True, drop_last=True, collate_fn=with_padding)
     dev.sort(key=lambda row: len(row[0]) + len(row[1] or ""))
     dev_batches = DataLoader(dev, 64, collate_fn=with_padding)
@@ -128,13 +130,15 @@ def main():
     decayed = [w for name, w in model.named_parameters() if w.ndim > 1 and "LayerNorm" not in name]
     others = [w for name, w in model.named_parameters() if w.ndim <= 1 or "LayerNorm" in name]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=options.bf16)
     total = options.epochs * len(batches)
     schedule = get_linear_schedule_with_warmup(optimizer, total // 10, total)
     for epoch in range(options.epochs):
         model.train()
         for batch, labels in batches:
-            logits = model(**batch).logits
+            with autocast:
+                logits = model(**batch).logits.float()
             if options.task == "stsb":
                 loss = torch.nn.functional.mse_loss(logits[:, 0], labels.float())
             else:
@@ -146,7 +150,8 @@ def main():
             optimizer.zero_grad()
         print(f"epoch {epoch + 1}: loss {loss.item():.4f}", flush=True)
 
-    found = evaluate(options.task, model, dev_batches)
+    with autocast:
+        found = evaluate(options.task, model, dev_batches)
     print(" ".join(f"{name}={value:.6f}" for name, value in found.items()))
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)
     (Path(options.output_dir) / "eval_results.json").write_text(json.dumps(found, indent=1))

@@ -18,7 +18,7 @@ main() {
     study "$1" "$2" "$seeds" --arm noisytune=0.15 --arm mixout=0.7 --arm mixout=0.9 --arm rdrop=1 --arm anchor=0.01 \
         --arm "recadam=500 recadam-k=0.2 recadam-t0=30" --arm "noisytune=0.15 mixout=0.7" \
         --arm "noisytune=0.15 mixout=0.7 rdrop=1 anchor=0.01" -- \
-        python "$here/glue.py" --model "$model" --data "$data" --task "$1" --train_size "$3" --lr "$4" \
+        python "$here/glue.py" --bf16 --model "$model" --data "$data" --task "$1" --train_size "$3" --lr "$4" \
         --seed "{seed}" --output_dir "{out}"
 }
 
@@ -31,7 +31,7 @@ for each in ${@:-cola rte mrpc stsb sweeps}; do
     sweeps)
         study cola-sweeps eval_matthews 5 --sweep noisytune=0.05,0.1,0.15,0.2,0.25,0.3 \
             --sweep mixout=0.1,0.3,0.5,0.7,0.8,0.9 --sweep rdrop=0.5,1,2,5 --sweep "rdrop=1 rdrop-every=2,5" -- \
-            python "$here/glue.py" --model "$model" --data "$data" --task cola --train_size 1000 --lr 2e-4 \
+            python "$here/glue.py" --bf16 --model "$model" --data "$data" --task cola --train_size 1000 --lr 2e-4 \
             --seed "{seed}" --output_dir "{out}"
         ;;
     esac
