@@ -7,9 +7,13 @@ sees the masks of the first one; a generator of our own would silently draw othe
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+
+from surgery.kernels import masks
+from surgery.kernels.tensors import as_array
 
 _REMEMBERED = 4096
 """Draws of a tied weight that may still be recomputed: its uses in all forward passes that wait for their backward."""
@@ -52,12 +56,40 @@ class Draw:
     def mask(self, like: torch.Tensor) -> torch.Tensor:
         """Return the mask on the device of `like`, as draw_mask does."""
         if like.device.type == "cpu":
-            return _finish(
-                _numpy_mask(self.seed, self.shape, self.chance.share).to(_dtype(like)), self.repeats, self.chance
-            )
+            mask = masks.draw_mask(self.seed, self.chance.share, math.prod(self.shape)).reshape(self.shape)
+            return _finish(torch.from_numpy(mask).to(_dtype(like)), self.repeats, self.chance)
         generator = torch.Generator(like.device).manual_seed(self.seed)
         empty = torch.empty(self.shape, dtype=_dtype(like), device=like.device)
         return _finish(empty.bernoulli_(self.chance.share, generator=generator), self.repeats, self.chance)
+
+    def is_fused(self, *tensors: torch.Tensor) -> bool:
+        """Tell whether the kernels take these, and so make the mask while they use it."""
+        return all(
+            tensor.shape == self.shape
+            and tensor.device.type == "cpu"
+            and tensor.dtype in (torch.float32, torch.float64)
+            and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            for tensor in tensors
+        )
+
+    def mix(self, w: torch.Tensor, w_pre: torch.Tensor) -> torch.Tensor:
+        """Return w_pre + (w - w_pre) * m / (1 - p)."""
+        out = torch.empty(w.shape, dtype=w.dtype)
+        masks.mix(_array(w), _array(w_pre), **self._mask(self.chance.scale), out=as_array(out))
+        return out
+
+    def gate(self, grad: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return grad * m * scale."""
+        out = torch.empty(grad.shape, dtype=grad.dtype)
+        masks.gate(_array(grad), **self._mask(scale), out=as_array(out))
+        return out
+
+    def _mask(self, scale: float) -> dict[str, Any]:
+        return {"seed": self.seed, "share": self.chance.share, "scale": scale}
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return as_array(tensor.detach().contiguous())
 
 
 def draw_mask(shape: tuple[int, ...], repeats: int, chance: Chance, like: torch.Tensor) -> torch.Tensor:
@@ -116,10 +148,3 @@ class SharedSeeds:
 def draw_seed() -> int:
     """Draw from the CPU's global generator, whatever the device: reading it back costs no synchronization."""
     return int(torch.randint(2**63 - 1, (), device="cpu"))
-
-
-def _numpy_mask(seed: int, shape: tuple[int, ...], share: float) -> torch.Tensor:
-    # 1 ns per element on one core; torch's own bernoulli_ takes 9
-    size = math.prod(shape)
-    bits = np.random.SFC64(seed).random_raw((size + 1) // 2).view(np.uint32)[:size]
-    return torch.from_numpy(bits < np.uint32(min(round(share * 2**32), 2**32 - 1))).view(shape)

@@ -14,7 +14,7 @@ Pretrained = Callable[[torch.Tensor], torch.Tensor]
 """Gives w_pre, dense, on the device and in the dtype of the weight that it is handed."""
 
 
-def mix(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, *, chance: Chance) -> torch.Tensor:
+def mix(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor | Draw, *, chance: Chance) -> torch.Tensor:
     """Return w_pre + (w - w_pre) * m / (1 - p): w_pre where the mask is 0, also for p = 1.
 
     Mixout, Lee et al., arXiv 1909.11299, eq. 5. One fused pass in float32 and float64. In float16 and bfloat16 two
@@ -22,8 +22,12 @@ def mix(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, *, chance: Cha
 
     Args:
         w, w_pre: floating point, of one shape, dtype and device.
-        mask: as draw_mask makes it for w; broadcasts over w.
+        mask: as draw_mask makes it for w, which broadcasts over w; or what makes it, without a derivative.
     """
+    if isinstance(mask, Draw):
+        if mask.is_fused(w, w_pre):
+            return mask.mix(w, w_pre)
+        mask = mask.mask(w)
     if mask.dtype != torch.bool:
         return torch.lerp(w_pre, w, mask)
     return torch.where(mask, torch.lerp(w_pre, w, chance.scale), w_pre)
@@ -41,25 +45,35 @@ class _Mix(torch.autograd.Function):
     """Mix with a backward of its own: with the authors' derivative, grad * m, or with a mask that is drawn again."""
 
     @staticmethod
-    def forward(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor, _: Draw | None, rule: Rule) -> torch.Tensor:
+    def forward(w: torch.Tensor, w_pre: torch.Tensor, mask: torch.Tensor | Draw, rule: Rule) -> torch.Tensor:
         return mix(w, w_pre, mask, chance=rule.chance)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG004
-        _, _, mask, ctx.draw, ctx.rule = inputs
+        _, _, mask, ctx.rule = inputs
+        ctx.draw = mask if isinstance(mask, Draw) else None
         if ctx.draw is None:
             ctx.save_for_backward(mask)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        mask = ctx.saved_tensors[0] if ctx.draw is None else ctx.draw.mask(grad)
-        if ctx.rule.is_official:
-            slope = torch.where(mask.bool(), grad, 0)
-        elif mask.dtype == torch.bool:
-            slope = torch.where(mask, grad * ctx.rule.chance.scale, 0)
-        else:
-            slope = grad * mask
-        return slope, None, None, None, None
+        return _slope(grad, ctx.draw or ctx.saved_tensors[0], ctx.rule), None, None, None
+
+
+def _slope(grad: torch.Tensor, mask: torch.Tensor | Draw, rule: Rule) -> torch.Tensor:
+    """Return dL/dw of dL/dW_mix."""
+    scale = 1.0 if rule.is_official else rule.chance.scale
+    if isinstance(mask, Draw):
+        is_followed = torch.is_grad_enabled() and grad.requires_grad  # by a second derivative
+        if mask.is_fused(grad) and not is_followed:
+            return mask.gate(grad, scale)
+        mask = mask.mask(grad)
+    if rule.is_official:
+        return torch.where(mask.bool(), grad, 0)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, grad * scale, 0)
+    slope: torch.Tensor = grad * mask
+    return slope
 
 
 def mixed_weight(
@@ -76,16 +90,15 @@ def mixed_weight(
         W_mix. Eager, it is a Shadow, and where it can be a MixedWeight: a tensor that whatever function it is passed to
         saves as a recipe.
     """
-    draw = mask if isinstance(mask, Draw) else None
-    drawn = mask.mask(w) if isinstance(mask, Draw) else mask
-    if draw is None and not rule.is_official:
-        mixed = mix(w, pretrained(w), drawn, chance=rule.chance)
+    mixed: torch.Tensor
+    if isinstance(mask, Draw) or rule.is_official:
+        mixed = _Mix.apply(w, pretrained(w), mask, rule)  # type: ignore[no-untyped-call]
     else:
-        mixed = _Mix.apply(w, pretrained(w), drawn, draw, rule)  # type: ignore[no-untyped-call]
+        mixed = mix(w, pretrained(w), mask, chance=rule.chance)
     if is_traced or torch._C._are_functorch_transforms_active():
         return mixed
     if not torch.is_grad_enabled() or not _may_hook():
-        shadow = mixed.as_subclass(Shadow)
+        shadow: Shadow = mixed.as_subclass(Shadow)
     else:
         shadow = mixed.as_subclass(MixedWeight)
         shadow.again = _Again(w, w._version, pretrained, mask, rule.chance)
@@ -195,8 +208,7 @@ class _Again:
         if self.w._version != self.version:
             raise RuntimeError(_stale(self.w))
         with torch.no_grad():
-            mask = self.mask.mask(self.w) if isinstance(self.mask, Draw) else self.mask
-            return mix(self.w, self.pretrained(self.w), mask, chance=self.chance)
+            return mix(self.w, self.pretrained(self.w), self.mask, chance=self.chance)
 
 
 def _stale(tensor: torch.Tensor) -> str:

@@ -1,4 +1,4 @@
-/* The arithmetic of the noise contract (surgery/noise.py), and the sums of inspect and diff, on raw tensor storage.
+/* The arithmetic of the noise contract (surgery/noise.py), the sums of inspect and diff, and masks, on raw storage.
  *
  * plain.py says the same in NumPy, with the meaning of every argument. There is no Python in here: ctypes calls the
  * exported functions at the end, without the GIL. Each is written once, as a body that is compiled again for every
@@ -631,6 +631,143 @@ BODY void add_noise_of(int level, int dtype, char *w, int64_t n, uint64_t first_
         add_noise_to(level, BF16, w, n, first_block, k0, k1, scale, is_normal, is_stochastic, out);
 }
 
+/* -- Mixout's masks: m of element i is whether its word is below a threshold ------------------------------------- */
+
+enum { STREAMS = 8, WARM_UP = 18 };
+
+/* Write a block's words by eight generators SFC64 (Doty-Humphrey, PractRand) side by side, the low half of each number
+ * first; V is N of the eight. */
+#define DRAW_PAIRS(name, features, V, N)                                                                              \
+    features static void name(uint64_t seed, uint64_t block, uint32_t words[BLOCK])                                   \
+    {                                                                                                                 \
+        V a[STREAMS / N], b[STREAMS / N], c[STREAMS / N];                                                             \
+        for (int j = 0; j < STREAMS; j++) {                                                                           \
+            const uint64_t start[3] = {seed, block * STREAMS + (uint64_t)j, 0x9E3779B97F4A7C15u};                     \
+            memcpy((uint64_t *)a + j, &start[0], sizeof *start);                                                      \
+            memcpy((uint64_t *)b + j, &start[1], sizeof *start);                                                      \
+            memcpy((uint64_t *)c + j, &start[2], sizeof *start);                                                      \
+        }                                                                                                             \
+        for (int round = 0; round < WARM_UP + BLOCK / (2 * STREAMS); round++)                                         \
+            for (int j = 0; j < STREAMS / N; j++) {                                                                   \
+                const V drawn = a[j] + b[j] + (uint64_t)(round + 1);                                                  \
+                a[j] = b[j] ^ (b[j] >> 11);                                                                           \
+                b[j] = c[j] + (c[j] << 3);                                                                            \
+                c[j] = ((c[j] << 24) | (c[j] >> 40)) + drawn;                                                         \
+                if (round >= WARM_UP)                                                                                 \
+                    memcpy(words + 2 * ((round - WARM_UP) * STREAMS + j * N), &drawn, sizeof drawn);                  \
+            }                                                                                                         \
+    }
+
+#ifdef HAS_LEVELS
+typedef uint64_t Two64 __attribute__((vector_size(16)));
+typedef uint64_t Four64 __attribute__((vector_size(32)));
+typedef uint64_t Eight64 __attribute__((vector_size(64)));
+DRAW_PAIRS(draw_pairs_sse2, __attribute__((target("sse2"))), Two64, 2)
+DRAW_PAIRS(draw_pairs_avx2, __attribute__((target("avx2"))), Four64, 4)
+DRAW_PAIRS(draw_pairs_avx512, __attribute__((target("avx512f"))), Eight64, 8)
+#else
+DRAW_PAIRS(draw_pairs_one, , uint64_t, 1)
+#endif
+
+BODY void draw_pairs(int level, uint64_t seed, uint64_t block, uint32_t words[BLOCK])
+{
+#ifdef HAS_LEVELS
+    if (level == AVX512)
+        draw_pairs_avx512(seed, block, words);
+    else if (level == AVX2)
+        draw_pairs_avx2(seed, block, words);
+    else
+        draw_pairs_sse2(seed, block, words);
+#else
+    (void)level;
+    draw_pairs_one(seed, block, words);
+#endif
+}
+
+BODY void draw_mask_of(int level, uint64_t seed, uint32_t threshold, int64_t n, char *out)
+{
+    uint32_t words[BLOCK];
+    for (uint64_t block = 0; n > 0; block++, n -= BLOCK, out += BLOCK) {
+        char mask[BLOCK];
+        draw_pairs(level, seed, block, words);
+        for (int i = 0; i < BLOCK; i++)
+            mask[i] = words[i] < threshold;
+        memcpy(out, mask, (size_t)(n < BLOCK ? n : BLOCK));
+    }
+}
+
+#define FOR_MASKED(suffix, VALUE)                                                                                     \
+    /* of a run of a block; compilers vectorize it where they know how long it is */                                  \
+    BODY void mix_run_##suffix(const char *w, const char *w_pre, const uint32_t *words, uint32_t threshold,           \
+                               VALUE scale, int n, char *out)                                                         \
+    {                                                                                                                 \
+        for (int i = 0; i < n; i++) {                                                                                 \
+            VALUE own = read_##suffix(w, i), pre = read_##suffix(w_pre, i);                                           \
+            VALUE other = own + (own - pre) * (scale - 1);                                                            \
+            VALUE mixed = words[i] < threshold ? other : pre;                                                         \
+            memcpy(out + i * (int64_t)sizeof mixed, &mixed, sizeof mixed);                                            \
+        }                                                                                                             \
+    }                                                                                                                 \
+                                                                                                                      \
+    BODY void gate_run_##suffix(const char *grad, const uint32_t *words, uint32_t threshold, VALUE scale, int n,      \
+                                char *out)                                                                            \
+    {                                                                                                                 \
+        for (int i = 0; i < n; i++) {                                                                                 \
+            VALUE passed = read_##suffix(grad, i) * scale;                                                            \
+            VALUE gated = words[i] < threshold ? passed : 0;                                                          \
+            memcpy(out + i * (int64_t)sizeof gated, &gated, sizeof gated);                                            \
+        }                                                                                                             \
+    }                                                                                                                 \
+                                                                                                                      \
+    BODY void mix_##suffix(int level, const char *w, const char *w_pre, uint64_t seed, uint32_t threshold,            \
+                           VALUE scale, int64_t n, char *out)                                                         \
+    {                                                                                                                 \
+        const int64_t step = BLOCK * (int64_t)sizeof(VALUE);                                                          \
+        uint32_t words[BLOCK];                                                                                        \
+        for (uint64_t block = 0; n > 0; block++, n -= BLOCK, w += step, w_pre += step, out += step) {                 \
+            draw_pairs(level, seed, block, words);                                                                    \
+            if (n >= BLOCK)                                                                                           \
+                mix_run_##suffix(w, w_pre, words, threshold, scale, BLOCK, out);                                      \
+            else                                                                                                      \
+                mix_run_##suffix(w, w_pre, words, threshold, scale, (int)n, out);                                     \
+        }                                                                                                             \
+    }                                                                                                                 \
+                                                                                                                      \
+    BODY void gate_##suffix(int level, const char *grad, uint64_t seed, uint32_t threshold, VALUE scale, int64_t n,   \
+                            char *out)                                                                                \
+    {                                                                                                                 \
+        const int64_t step = BLOCK * (int64_t)sizeof(VALUE);                                                          \
+        uint32_t words[BLOCK];                                                                                        \
+        for (uint64_t block = 0; n > 0; block++, n -= BLOCK, grad += step, out += step) {                             \
+            draw_pairs(level, seed, block, words);                                                                    \
+            if (n >= BLOCK)                                                                                           \
+                gate_run_##suffix(grad, words, threshold, scale, BLOCK, out);                                         \
+            else                                                                                                      \
+                gate_run_##suffix(grad, words, threshold, scale, (int)n, out);                                        \
+        }                                                                                                             \
+    }
+
+FOR_MASKED(f32, float)
+FOR_MASKED(f64, double)
+
+BODY void mix_of(int level, int dtype, const char *w, const char *w_pre, uint64_t seed, uint32_t threshold, double scale,
+                 int64_t n, char *out)
+{
+    if (dtype == F64)
+        mix_f64(level, w, w_pre, seed, threshold, scale, n, out);
+    else
+        mix_f32(level, w, w_pre, seed, threshold, (float)scale, n, out);
+}
+
+BODY void gate_of(int level, int dtype, const char *grad, uint64_t seed, uint32_t threshold, double scale, int64_t n,
+                  char *out)
+{
+    if (dtype == F64)
+        gate_f64(level, grad, seed, threshold, scale, n, out);
+    else
+        gate_f32(level, grad, seed, threshold, (float)scale, n, out);
+}
+
 /* -- what is exported: `level` is at most surgery_level() ------------------------------------------------------- */
 
 #ifdef HAS_LEVELS
@@ -685,6 +822,14 @@ EXPORTED(add_noise,
          (int level, int dtype, char *w, int64_t n, uint64_t first_block, uint32_t k0, uint32_t k1, double scale,
           int is_normal, int is_stochastic, double *out),
          (level, dtype, w, n, first_block, k0, k1, scale, is_normal, is_stochastic, out))
+EXPORTED(draw_mask, (int level, uint64_t seed, uint32_t threshold, int64_t n, char *out), (level, seed, threshold, n, out))
+EXPORTED(mix,
+         (int level, int dtype, const char *w, const char *w_pre, uint64_t seed, uint32_t threshold, double scale,
+          int64_t n, char *out),
+         (level, dtype, w, w_pre, seed, threshold, scale, n, out))
+EXPORTED(gate,
+         (int level, int dtype, const char *grad, uint64_t seed, uint32_t threshold, double scale, int64_t n, char *out),
+         (level, dtype, grad, seed, threshold, scale, n, out))
 
 /* -- the sums of tensors in files, read as much at a time as stays in a core's cache ------------------------------ */
 

@@ -15,6 +15,7 @@ from surgery.noise import BLOCK
 Place = tuple[int, int]
 """A file's descriptor, and where in it elements begin, in bytes."""
 _CODES = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
+_WIDE = {8: _CODES["F64"], 4: _CODES["F32"]}
 _INT, _LONG, _DOUBLE, _ARRAY = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _TYPES = {
     "moments": [_INT, _INT, _ARRAY, _LONG, _DOUBLE, _ARRAY],
@@ -23,6 +24,9 @@ _TYPES = {
     "add_noise": [
         _INT, _INT, _ARRAY, _LONG, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, _DOUBLE, _INT, _INT, _ARRAY,
     ],
+    "draw_mask": [_INT, ctypes.c_uint64, ctypes.c_uint32, _LONG, _ARRAY],
+    "mix": [_INT, _INT, _ARRAY, _ARRAY, ctypes.c_uint64, ctypes.c_uint32, _DOUBLE, _LONG, _ARRAY],
+    "gate": [_INT, _INT, _ARRAY, ctypes.c_uint64, ctypes.c_uint32, _DOUBLE, _LONG, _ARRAY],
     "summarize_file": [_INT, _INT, _INT, _LONG, _LONG, _DOUBLE, _ARRAY, _ARRAY, _ARRAY],
     "compare_files": [
         _INT, _INT, _INT, _LONG, _INT, _LONG, _LONG, _DOUBLE, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _ARRAY,
@@ -31,7 +35,7 @@ _TYPES = {
 _TELLING = ("summarize_file", "compare_files")
 LEVELS = ("baseline", "AVX2", "AVX-512")
 """The instruction sets that the functions are compiled for; on other processors than x86-64 the first alone."""
-_PROBE = "a6d06024fe2511975a1977179bbb50f3"
+_PROBE = "91f9799bc92e41bf5fcc7d77e3490930"
 
 
 class Native:
@@ -102,6 +106,17 @@ class Native:
         noise = first_block, *key, scale, is_normal, is_stochastic
         self._library.surgery_add_noise(self.level, _CODES[dtype], _at(w), w.size, *noise, _at(out))
 
+    def draw_mask(self, seed: int, threshold: int, out: np.ndarray) -> None:
+        self._library.surgery_draw_mask(self.level, seed, threshold, out.size, _at(out))
+
+    def mix(self, w: np.ndarray, w_pre: np.ndarray, seed: int, threshold: int, scale: float, out: np.ndarray) -> None:
+        mask = seed, threshold, scale
+        self._library.surgery_mix(self.level, _WIDE[w.itemsize], _at(w), _at(w_pre), *mask, w.size, _at(out))
+
+    def gate(self, grad: np.ndarray, seed: int, threshold: int, scale: float, out: np.ndarray) -> None:
+        mask = seed, threshold, scale
+        self._library.surgery_gate(self.level, _WIDE[grad.itemsize], _at(grad), *mask, grad.size, _at(out))
+
 
 def _at(array: np.ndarray) -> int:
     assert array.flags.c_contiguous
@@ -132,4 +147,10 @@ def is_exact(kernels: ModuleType | Native) -> bool:
         kernels.summarize(pattern if finite else w, dtype, 1.0, found, keys, counts)
         kernels.compare(noisy, w, dtype, both, pairs)
         digest.update(b"".join(part.tobytes() for part in (moments, found, both, keys, counts, pairs)))
+    for kind in ("f4", "f8"):
+        w = pattern.view(np.int16).astype(kind)
+        mixed, gated = np.empty_like(w), np.empty_like(w)
+        kernels.mix(w, w[::-1].copy(), 3, 2**30, 4 / 3, mixed)
+        kernels.gate(w, 3, 2**30, 4 / 3, gated)
+        digest.update(mixed.tobytes() + gated.tobytes())
     return digest.hexdigest() == _PROBE

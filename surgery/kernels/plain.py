@@ -1,4 +1,4 @@
-"""The arithmetic of the noise contract, and the sums of inspect and diff, in NumPy, for a reader and where C is not.
+"""The arithmetic of the noise contract, the sums of inspect and diff, and masks, in NumPy: to read, and where C is not.
 
 Every function fills arrays that it is given, as those of `native` do and with the same bits. Storage is flat, starts on
 a block boundary, and has dtype cpu.STORAGE[dtype]: float16 and bfloat16 travel as uint16.
@@ -10,6 +10,7 @@ import numpy as np
 
 from surgery.noise import BLOCK, LANES, NOISE_STREAM, ROUNDING_STREAM, SAMPLED_BLOCKS, SECOND_STREAM, UNIT_STD
 
+_WARM_UP = 18  # rounds of SFC64 that nobody sees
 _STEP = 64  # blocks at a time: some MB for each temporary
 _CENTRAL = (
     (2509.0809287301226727, 33430.575583588128105, 67265.770927008700853, 45921.953931549871457,
@@ -256,3 +257,39 @@ def _effect(new: np.ndarray, old: np.ndarray, drawn: np.ndarray, first_block: in
     sums = np.stack([_fold(change * noise), _fold(noise * noise), _fold(change * change)], axis=1)
     sums[(first_block + np.arange(len(sums))) % SAMPLED_BLOCKS != 0] = 0.0
     return np.column_stack([sums, is_infinite])
+
+
+# -- Mixout's masks ---------------------------------------------------------------------------------------------------
+
+
+def draw_mask(seed: int, threshold: int, out: np.ndarray) -> None:
+    """Fill out, flat bools, with m: whether an element's word is below the threshold."""
+    streams, rounds = 8, BLOCK // 16
+    b = np.arange(-(-out.size // BLOCK) * streams, dtype=np.uint64)
+    a, c = np.full_like(b, seed), np.full_like(b, 0x9E3779B97F4A7C15)
+    words = np.empty((rounds, b.size), np.uint64)
+    for counter in range(1, _WARM_UP + rounds + 1):  # SFC64 of Chris Doty-Humphrey's PractRand
+        drawn = a + b + np.uint64(counter)
+        a, b = b ^ (b >> np.uint64(11)), c + (c << np.uint64(3))
+        c = ((c << np.uint64(24)) | (c >> np.uint64(40))) + drawn
+        if counter > _WARM_UP:
+            words[counter - _WARM_UP - 1] = drawn
+    blocks = words.reshape(rounds, -1, streams).transpose(1, 0, 2)
+    pairs = np.stack([blocks & np.uint64(0xFFFFFFFF), blocks >> np.uint64(32)], axis=-1)
+    out[:] = pairs.reshape(-1)[: out.size] < threshold
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def mix(w: np.ndarray, w_pre: np.ndarray, seed: int, threshold: int, scale: float, out: np.ndarray) -> None:
+    """Fill out with w + (w - w_pre) * (scale - 1) where m is 1, and w_pre elsewhere; float32 or float64."""
+    mask = np.empty(w.shape, bool)
+    draw_mask(seed, threshold, mask)
+    out[:] = np.where(mask, w + (w - w_pre) * (w.dtype.type(scale) - w.dtype.type(1)), w_pre)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def gate(grad: np.ndarray, seed: int, threshold: int, scale: float, out: np.ndarray) -> None:
+    """Fill out with grad * scale where m is 1, and 0 elsewhere; float32 or float64."""
+    mask = np.empty(grad.shape, bool)
+    draw_mask(seed, threshold, mask)
+    out[:] = np.where(mask, grad * grad.dtype.type(scale), 0)

@@ -1,5 +1,6 @@
 """The kernels called on torch tensors: on the CPU in place, on CUDA with Triton, elsewhere by way of the CPU."""
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +24,17 @@ def flatten(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements in row-major order where a kernel can take them: a view if that is possible, else a copy."""
     flat = tensor.detach().contiguous().view(-1)
     return flat if flat.device.type == "cpu" or (flat.is_cuda and has_triton()) else flat.cpu()
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """View the memory of a contiguous tensor on the CPU: flat, float16 and bfloat16 as uint16.
+
+    Tensor.numpy does the same, and no one may resize the storage from then on, as FSDP does.
+    """
+    memory: Any = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    memory.owner = tensor  # lives as long as what looks at it
+    array: np.ndarray = np.frombuffer(memory, f"{'u' if tensor.element_size() == 2 else 'f'}{tensor.element_size()}")
+    return array
 
 
 def moments(tensor: torch.Tensor, dtype: str, pool: ThreadPoolExecutor) -> tuple[np.ndarray, float]:
@@ -59,7 +71,7 @@ def add_noise(tensor: torch.Tensor, dtype: str, pool: ThreadPoolExecutor, **how:
 
 
 def _pieces(w: torch.Tensor) -> list[np.ndarray]:
-    storage = w.view(torch.int16).numpy().view(np.uint16) if w.element_size() == 2 else w.numpy()
+    storage = as_array(w)
     return [storage[start : start + _PIECE] for start in range(0, storage.size, _PIECE)]
 
 

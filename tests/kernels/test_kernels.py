@@ -8,8 +8,9 @@ import pytest
 import reference
 import torch
 
-from surgery.kernels import backends, cpu, native, plain
+from surgery.kernels import backends, cpu, masks, native, plain
 from surgery.kernels.plain import narrow, narrow_stochastic, widen
+from surgery.noise import BLOCK
 from surgery.noisytune import merge_blocks
 
 SIZES = [1, 2, 1023, 1024, 1025, 4095, 4096, 4097, 70_000]
@@ -169,3 +170,52 @@ def test_add_noise_measures_its_effect(dtype):
     change = values(w, dtype).double().numpy() - old
     expected = [np.sum((a * b)[sampled]) for a, b in ((change, drawn), (drawn, drawn), (change, change))]
     assert np.allclose(sums.sum(0)[:3], expected, rtol=1e-5)
+
+
+# -- Mixout's masks
+
+
+def test_masks_are_those_of_numpys_own_generator():
+    """The generator j of block b starts from (seed, 8 b + j, golden ratio), and its first 18 numbers are left out."""
+    seed, size = 2**63 + 5, 3 * BLOCK - 7
+    words = np.empty((3, BLOCK // 16, 8), np.uint64)
+    generator = np.random.SFC64()
+    for block, stream in np.ndindex(3, 8):
+        state = np.array([seed, 8 * block + stream, 0x9E3779B97F4A7C15, 1], np.uint64)
+        generator.state = generator.state | {"state": {"state": state}, "has_uint32": 0}
+        words[block, :, stream] = generator.random_raw(18 + BLOCK // 16)[18:]
+    for share in (0.0, 0.1, 0.5, 0.9):
+        expected = words.reshape(-1).view(np.uint32)[:size] < round(share * 2**32)
+        assert (masks.draw_mask(seed, share, size) == expected).all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
+def test_masks_are_independent_with_the_share_that_is_asked_for(share):
+    n = 64 * BLOCK
+    drawn = np.stack([masks.draw_mask(seed, share, n) for seed in (0, 1, 2, 2**32, 2**62)]).astype(float) - share
+    z = drawn / math.sqrt(share * (1 - share))
+    assert np.abs(z.mean(1)).max() < 4.5 / math.sqrt(n)
+    seeds = z @ z.T / n
+    assert np.abs(seeds - np.diag(np.diag(seeds))).max() < 4.5 / math.sqrt(n)
+    for lag in (1, 2, 8, 15, 16, 17, 32, BLOCK, 2 * BLOCK):
+        assert abs(z[0, lag:] @ z[0, :-lag]) / n < 4.5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("kind", ["f4", "f8"])
+@pytest.mark.parametrize("p", [0.1, 0.7, 0.9, 1.0])
+@np.errstate(invalid="ignore")
+def test_mix_and_gate_are_the_formula(kind, p):
+    w, w_pre = np.random.default_rng(0).standard_normal((2, 10_000)).astype(kind)
+    w[:3], w_pre[2] = [np.nan, np.inf, 1.0], -0.0
+    scale, mixed, gated = 1 / (1 - p) if p < 1 else 0.0, np.empty_like(w), np.empty_like(w)
+    how = {"seed": 3, "share": 1 - p, "scale": scale}
+    masks.mix(w, w_pre, **how, out=mixed)
+    masks.gate(w, **how, out=gated)
+    mask = masks.draw_mask(3, 1 - p, w.size)
+    assert mixed[~mask].tobytes() == w_pre[~mask].tobytes()
+    assert gated[~mask].tobytes() == np.zeros_like(w[~mask]).tobytes()
+    wide, wide_pre = w.astype(np.longdouble), w_pre.astype(np.longdouble)
+    largest = np.maximum(np.abs(wide), np.abs(wide_pre)) * max(scale, 1)
+    error = np.abs(mixed - (wide_pre + (wide - wide_pre) * mask * scale)) / largest
+    assert np.nanmax(error[3:]) < 4 * np.finfo(kind).eps
+    assert np.nanmax(np.abs(gated - wide * mask * scale)[3:] / largest[3:]) < np.finfo(kind).eps

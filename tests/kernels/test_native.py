@@ -159,6 +159,20 @@ def test_sums_of_a_file_that_is_too_short_are_none(tmp_path):
     assert summarize_file((closed, 0), 1, "F32", 0.0) is None
 
 
+def masked(kernels, kind: str, n: int, threshold: int) -> list[bytes]:
+    w, w_pre = np.random.default_rng(n).standard_normal((2, n)).astype(kind)
+    mask, mixed, gated = np.empty(n, bool), np.empty_like(w), np.empty_like(w)
+    kernels.draw_mask(2**64 - n, threshold, mask)
+    kernels.mix(w, w_pre, 2**64 - n, threshold, 10 / 3, mixed)
+    kernels.gate(w, 2**64 - n, threshold, 10 / 3, gated)
+    return [part.tobytes() for part in (mask, mixed, gated)]
+
+
+def test_masks_have_the_bits_of_numpy(kernels):
+    cases = list(product(("f4", "f8"), SIZES, (0, 2**30, 2**32 - 1)))
+    assert [case for case in cases if masked(kernels, *case) != masked(plain, *case)] == []
+
+
 def test_storage_need_not_be_aligned(kernels):
     for dtype in cpu.STORAGE:
         w = weights(dtype, 5000)
@@ -171,6 +185,17 @@ def test_storage_need_not_be_aligned(kernels):
             kernels.add_noise(where, dtype, 0, (1, 2), 0.125, False, False, out)
             results.append((where.tobytes(), out.tobytes()))
         assert results[0] == results[1]
+    for kind in ("f4", "f8"):
+        room = np.zeros((5000 + 1) * np.dtype(kind).itemsize, np.uint8)
+        w, out, shifted = (
+            np.arange(5000, dtype=kind),
+            np.empty(5000, kind),
+            room[1 : 1 - np.dtype(kind).itemsize].view(kind),
+        )
+        kernels.mix(w, -w, 1, 2**31, 2.0, out)
+        shifted[:] = w
+        kernels.mix(shifted, -w, 1, 2**31, 2.0, shifted)
+        assert shifted.tobytes() == out.tobytes()
 
 
 def test_both_pass_the_probe(kernels):

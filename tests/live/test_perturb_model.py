@@ -139,6 +139,12 @@ def test_perturb_model_leaves_everything_but_the_values() -> None:
     assert not torch.equal(model.pooler.dense.weight, old)
 
 
+def test_perturb_model_leaves_storage_resizable() -> None:
+    model = torch.nn.Linear(4, 3)
+    perturb_model(model)
+    assert model.weight.untyped_storage().resizable()
+
+
 def test_perturb_model_never_perturbs_buffers() -> None:
     model = torch.nn.Linear(8, 8)
     model.register_buffer("shift", torch.randn(8))  # a name that no file would tell from a parameter's

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The study of the README: sh glue.sh DATA OUT SEEDS [TASK...], with `surgery` and its python on PATH.
-# DATA is nyu-mll/glue, or a folder with the tasks' own files. The same command goes on where it was stopped.
+# DATA is nyu-mll/glue, or a folder with the tasks' own files. The same command goes on where it was stopped. JOBS are
+# run at once.
 set -eu
 data=$1 out=$2 seeds=$3
 shift 3
@@ -11,7 +12,7 @@ mkdir -p "$out"
 study() {
     name=$1 metric=$2 n=$3
     shift 3
-    surgery study -o "$out/$name" --seeds "$n" --metric "$metric" "$@" || [ $? = 1 ] # 1: a trial without a metric
+    surgery study -o "$out/$name" --seeds "$n" --metric "$metric" --jobs "${JOBS:-1}" "$@" || [ $? = 1 ] # 1: a trial without a metric
 }
 
 main() {

@@ -581,3 +581,14 @@ def test_layers_that_run_in_eval_mode_are_named_at_the_end() -> None:
     model[0].train()
     model(torch.ones(2, 4)).sum().backward()
     assert model.__dict__[PATCH].regularizers[0].remarks() == []
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+def test_storage_stays_resizable(granularity: str) -> None:
+    """FSDP resizes that of whole weights, which Tensor.numpy would forbid from then on."""
+    layer = nn.Linear(4, 3)
+    patch_model(layer, mixout=Mixout(0.5, granularity=granularity))
+    layer(torch.randn(2, 4)).sum().backward()
+    assert layer.weight.grad is not None
+    for tensor in (layer.weight, layer.weight.grad):
+        assert tensor.untyped_storage().resizable()
