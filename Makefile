@@ -6,6 +6,7 @@
 # make check  install, and run formatter, linter and type checker
 # make bench  install, and run the benchmarks
 # make study  install, and run the study of MiniLM on four tasks of GLUE, or go on with it: hours; GLUE=folder has the data
+# make study-tables  write the tables of README and cards from its trials; STUDY=folder takes those of a new study first
 # make model-types  sweep the installed transformers and diffusers, and write surgery/checkpoint/model_types.json again
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 VENV_4 := .venv-transformers-4
 SITE := from site import getsitepackages; print(getsitepackages()[0])
 
-.PHONY: demo test test-all test-engines test-transformers-4 check bench study model-types clean
+.PHONY: demo test test-all test-engines test-transformers-4 check bench study study-tables model-types clean
 
 demo: $(VENV)/.installed
 	rm -rf demo-out
@@ -52,6 +53,9 @@ SEEDS ?= 10
 study: $(VENV)/.installed
 	test -d "$(GLUE)" || $(BIN)/python -m pip install --quiet -c constraints.txt datasets
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/scripts/glue.sh "$(GLUE)" "$(STUDY)" "$(SEEDS)" $(TASKS)
+
+study-tables: $(VENV)/.installed
+	$(BIN)/python tests/make_glue_tables.py $(wildcard $(STUDY))
 
 model-types: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers
