@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from surgery.errors import some
 from surgery.study.arms import PLAIN, Arm
 from surgery.study.plan import Plan
 from surgery.study.summary import ArmSummary, FailedBelow, Run, summarize
@@ -74,7 +75,7 @@ def _same_scores(plain: Sequence[Run], threshold: FailedBelow | None) -> list[st
     for value, same in groupby(scored, key=lambda run: repr(run.value)):
         seeds = sorted(run.seed for run in same)
         if len(seeds) > 1:
-            named = ", ".join(map(str, seeds[:5])) + (", ..." if len(seeds) > 5 else "")
+            named = some([str(seed) for seed in seeds])
             notes.append(
                 f"seeds {named} of plain give the same score, {value}: does the script ignore its seed, or is the "
                 "score too coarse?"
@@ -87,7 +88,7 @@ def _several_places(results: Sequence[TrialResult]) -> list[str]:
     places = {result.metric.file.rpartition("/")[2] for result in results if result.metric}
     if len(places) < 2:
         return []
-    return [f"the metric was found in different files: {', '.join(sorted(places)[:4])}. See trials.csv"]
+    return [f"the metric was found in different files: {some(sorted(places))}. See trials.csv"]
 
 
 def _edited(results: Sequence[TrialResult]) -> list[str]:
