@@ -52,7 +52,8 @@ def take_root(model: Any, *, may_be_compiled: bool = False) -> nn.Module:
             raise SourceError(f"{path}: expected Python modules, got TorchScript. Patch the model before scripting it.")
         if is_fsdp1(module):
             raise SourceError(
-                f"{path}: expected whole weights or FSDP 2, got FSDP 1, which flattens them. Use fully_shard."
+                f"{path}: expected whole weights or FSDP 2, got FSDP 1, which flattens them. Use fully_shard, or "
+                "`accelerate launch --fsdp_version 2`."
             )
     return root
 

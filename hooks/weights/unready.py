@@ -34,7 +34,7 @@ def refuse_unready(targets: Iterable[Named]) -> None:
         elif is_zero3_shard(weight):
             fault, remedy = _ZERO3
         elif is_flat(weight):
-            fault, remedy = "one flattened by FSDP 1", "Use fully_shard, that is FSDP 2."
+            fault, remedy = "one flattened by FSDP 1", "Use fully_shard, or `accelerate launch --fsdp_version 2`."
         else:
             continue
         raise _error(target.name, fault, remedy)

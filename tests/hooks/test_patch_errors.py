@@ -330,7 +330,7 @@ def test_fsdp_1_is_refused_before_and_after_patching(use_orig_params: bool) -> N
         return FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
 
     message = "FullyShardedDataParallel: expected whole weights or FSDP 2, got FSDP 1, which flattens them. Use fully"
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match=f"{message}.* `accelerate launch --fsdp_version 2`"):
         patch_model(shard(two()))
     with pytest.raises(SourceError, match=f"^0.{re.escape(_TAKEN)}$"):
         shard(patch_model(two(), mixout=0.5))(torch.ones(1, 3))
