@@ -183,6 +183,11 @@ class Patch:
         for regularizer in self.regularizers:
             regularizer.after_step(optimizer, is_closure=is_closure)
 
+    def act_on_gradients(self) -> None:
+        """Have methods that act in optimizer steps act in backward passes, as far as they can."""
+        for regularizer in self.regularizers:
+            self._handles += regularizer.act_on_gradients()
+
     def resume(self, steps: int) -> None:
         """Go on as after so many optimizer steps of a run that is resumed."""
         for regularizer in self.regularizers:

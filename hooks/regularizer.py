@@ -167,6 +167,10 @@ class Regularizer(ABC):
     def after_step(self, optimizer: "Optimizer", *, is_closure: bool) -> None:
         """It has stepped."""
 
+    def act_on_gradients(self) -> list[Handle]:
+        """Act in backward passes from now on, where it can: the weights are changed without an optimizer of torch."""
+        return []
+
     def resume(self, steps: int) -> None:
         """Go on as after so many optimizer steps of a run that is resumed."""
 

@@ -65,6 +65,8 @@ class StepRegularizer(Regularizer):
     def __init__(self, name: str, tracked: Sequence[Tracked]) -> None:
         self.steps = 0
         """Optimizer steps that it acted in."""
+        self.is_watching = True
+        """Weights that change without an optimizer of torch are an error."""
         self._name = name
         self._tracked = tracked
         self._open_step = OpenStep()
@@ -73,7 +75,7 @@ class StepRegularizer(Regularizer):
 
     def begin_forward(self, root: nn.Module) -> None:
         """Raise where weights have changed with no optimizer step of torch that the method could have acted in."""
-        if not root.training or torch.compiler.is_compiling():
+        if not self.is_watching or not root.training or torch.compiler.is_compiling():
             return
         one = next((one for one in self._tracked if one.weight.requires_grad), None)
         if one is None or self._open_step.is_open:  # a closure, such as LBFGS's, amid the step

@@ -1,16 +1,19 @@
-"""Optimizer hooks that decay weights toward w_pre before each step of any torch optimizer."""
+"""Optimizer hooks that decay weights toward w_pre before each step of any torch optimizer, or hooks on gradients."""
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from ..regularizer import Settings
+from ..regularizer import Handle, Settings
 from ..step_methods import StepRegularizer, held_weights, lr_of
 from ..weights.chosen import ChosenWeights
 from ..weights.pretrained import local
+from ..weights.tracked import Tracked
 from .settings import Anchor
 
 
@@ -20,6 +23,8 @@ class AnchorRegularizer(StepRegularizer):
     def __init__(self, settings: Anchor, weights: ChosenWeights, others: Sequence[Settings]) -> None:  # noqa: ARG002
         super().__init__(settings.name, weights.of("layers"))
         self.settings = settings
+        self._pulls: Counter[str] = Counter()
+        self._pulling: list[Handle] = []
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
@@ -33,6 +38,8 @@ class AnchorRegularizer(StepRegularizer):
         held = list(held_weights(optimizer, self._tracked, is_closure=is_closure))
         if not held or not self._open_step.enter(optimizer):
             return
+        while self._pulling:
+            self._pulling.pop().remove()
         for group, tracked, w in held:
             lr = lr_of("anchor", optimizer, group, "the decay is lr * weight")
             local(w).lerp_(tracked.ready(w).part(w), lr * self.settings.weight)
@@ -40,6 +47,27 @@ class AnchorRegularizer(StepRegularizer):
 
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
         self._open_step.leave(optimizer)
+
+    def act_on_gradients(self) -> list[Handle]:
+        """Add weight * (w - w_pre), the gradient of the penalty, to each gradient that comes to w.
+
+        The loop's own rule makes a step of it, with its own lr; backward passes that add up each bring it once.
+        """
+        self.is_watching = False
+        weights = [one for one in self._tracked if one.weight.requires_grad and type(one.weight) is nn.Parameter]
+        self._pulling = [one.weight.register_hook(partial(self._pull, one)) for one in weights]  # type: ignore[no-untyped-call]
+        return list(self._pulling)
+
+    @torch.no_grad()
+    def _pull(self, tracked: Tracked, grad: torch.Tensor) -> torch.Tensor:
+        w = tracked.weight
+        self._pulls[tracked.name] += 1
+        self.steps = max(self.steps, self._pulls[tracked.name])
+        return grad.add(w - tracked.ready(w).part(w), alpha=self.settings.weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, whose weights have no hooks: it raises where they change without an optimizer."""
+        return self.__dict__ | {"_pulling": [], "is_watching": True}
 
     def facts(self, root: nn.Module) -> dict[str, Any]:  # noqa: ARG002
         return {"anchored": self.steps}

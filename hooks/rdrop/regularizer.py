@@ -53,6 +53,7 @@ class RDropRegularizer(AuditedRegularizer):
         )
         self.schedule = Schedule(settings.every)
         self._spared = 0
+        self._is_without_steps = False
         self._is_drawn_per_batch = any(one.is_per_batch for one in others)
         self._mode = LossFunctionMode()
         self._randomness = Randomness()
@@ -259,7 +260,13 @@ class RDropRegularizer(AuditedRegularizer):
         return self.metrics.read()
 
     def report(self) -> dict[str, Any]:
-        return self.metrics.report() | {"rdrop_fired": self.acted_steps}
+        fired = self.metrics.fired if self._is_without_steps else self.acted_steps
+        return self.metrics.report() | {"rdrop_fired": fired}
+
+    def act_on_gradients(self) -> list[Handle]:
+        """Count forwards, since no optimizer's steps can be."""
+        self._is_without_steps = True
+        return []
 
     def logs(self, root: nn.Module) -> dict[str, float]:  # noqa: ARG002
         means = {name: value for name, value in self.metrics.read().items() if name.endswith("_mean")}

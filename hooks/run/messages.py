@@ -14,9 +14,12 @@ NO_OPTIMIZER = (
 )
 
 NO_OPTIMIZER_YET = (
-    "expected an optimizer of torch.optim with the parameters of a model before the first backward pass, got none: so "
-    "far nothing is regularized. What changes weights in another way, by hand or as fastai and Keras do, cannot be: "
-    "call patch_model in the script."
+    "expected an optimizer of torch.optim with the parameters of a model before the first backward pass, got none that "
+    "has them: so far nothing is regularized. Call patch_model in the script."
+)
+BY_HAND = (
+    "trained without an optimizer of torch.optim: found at its first backward pass, so that its first step is without "
+    "regularization. Whether it is changed after each backward pass or after several is not known."
 )
 NEW_BESIDE = "{}: new, beside a pretrained {}: left as it is."
 NEW_HEAD = "{}: new, beside a pretrained {} that is not trained: nothing acts on its weights."

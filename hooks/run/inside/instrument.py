@@ -110,23 +110,26 @@ def _wrap_backward(session: Session) -> None:
     backward, grad = torch.autograd.backward, torch.autograd.grad
 
     @wraps(backward)
-    def first_backward(*args: Any, **kwargs: Any) -> None:
-        session.on_backward()
-        if torch.autograd.backward is first_backward:  # nobody has wrapped it since
-            torch.autograd.backward = backward
+    def watched_backward(*args: Any, **kwargs: Any) -> None:
+        session.before_backward()
         backward(*args, **kwargs)
+        if not session.after_backward() and torch.autograd.backward is watched_backward:  # nobody has wrapped it since
+            torch.autograd.backward = backward
 
     @wraps(grad)
-    def first_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        of = [inputs] if isinstance(inputs, torch.Tensor) else inputs
-        if any(isinstance(one, nn.Parameter) for one in of):
-            session.on_backward()
-            if torch.autograd.grad is first_grad:
-                torch.autograd.grad = grad
-        return grad(outputs, inputs, *args, **kwargs)
+    def watched_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        of = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+        parameters = [one for one in of if isinstance(one, nn.Parameter)]
+        if not parameters:
+            return grad(outputs, of, *args, **kwargs)
+        session.before_backward()
+        found = grad(outputs, of, *args, **kwargs)
+        if not session.after_backward(parameters) and torch.autograd.grad is watched_grad:
+            torch.autograd.grad = grad
+        return found
 
-    torch.autograd.backward = first_backward
-    torch.autograd.grad = first_grad
+    torch.autograd.backward = watched_backward
+    torch.autograd.grad = watched_grad
 
 
 def _wrap_module_compile(session: Session) -> None:

@@ -127,8 +127,11 @@ class Model:
         """Count an optimizer's step, if one of the parameters that it changes is the model's own."""
         if self.holds(changed):
             self.steps += 1
+            ids = {id(one) for one in changed}
             waiting = self._without_gradient.items()
-            self._without_gradient = {name: of for name, of in waiting if not _is_read_or_frozen(of())}
+            self._without_gradient = {
+                name: of for name, of in waiting if id(of()) not in ids and not _is_read_or_frozen(of())
+            }
 
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names."""
@@ -195,6 +198,11 @@ class Models:
     def hold(self, parameter: nn.Parameter) -> bool:
         """Tell whether a parameter is one of a model's own."""
         return any(model.holds([parameter]) for model in self._models)
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters of all that have a gradient."""
+        roots = [root for model in self._models if (root := model.root) is not None]
+        return [one for root in roots for one in root.parameters() if one.grad is not None]
 
     def count_step(self, changed: Sequence[nn.Parameter]) -> None:
         """Count an optimizer's step for the models of these parameters."""

@@ -25,6 +25,12 @@ def find_tops(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Module, list[
     return list(tops.values())
 
 
+def find_trained() -> list[nn.Parameter]:
+    """Return the parameters that have a gradient."""
+    things = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter)]
+    return [thing for thing in things if thing.requires_grad and thing.grad is not None]
+
+
 _HEAD = 0.1
 """Of the elements of a pretrained body: a model with more may be a student beside its teacher."""
 

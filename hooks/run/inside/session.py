@@ -15,17 +15,21 @@ from ...lifecycle import Patch
 from ...patch import find_patch
 from ...steps import watch
 from ...weights.sources import move_marks
-from ..messages import FROM_SCRATCH, NO_OPTIMIZER_YET, UNSEEN, WAITING
+from ..messages import BY_HAND, FROM_SCRATCH, NO_OPTIMIZER_YET, UNSEEN, WAITING
 from ..options import NOISYTUNE, Options
 from .candidates import Candidates
 from .filters import Filters
 from .loads import Loads
 from .models import Model, Models
+from .owners import find_trained
 from .patcher import Patcher
 from .pending import Pending
 from .perturber import Perturber
 from .reporter import Reporter
 from .weakset import WeakSet
+
+_LOOKS = 10
+"""How many backward passes without an optimizer are searched for models: a GAN has shown both of its own by then."""
 
 
 class Session:
@@ -52,6 +56,8 @@ class Session:
         self._patcher = Patcher(options, filters, pretrained, self._reporter)
         self._models = Models()
         self._loaders = 0  # calls of from_pretrained that have not returned
+        self._has_optimizer = False
+        self._looks = 0  # at backward passes without one
 
     @property
     def is_waiting(self) -> bool:
@@ -63,19 +69,26 @@ class Session:
     def on_optimizer_made(self, optimizer: Optimizer) -> None:
         """Find the models whose parameters an optimizer owns, and perturb them."""
         watch(self)  # imports torch's compiler, which takes a second, and which optimizers import anyway
+        self._has_optimizer = True
         owned = [
             one
             for one in _parameters(optimizer)
             if isinstance(one, nn.Parameter) and one.requires_grad and one not in self._pending.parameters
         ]
         self._train_late(owned)
-        for top, parameters in self._candidates.select([one for one in owned if not self._models.hold(one)]):
+        for _ in self._take(owned):
+            pass
+        self._without_pending.clear()
+
+    def _take(self, trained: Iterable[nn.Parameter]) -> Iterator[nn.Module]:
+        """Perturb the models of parameters that are to be trained, and wait for a call of each; yield them."""
+        for top, parameters in self._candidates.select([one for one in trained if not self._models.hold(one)]):
             if self._candidates.may_be_new(top):
                 self._perturber.defer(parameters)
             else:
                 self._perturber.perturb(top, parameters)
             self._pending.add(top, parameters)
-        self._without_pending.clear()
+            yield top
 
     def _train_late(self, parameters: Iterable[nn.Parameter]) -> None:
         """Do to weights that were frozen when they were patched what is asked for, before they are trained."""
@@ -208,11 +221,32 @@ class Session:
             return
         self._patch(self._pending.find_whole(module, parameters))
 
-    def on_backward(self) -> None:
-        """Note that something is trained; say if no optimizer is there that a model's weights are known by."""
+    def before_backward(self) -> None:
+        """Note that something is trained."""
         self._reporter.record.has_trained = True
-        if not self._candidates.is_any_known:
-            self._reporter.say(NO_OPTIMIZER_YET)
+
+    def after_backward(self, inputs: Sequence[nn.Parameter] | None = None) -> bool:
+        """Regularize what is trained without an optimizer of torch; tell whether to be called again.
+
+        Args:
+            inputs: what the gradients were asked for; None: they are where backward leaves them.
+        """
+        if self._has_optimizer:
+            if not self._candidates.is_any_known:
+                self._reporter.say(NO_OPTIMIZER_YET)
+            return False
+        if self._looks < _LOOKS:
+            self._looks += 1
+            for top in self._take(find_trained() if inputs is None else inputs):
+                self._patch(top)
+                if patch := find_patch(top):
+                    patch.act_on_gradients()
+                    torch.compiler.reset()
+                self._reporter.add_note(f"{type(top).__name__}: {BY_HAND}")
+        self._models.count_step(self._models.trained() if inputs is None else inputs)
+        self._reporter.write_again(self._models)
+        self._exit_if_in_vain()
+        return True
 
     def _patch(self, module: nn.Module, *, has_stepped: bool = False) -> None:
         """Do to a model all that is asked for."""
