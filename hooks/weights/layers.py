@@ -7,6 +7,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from surgery.live.foreign import packed_class
 
 Shape = tuple[int, ...]
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
 def mask_shape(module: nn.Module) -> tuple[Shape, int] | None:
@@ -16,7 +17,7 @@ def mask_shape(module: nn.Module) -> tuple[Shape, int] | None:
     Embedding a token: the row whose weights leave the same input together.
 
     Args:
-        module: nn.Linear (out, in), transformers' Conv1D (in, out), nn.Conv1d or nn.Conv2d (out, in / groups, ...), or
+        module: nn.Linear (out, in), transformers' Conv1D (in, out), nn.Conv1d to nn.Conv3d (out, in / groups, ...), or
             nn.Embedding (in, out).
     """
     weight = module._parameters.get("weight")
@@ -25,7 +26,7 @@ def mask_shape(module: nn.Module) -> tuple[Shape, int] | None:
         return None
     if isinstance(module, nn.Linear):
         return (1, shape[1]), 1
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         taps = (1,) * (len(shape) - 2)
         return (module.groups, shape[1], *taps), shape[0] // module.groups if module.groups > 1 else 1
     return (shape[0], 1), 1
@@ -34,7 +35,7 @@ def mask_shape(module: nn.Module) -> tuple[Shape, int] | None:
 def _is_known(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return False
-    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding) or is_conv1d(module)
+    return isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from surgery.globs import matches
 from surgery.live.foreign import is_flat
 
 from .layers import (
+    CONVOLUTIONS,
     Shape,
     has_old_weight_norm,
     is_conv1d,
@@ -233,7 +234,7 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
     """Refuse a layer whose weight another tool swaps: the hooks of two tools would undo each other."""
     for path, module in model.named_modules():
         name = f"{path}.weight".lstrip(".")
-        is_linear = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_conv1d(module)
+        is_linear = isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_conv1d(module)
         if not is_linear or is_wrapper(module) or _excluded([name], include, exclude):
             continue
         if hasattr(module, "parametrizations") or has_old_weight_norm(module):

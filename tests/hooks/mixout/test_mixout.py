@@ -41,6 +41,8 @@ CASES = {
     "conv1d": Case(lambda: nn.Conv1d(4, 6, 3), (2, 4, 7), lambda _o, i, _k: i),
     "conv1d-groups": Case(lambda: nn.Conv1d(6, 8, 3, groups=2), (2, 6, 7), lambda o, i, _k: o // 4 * 3 + i),
     "conv2d": Case(lambda: nn.Conv2d(4, 6, 3), (2, 4, 5, 5), lambda _o, i, _k, _l: i),
+    "conv3d": Case(lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 3, 3), lambda _o, i, *_: i),
+    "conv3d-groups": Case(lambda: nn.Conv3d(6, 4, 2, groups=2), (2, 6, 3, 3, 3), lambda o, i, *_: o // 2 * 3 + i),
     "conv2d-groups": Case(lambda: nn.Conv2d(6, 4, 3, groups=2), (2, 6, 5, 5), lambda o, i, _k, _l: o // 2 * 3 + i),
     "conv2d-depthwise": Case(lambda: nn.Conv2d(6, 12, 3, groups=6), (2, 6, 5, 5), lambda o, _i, _k, _l: o // 2),
     "Embedding": Case(lambda: nn.Embedding(9, 5), (4, 6), lambda i, _o: i),
