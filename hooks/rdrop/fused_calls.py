@@ -90,11 +90,11 @@ def _signature(function: Any) -> inspect.Signature:
 def _read_trl(head: FusedHead, named: Mapping[str, Any], call_own: Callable[..., Any]) -> HeadCall:
     target, scored = named["targets"], Pass(named["hidden"], named["weight"], named["bias"])
     scaling = Scaling(float(named["logit_scale"]), named["final_logit_softcapping"], float(named["temperature"]))
-    outputs = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
     def stand_in() -> Any:
-        zeros = scored.hidden.new_zeros(len(target), dtype=torch.float32)
-        return zeros, *(zeros if name in named["outputs"] else None for name in outputs)
+        zeros = torch.zeros(len(target), dtype=torch.float32, device=scored.hidden.device)
+        outputs = {"entropy": zeros, "log_sum_sq_probs": zeros, "mean_logits": zeros, "is_top1": zeros > 0}
+        return zeros, *(value if name in named["outputs"] else None for name, value in outputs.items())
 
     return HeadCall(head.name, scored, target, scaling, "log_probs", None, call_own, stand_in)
 
@@ -144,9 +144,10 @@ def _read_liger(head: FusedHead, named: Mapping[str, Any], call_own: Callable[..
     has_metrics = any(named.get(name) for name in _LIGER_METRICS)
 
     def stand_in() -> Any:
-        zeros = hidden.new_zeros(len(target), dtype=torch.float32)
-        metrics = (zeros if named.get(name) else None for name in _LIGER_METRICS)
-        return zeros if reduction == "none" else zeros.sum(), *metrics
+        zeros = torch.zeros(len(target), dtype=torch.float32, device=hidden.device)
+        loss = zeros if reduction == "none" else zeros.sum()
+        metrics = zip(_LIGER_METRICS, (loss, loss, zeros.long()), strict=True)
+        return loss, *(value if named.get(name) else None for name, value in metrics)
 
     def wrap(loss: torch.Tensor) -> Any:
         if reduction == "none":
