@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ..compiling import eagerly
 from .fused_calls import FUSED_HEADS, FusedHead
 
 Listener = Callable[[FusedHead, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -45,6 +46,7 @@ def stop_listening(listener: Listener) -> None:
         _replaced.clear()
 
 
+@eagerly
 def _apply(head: FusedHead, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     for listener in reversed(_listeners.copy()):  # of models within models, the inner one
         if (result := listener(head, own, args, kwargs)) is not NotImplemented:

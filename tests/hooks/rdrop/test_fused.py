@@ -1,5 +1,9 @@
 """R-Drop of hidden states, chunk by chunk, is R-Drop of the whole logits; and of fused heads as a script calls them."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,3 +156,58 @@ def test_gradient_penalty_is_refused() -> None:
     for loss in (fused_rows(*passes, TARGET, Scaling())[0].sum(), fused_sum(*passes, TARGET, Scaling(), 0.75)[0]):
         with pytest.raises(RuntimeError, match=r"rdrop: expected create_graph=False, got True\."):
             torch.autograd.grad(loss, leaves(passes), create_graph=True)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+STEP = """
+import sys
+from pathlib import Path
+import torch
+from surgery.hooks.rdrop.fused import Pass, Scaling, fused_rows, fused_sum
+
+def held(name):
+    return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) // 1024
+
+torch.set_num_threads(1)
+way, tokens, words = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+hidden = [torch.randn(tokens, 64, requires_grad=True) for _ in range(2)]
+weight, target = torch.randn(words, 64, requires_grad=True), torch.randint(words, (tokens,))
+torch.randn(64, 64, requires_grad=True).square().sum().backward()  # what any first step allocates
+Path("/proc/self/clear_refs").write_text("5")
+before = held("VmRSS:")
+if way == "whole":
+    loss = torch.nn.functional.cross_entropy(hidden[0] @ weight.t(), target)
+else:
+    passes = [Pass(one, weight) for one in hidden]
+    if way == "rows":
+        nll, s = fused_rows(*passes, target, Scaling())
+        loss = (nll + 0.5 * s).mean()
+    else:
+        loss = fused_sum(*passes, target, Scaling(), 0.5)[0] / tokens
+loss.backward()
+print(held("VmHWM:") - before)
+"""
+
+
+def peak(way: str, tokens: int, words: int) -> int:
+    """Return by how many MB a step raises the peak of a process of its own."""
+    # else glibc keeps what is freed for another time
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", STEP, way, str(tokens), str(words)]
+    return int(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of a process")
+@pytest.mark.parametrize(
+    ("tokens", "words"), [(512, 32000), pytest.param(2048, 128256, marks=pytest.mark.sweep)], ids=["small", "Llama 3"]
+)
+@pytest.mark.parametrize("way", ["rows", "sum"])
+def test_two_passes_take_less_memory_than_cross_entropy_of_one(way: str, tokens: int, words: int) -> None:
+    whole, fused = peak("whole", tokens, words), peak(way, tokens, words)
+    print(f"{way}: {fused} MB, plain cross entropy of one pass: {whole} MB")
+    logits = tokens * words * 4 / 2**20
+    assert whole > 1.9 * logits  # the logits and their gradient
+    # two chunks of logits, the head's gradient and its copy of the dtype
+    assert fused < 2 * 64 + 3 * words * 64 * 4 / 2**20 + 64
+    assert fused < whole

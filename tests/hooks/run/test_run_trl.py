@@ -1,13 +1,15 @@
 """TRL's SFTTrainer, whose head is fused: R-Drop is in its loss, and a tied head that Mixout does not mix is named."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import byhand
 import pytest
 import torch
-from running import Run, run
+from running import SCRIPTS, Run, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 NOTE = (
@@ -150,3 +152,49 @@ def test_sft_of_trl_is_the_loop_by_hand(name: str, llama: Path, tmp_path: Path) 
         assert wanted["rdrop_kl"] > 0.1
     (entry,) = ran.models
     assert (entry["steps"], entry["rdrop_fired"]) == (5, 5)
+
+
+def test_dft_of_trl_is_refused(llama: Path, tmp_path: Path) -> None:
+    ran, _ = sft(tmp_path, llama, "full", {"loss_type": "dft"}, "--rdrop", "1.5")
+    assert ran.code != 0
+    assert "rdrop: expected a loss that is a weighted sum of log-probabilities, got exp of them" in ran.err
+    assert ran.records[0]["is_refused"]
+    assert [entry["rdrop_fired"] for entry in ran.models] == [0]
+
+
+@pytest.mark.parametrize("flags", [(), ("--allow-inactive",)], ids=["strict", "allow-inactive"])
+def test_dpo_of_trl_is_refused(llama: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    ran = run(tmp_path, "with_dpo.py", "--rdrop", "1.5", *flags, args=(llama, tmp_path / "out"))
+    line = (
+        "rdrop: expected a loss with a formula, got that of TRL's DPO trainer: R-Drop has none for DPO, GRPO, reward "
+        "and other losses of pairs or groups. Leave rdrop out; noise, Mixout and the anchor work there."
+    )
+    assert line in ran.err
+    assert (ran.code == 0) == bool(flags), ran.err
+    assert [entry["rdrop_fired"] for entry in ran.models] == [0] * len(ran.models)
+
+
+def test_trl_sft_is_regularized_from_the_command_line(
+    llama: Path, tmp_path: Path, run_cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from with_sft import make_rows, make_tokenizer
+
+    shutil.copytree(llama, tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    make_rows(False).to_json(tmp_path / "data" / "train.jsonl")
+    flags = {
+        "model_name_or_path": "model", "dataset_name": "data", "output_dir": "out", "max_steps": 2,
+        "save_strategy": "no", "report_to": "none", "bf16": "false", "gradient_checkpointing": "false", "logging_steps": 1,
+    }  # fmt: skip
+    command = [Path(sys.executable).with_name("trl"), "sft", "--use_cpu"]
+    command += [part for name, value in flags.items() for part in (f"--{name}", value)]
+    ran = run_cli("run", "--rdrop", "1.5", "--report", "report.json", "--", *command)
+    assert ran.code == 0, ran.err
+    (entry,) = json.loads((tmp_path / "report.json").read_text())["ranks"][0]["models"]
+    assert (entry["steps"], entry["rdrop_fired"]) == (2, 2)
+    assert entry["kl"] > 0.1
+    assert "R-Drop in 2 of them" in ran.err
