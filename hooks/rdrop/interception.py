@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from surgery.errors import SettingError
 
 from ..active_calls import count_active_calls
-from ..compiling import eagerly
+from ..compiling import eagerly, is_called_compiled
 from .fused_calls import FusedHead, HeadCall
 from .fused_interception import start_listening, stop_listening
 from .logprobs import PairedLogProbs, UnreducedLoss, as_log_probs
@@ -112,7 +112,7 @@ class LossInterception:
 
         try:
             named = head.bind(args, kwargs)
-            fault = head.find_fault(named)
+            fault = _COMPILED_HEAD.format(head.name) if is_called_compiled() else head.find_fault(named)
             call = None if fault else head.read(head, named, call_own)
         except (AttributeError, KeyError, TypeError) as error:
             call, fault = None, (
@@ -150,6 +150,12 @@ class LossInterception:
         """Refuse a second pass that has left out a loss which the first one has called."""
         if self._position < len(self._first_calls):
             self._refuse_unequal(self._first_calls[self._position].name, "first")
+
+
+_COMPILED_HEAD = (
+    "rdrop: expected {} to be called by Python, got a call that torch.compile has taken apart. Compile the model's "
+    "layers instead of the model, turn the fused head off, or train without rdrop."
+)
 
 
 def _as_first_log_probs(log_p: torch.Tensor) -> torch.Tensor:

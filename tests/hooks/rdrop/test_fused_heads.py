@@ -387,6 +387,20 @@ def test_summed_divergence_needs_a_loss_of_the_head(plain_net: Net) -> None:
     torch.testing.assert_close(loss, wanted - ALPHA / 2 * kl + ALPHA / 2 * kl * (Y != -100).sum())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.compile's own
+def test_compiled_model_is_refused(trl_net: Net) -> None:
+    patch_model(trl_net, rdrop=ALPHA)
+    torch._dynamo.reset()
+    message = (
+        "rdrop: expected TRL's fused_lm_head to be called by Python, got a call that torch.compile has taken apart"
+    )
+    with pytest.raises(SourceError, match=message):
+        torch.compile(trl_net, backend="eager")(X, Y)
+    torch._dynamo.reset()
+    trl_net(X, Y)["loss"].backward()
+    assert stats(trl_net)["rdrop_fired"] == 1
+
+
 def test_model_without_dropout_is_refused(plain_net: Net) -> None:
     plain_net.dropout.p = 0.0
     patch_model(plain_net, rdrop=ALPHA)

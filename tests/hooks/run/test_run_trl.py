@@ -188,7 +188,7 @@ def test_trl_sft_is_regularized_from_the_command_line(
     make_rows(False).to_json(tmp_path / "data" / "train.jsonl")
     flags = {
         "model_name_or_path": "model", "dataset_name": "data", "output_dir": "out", "max_steps": 2,
-        "save_strategy": "no", "report_to": "none", "bf16": "false", "gradient_checkpointing": "false", "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "bf16": "false", "gradient_checkpointing": "false",
     }  # fmt: skip
     command = [Path(sys.executable).with_name("trl"), "sft", "--use_cpu"]
     command += [part for name, value in flags.items() for part in (f"--{name}", value)]
