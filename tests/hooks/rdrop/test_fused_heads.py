@@ -7,6 +7,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from types import MethodType
 from typing import Any
 
 import fused_heads
@@ -294,6 +295,16 @@ def test_head_outside_of_the_model_is_refused(plain_net: Net) -> None:
         getattr(plain_net, f"_{plain_net.head}")(body(X), Y)["loss"].backward()
 
 
+def test_batch_without_labels_has_no_loss() -> None:
+    for name in ("trl", "liger"):
+        with fused_heads.stand_in(name) as cls:
+            net = Net(name, cls, items=1)
+            loss = patch_model(net, rdrop=ALPHA)(X, torch.full_like(Y, -100))["loss"]
+            loss.backward()
+            assert loss == 0
+            assert not any(w.grad.any() for w in net.parameters() if w.grad is not None)
+
+
 # -- refused -------------------------------------------------------------------------------------------------------
 
 NO_FORMULA: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
@@ -443,3 +454,32 @@ def test_real_head_is_the_whole_logits(name: str) -> None:
     loss.backward()
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(net), wanted_gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_llama_that_liger_has_patched_is_the_unpatched_one() -> None:
+    for package in NEEDS["liger"]:
+        if not find_spec(package):
+            pytest.skip(f"{package} is not installed")
+    from liger_kernel.transformers.model.llama import lce_forward
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=40, attention_dropout=0.3, initializer_range=0.5, **sizes)
+    ids = torch.randint(40, (3, 8), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(ids < 8, -100)
+    found = []
+    for forward in (None, lce_forward):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).train()
+        if forward is not None:
+            model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+        torch.manual_seed(1)
+        patch_model(model, rdrop=RDrop(ALPHA, passes="two"))
+        # reduced as Trainer has it with accumulation
+        output = model(input_ids=ids, labels=labels, num_items_in_batch=33, return_dict=True)
+        assert (output.logits is None) == (forward is not None)
+        output.loss.backward()
+        found.append([output.loss.detach(), *(w.grad for w in model.parameters())])
+        assert stats(model)["kl"] > 0.1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
