@@ -58,6 +58,7 @@ class FusedHead:
         name: for messages.
         module: where the class is, if it has been imported.
         class_name: of the autograd.Function.
+        known: the arguments that R-Drop knows, but for ctx. Others may have their defaults.
         find_fault: what R-Drop has no formula for in its arguments by name, and what to do; or None.
         read: returns the call.
     """
@@ -65,6 +66,7 @@ class FusedHead:
     name: str
     module: str
     class_name: str
+    known: tuple[str, ...]
     find_fault: Callable[[Mapping[str, Any]], str | None]
     read: Callable[["FusedHead", Mapping[str, Any], Callable[..., Any]], HeadCall]
 
@@ -73,8 +75,16 @@ class FusedHead:
         return getattr(sys.modules.get(self.module), self.class_name, None)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by their names."""
-        bound = _signature(self.loaded()).bind(None, *args, **kwargs)
+        """Return the arguments of a call by their names.
+
+        Raises:
+            TypeError: there are some that R-Drop does not know, as of another version.
+        """
+        signature = _signature(self.loaded())
+        bound = signature.bind(None, *args, **kwargs)
+        for name, value in list(bound.arguments.items())[1:]:  # but for ctx
+            if name not in self.known and value is not signature.parameters[name].default:
+                raise TypeError(f"{name!r} is not known")
         bound.apply_defaults()
         return dict(bound.arguments)
 
@@ -188,12 +198,22 @@ def _read_cce(head: FusedHead, named: Mapping[str, Any], call_own: Callable[...,
 
 FUSED_HEADS = (
     FusedHead(
-        "TRL's fused_lm_head", "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", _find_fault_of_trl, _read_trl
+        "TRL's fused_lm_head",
+        "trl.kernels.chunked_logprob",
+        "ChunkedLogProbFunction",
+        # a chunk of words has no part in what comes out
+        tuple("hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs".split()),
+        _find_fault_of_trl,
+        _read_trl,
     ),
     FusedHead(
         "Liger's fused_linear_cross_entropy",
         "liger_kernel.ops.fused_linear_cross_entropy",
         "LigerFusedLinearCrossEntropyFunction",
+        (
+            *("_input", "weight", "target", "bias", "ignore_index", "reduction", "softcap", *_LIGER_DEFAULTS),
+            *(*_LIGER_METRICS, "accum_dtype", "ce_impl", "ce_mode", "chunk_mem_const"),  # the last: how it computes
+        ),
         _find_fault_of_liger,
         _read_liger,
     ),
@@ -201,6 +221,7 @@ FUSED_HEADS = (
         "cut_cross_entropy.linear_cross_entropy",
         "cut_cross_entropy.cce",
         "LinearCrossEntropyFunction",
+        ("e", "c", "params"),
         lambda _: None,
         _read_cce,
     ),

@@ -1,6 +1,7 @@
 """R-Drop's loss of one call of a fused head in each pass: divergence.cross_entropy, of hidden states."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -9,7 +10,29 @@ from surgery.errors import SettingError
 from .divergence import record_row_weights
 from .fused import fused_rows, fused_sum
 from .fused_calls import HeadCall
+from .logprobs import as_fused_log_probs, as_unreduced_loss
 from .objective import Objective, RDropLoss
+
+Record = Callable[[torch.Tensor, torch.Tensor], object]
+"""Takes ce and kl."""
+
+
+def result_of_head(
+    first: HeadCall, second: HeadCall, objective: Objective, record: Record, refuse: Callable[[str], None]
+) -> Any:
+    """Return what the head returns, with R-Drop's loss, or its log-probabilities, in the place of its own.
+
+    Args:
+        record: is called now, or in the backward pass that weighs log-probabilities.
+        refuse: is called with what is made of log-probabilities and has no formula.
+    """
+    if second.reduction == "log_probs":
+        c = fused_log_probs(first, second, objective, record)
+        own, *figures = second.call_own()
+        return as_fused_log_probs(c, own, refuse), *figures
+    loss, ce, kl = fused_loss(first, second, objective)
+    record(ce, kl)
+    return second.wrap(as_unreduced_loss(loss) if second.reduction == "none" else loss)
 
 
 def fused_loss(first: HeadCall, second: HeadCall, objective: Objective) -> RDropLoss:
@@ -34,9 +57,7 @@ def fused_loss(first: HeadCall, second: HeadCall, objective: Objective) -> RDrop
     return RDropLoss(objective.factor * loss, nll.detach().sum() / rows, s.detach().sum() / rows)
 
 
-def fused_log_probs(
-    first: HeadCall, second: HeadCall, objective: Objective, record: Callable[[torch.Tensor, torch.Tensor], object]
-) -> torch.Tensor:
+def fused_log_probs(first: HeadCall, second: HeadCall, objective: Objective, record: Record) -> torch.Tensor:
     """Return c = factor * [1/2 (log p[y] + log q[y]) - alpha/2 * S] of each token, as divergence.log_softmax does.
 
     Args:

@@ -19,13 +19,12 @@ from ..steps import Activity, AuditedRegularizer
 from ..weights.chosen import ChosenWeights
 from . import divergence, doubling
 from .fused_calls import HeadCall
-from .fused_loss import fused_log_probs, fused_loss
+from .fused_loss import result_of_head
 from .interception import LossFunctionMode, LossInterception, find_fault
 from .logprobs import (
     FusedLogProbs,
     PairedLogProbs,
     UnreducedLoss,
-    as_fused_log_probs,
     as_log_probs,
     as_unreduced_loss,
 )
@@ -177,7 +176,7 @@ class RDropRegularizer(AuditedRegularizer):
         """Return the loss for a call in each pass, or for one of a doubled batch; of a fused head, all it returns."""
         if isinstance(second, HeadCall):
             assert isinstance(first, HeadCall)
-            return self._make_fused_loss(first, second, on_loss)
+            return self._make_result_of_head(first, second, on_loss)
         assert not isinstance(first, HeadCall)
         with torch._C.DisableTorchFunction():  # another patched model, that calls this one, would intercept these
             return self._make_loss_unintercepted(first, second, on_loss)
@@ -204,18 +203,12 @@ class RDropRegularizer(AuditedRegularizer):
             is_doubled=True
         )  # to the bit what the doubled batch gives without R-Drop
 
-    def _make_fused_loss(self, first: HeadCall, second: HeadCall, on_loss: Callable[[], None]) -> Any:
+    def _make_result_of_head(self, first: HeadCall, second: HeadCall, on_loss: Callable[[], None]) -> Any:
         with torch._C.DisableTorchFunction():
             if self._objective.alpha and not self._do_passes_differ(first, second):
                 return second.call_own()
             on_loss()
-            if second.reduction != "log_probs":
-                loss = self._record_terms(second.name, fused_loss(first, second, self._objective))
-                loss = as_unreduced_loss(loss) if second.reduction == "none" else loss
-                return second.wrap(loss)
-            c = fused_log_probs(first, second, self._objective, self.metrics.add)
-            own, *metrics = second.call_own()
-            return as_fused_log_probs(c, own, self._refuse_made_loss), *metrics
+            return result_of_head(first, second, self._objective, self.metrics.add, self._refuse_made_loss)
 
     def _refuse_made_loss(self, reason: str) -> None:
         """Refuse what is made of log-probabilities, after they were counted as a loss."""

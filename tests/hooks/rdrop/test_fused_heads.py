@@ -378,6 +378,17 @@ def test_head_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, trl
     _signature.cache_clear()
 
 
+def test_an_argument_of_a_later_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the bias of later versions of cut-cross-entropy, which comes before `params`, or a new option."""
+    with fused_heads.stand_in("cce") as cls:
+        net = patch_model(Net("cce", cls), rdrop=ALPHA)
+        monkeypatch.setattr(cls, "forward", staticmethod(lambda ctx, e, c, bias, params=None: e))  # noqa: ARG005
+        _signature.cache_clear()
+        with pytest.raises(SourceError, match=r"got a version with other arguments \('bias' is not known\)"):
+            net(X, Y)
+    _signature.cache_clear()
+
+
 def test_doubled_batch_is_refused(plain_net: Net) -> None:
     patch_model(plain_net, rdrop=RDrop(ALPHA, passes="doubled"))
     with pytest.raises(SettingError, match=r"passes: expected losses that can be halved, got .*passes=.two."):
