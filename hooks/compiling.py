@@ -1,6 +1,8 @@
 """torch._dynamo settings and torch.compiler.disable, so that compiled graphs run our hooks and call loss functions."""
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +34,16 @@ def between_graphs(function: _Function) -> _Function:
     """Run a function itself outside of compiled graphs, but compile the functions that it calls."""
     eager: _Function = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]
     return eager
+
+
+def is_called_compiled() -> bool:
+    """Tell whether a function that runs outside of compiled graphs was called between two of them."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if any(name.startswith("__resume_at_") for name in frame.f_code.co_names):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def run_uncompiled(*kinds: type[torch.Tensor]) -> None:

@@ -187,8 +187,16 @@ def log_softmax(
     s = compare_rows(rows_a, rows_b, None, valid=valid)[1].reshape(*a.shape[:-1], 1)
     mean = mean_over_passes(lambda x: F.log_softmax(x, -1), upcast_half(a), upcast_half(b))
     combined = mean - objective.alpha / 2 * s if objective.alpha else mean
-    c: torch.Tensor = _RecordRowWeights.apply(combined, s, objective.alpha, record)  # type: ignore[no-untyped-call]
+    c = record_row_weights(combined, s, objective, record)
     return (objective.factor * c).to(dtype).movedim(-1, dim)
+
+
+def record_row_weights(
+    c: torch.Tensor, s: torch.Tensor, objective: Objective, record: Callable[[torch.Tensor, torch.Tensor], object]
+) -> torch.Tensor:
+    """Return c, in whose backward pass `record` is called with ce and kl; s is (..., 1) for c of (..., C)."""
+    same: torch.Tensor = _RecordRowWeights.apply(c, s, objective.alpha, record)  # type: ignore[no-untyped-call]
+    return same
 
 
 class _RecordRowWeights(torch.autograd.Function):

@@ -65,6 +65,7 @@ def is_equivalent(root: nn.Module, arguments: Arguments) -> bool:
         and all(isinstance(value, _SCALARS) or (isinstance(value, torch.Tensor) and not value.dim()) for value in rest)
         and len(sizes) == 1
         and min(sizes) > 1
+        and not named.get("fused_lm_head")  # of TRL, which reduces the loss of a doubled batch as if it were one
         and not (_has_soft_loss(root) and tensors["labels"].dim() > 1)
         and ("position_ids" not in tensors or _shape(tensors, "position_ids") == _shape(tensors, "input_ids"))
         and not any(map(_is_foreign, (*_global_forward_hooks.values(), *_global_forward_pre_hooks.values())))

@@ -1,6 +1,6 @@
 """TorchFunctionMode that intercepts loss functions called inside forward, so that both passes share one loss."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._pytree import tree_map_only
 
 from surgery.errors import SettingError
 
 from ..active_calls import count_active_calls
-from ..compiling import eagerly
+from ..compiling import eagerly, is_called_compiled
+from .fused_calls import FusedHead, HeadCall
+from .fused_interception import start_listening, stop_listening
 from .logprobs import PairedLogProbs, UnreducedLoss, as_log_probs
 from .loss_calls import (
     SUPPORTED,
@@ -43,7 +46,7 @@ class LossInterception:
         self.batch_sizes = batch_sizes
         self.first_output: Any = None
         self._is_second_pass = False
-        self._first_calls: list[LossCall] = []
+        self._first_calls: list[LossCall | HeadCall] = []
         self._position = 0
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -75,14 +78,59 @@ class LossInterception:
         first = self._next_first_call(call)
         return func(*args, **kwargs) if first is None else self.forward.loss(first, call)
 
-    def _doubled_batch_loss(self, call: LossCall) -> torch.Tensor:
+    def on_head(
+        self, head: FusedHead, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Return the result of a fused head: a stand-in in the first pass, one with the loss of both in the second.
+
+        Args:
+            own: the head's function itself.
+        Returns:
+            NotImplemented if no loss of this model is made.
+        Raises:
+            SourceError: as on_call, or R-Drop has no formula for what the head is to do.
+            SettingError: the batch is doubled.
+        """
+        if not any_requires_grad([*args, *kwargs.values()]) or count_active_calls(self.root) == 0:
+            return NotImplemented
+        if self.batch_sizes is not None:
+            raise SettingError(f"passes: expected losses that can be halved, got {head.name}. {USE_TWO_PASSES}")
+        if (call := self._read_head(head, own, args, kwargs)) is None:
+            return NotImplemented
+        if not self._is_second_pass:
+            self._first_calls.append(call)
+            return call.stand_in()
+        first = self._next_first_call(call)
+        return call.call_own() if first is None else self.forward.loss(first, call)
+
+    def _read_head(
+        self, head: FusedHead, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> HeadCall | None:
+        def call_own(*, detached: bool = False) -> Any:
+            given = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs)) if detached else (args, kwargs)
+            return own(*given[0], **given[1])
+
+        try:
+            named = head.bind(args, kwargs)
+            fault = _COMPILED_HEAD.format(head.name) if is_called_compiled() else head.find_fault(named)
+            call = None if fault else head.read(head, named, call_own)
+        except (AttributeError, KeyError, TypeError) as error:
+            call, fault = None, (
+                f"rdrop: expected {head.name} as R-Drop knows it, got a version with other arguments ({error}). Turn "
+                "the fused head off, or train without rdrop."
+            )  # fmt: skip
+        if fault:
+            self.forward.refuse(fault)
+        return call
+
+    def _doubled_batch_loss(self, call: LossCall) -> Any:
         if call.name == "log_softmax" or call.arguments["reduction"] == "none":
             raise SettingError(
                 f"passes: expected a loss that is reduced on a doubled batch, got {call.name} without. {USE_TWO_PASSES}"
             )
         return self.forward.loss(None, call)
 
-    def _next_first_call(self, call: LossCall) -> LossCall | None:
+    def _next_first_call(self, call: LossCall | HeadCall) -> Any:
         first = self._first_calls[self._position] if self._position < len(self._first_calls) else None
         self._position += 1
         if first is not None and first.name == call.name:
@@ -102,6 +150,12 @@ class LossInterception:
         """Refuse a second pass that has left out a loss which the first one has called."""
         if self._position < len(self._first_calls):
             self._refuse_unequal(self._first_calls[self._position].name, "first")
+
+
+_COMPILED_HEAD = (
+    "rdrop: expected {} to be called by Python, got a call that torch.compile has taken apart. Compile the model's "
+    "layers instead of the model, turn the fused head off, or train without rdrop."
+)
 
 
 def _as_first_log_probs(log_p: torch.Tensor) -> torch.Tensor:
@@ -130,17 +184,24 @@ class LossFunctionMode(TorchFunctionMode):
     def start(self, interception: LossInterception) -> None:
         """Intercept what is called from now on."""
         self.interception = interception
+        start_listening(self._on_head)
         _push_mode(self)  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         """Leave the stack of modes, whatever modes have been entered since and have not been left."""
         self.interception = None
+        stop_listening(self._on_head)
         above = []
         while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             if (mode := _pop_mode()) is not self:  # type: ignore[no-untyped-call]
                 above.append(mode)
         for mode in reversed(above):
             _push_mode(mode)  # type: ignore[no-untyped-call]
+
+    def _on_head(
+        self, head: FusedHead, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        return NotImplemented if self.interception is None else self.interception.on_head(head, own, args, kwargs)
 
     def __reduce__(self) -> Any:
         return LossFunctionMode, ()
@@ -160,7 +221,8 @@ def find_fault(output: Any, forward: PairedForward) -> str | None:
     if logits is not None:
         return forward.unknown_loss_message()
     return (
-        "rdrop: expected logits, got a model that makes its loss without them. If that is a fused loss, turn it off: "
-        "fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a compute_loss_func of the "
-        "logits for TRL's SFTTrainer. Else train without rdrop."
+        "rdrop: expected logits, or a fused head of TRL, Liger or cut-cross-entropy, got a model that makes its loss "
+        "without them. If that is a fused loss, or a compiled one, turn it off: fused_linear_cross_entropy=False for "
+        "Liger, or in Trainer's liger_kernel_config; label_smoothing_factor or a compute_loss_func of the logits for "
+        "TRL's SFTTrainer. Else train without rdrop."
     )

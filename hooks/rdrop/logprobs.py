@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 from surgery.errors import SourceError
 
 from ..compiling import eagerly
-from .transparent import TransparentTensor
+from .transparent import TransparentTensor, is_clone_in_ddp_sink
 
 _AFFINE = frozenset(
     """__add__ __getitem__ __matmul__ __mul__ __neg__ __radd__ __rmatmul__ __rmul__ __rsub__ __sub__ __truediv__ add
     add_ bfloat16 cat chunk clone contiguous cpu cuda cumsum div div_ dot double einsum expand flatten float
-    gather half index_select kl_div masked_fill masked_fill_ masked_select matmul mean movedim mul mul_ nansum
-    narrow neg negative nll_loss permute reshape rsub select split squeeze stack sub sub_ subtract sum
+    gather half index_select kl_div masked_fill masked_fill_ masked_scatter masked_select matmul mean movedim mul mul_
+    nansum narrow neg negative nll_loss permute reshape rsub select split squeeze stack sub sub_ subtract sum
     swapaxes t take_along_dim to transpose type type_as unbind unflatten unsqueeze view view_as where""".split()
 )
 """Names of torch functions that keep an affine function affine, as long as no other argument requires grad."""
@@ -57,6 +57,31 @@ class UnreducedLoss(TransparentTensor):
         return _apply_to_unreduced_loss(func, args, kwargs)
 
 
+class FusedLogProbs(TransparentTensor):
+    """c of the labels, which a fused head returns in place of its log-probabilities; those are beside it as `own`.
+
+    A loss is made of c. What makes no loss, such as a metric, gets `own`.
+
+    Args:
+        own: the head's log-probabilities, of the second pass.
+        refuse: is called where a loss is made that is not affine; raises, or has it made of `own`.
+    """
+
+    own: torch.Tensor
+    refuse: Callable[[str], None]
+
+    @staticmethod
+    def apply_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _apply_to_fused_log_probs(func, args, kwargs)
+
+
+def as_fused_log_probs(c: torch.Tensor, own: torch.Tensor, refuse: Callable[[str], None]) -> torch.Tensor:
+    """Put c in the place of a fused head's own log-probabilities."""
+    probs = c.as_subclass(FusedLogProbs)
+    probs.own, probs.refuse = own.to(c.dtype), refuse
+    return probs
+
+
 def as_log_probs(
     values: torch.Tensor, make_nll_loss: Callable[..., torch.Tensor], make_combined: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
@@ -72,10 +97,9 @@ def _apply_to_log_probs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return args[0].make_nll_loss(*args[1:], **kwargs)
     if not _is_affine(func, args, kwargs):
         return func(*args, **kwargs)
-    is_in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
 
     def combine(probs: PairedLogProbs) -> torch.Tensor:
-        return probs.make_combined().clone() if is_in_place else probs.make_combined()
+        return probs.make_combined().clone() if _is_in_place(func.__name__) else probs.make_combined()
 
     combined_args, combined_kwargs = tree_map_only(PairedLogProbs, combine, (args, kwargs))
     return as_unreduced_loss(func(*combined_args, **combined_kwargs))
@@ -92,6 +116,43 @@ def _apply_to_unreduced_loss(func: Any, args: tuple[Any, ...], kwargs: dict[str,
             f"{getattr(func, '__name__', func)} of them. Train without rdrop."
         )
     return result
+
+
+@eagerly
+def _apply_to_fused_log_probs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = getattr(func, "__name__", "")
+    if name in _OF_THE_GRAPH:
+        return func(*args, **kwargs)
+    is_affine = is_clone_in_ddp_sink(func) or _is_affine(func, args, kwargs)
+    probs = next(leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, FusedLogProbs))
+    combined = func(*args, **kwargs) if is_affine else None
+    if is_affine and not isinstance(combined, FusedLogProbs) and _is_in_place(name) and combined is args[0]:
+        return combined  # an ordinary tensor was written to: to do it for both would do it twice
+    own_args, own_kwargs = tree_map_only(FusedLogProbs, lambda leaf: leaf.own, (args, kwargs))
+    own = func(*own_args, **own_kwargs)
+    if is_affine:
+        return tree_map(lambda c, mine: _beside(c, mine, probs.refuse), combined, own)
+    if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_iter(own)):
+        probs.refuse(
+            f"rdrop: expected a loss that is a weighted sum of log-probabilities, got {name} of them: R-Drop has no "
+            "formula for DFT, DPO, GRPO and reward losses. Leave rdrop out, or train with another loss, such as "
+            'loss_type="nll" in TRL\'s SFTTrainer.'
+        )
+    return own
+
+
+_OF_THE_GRAPH = frozenset(["backward", "grad", "register_hook", "retain_grad"])
+"""Names of functions that are about the gradient, which is that of c."""
+
+
+def _beside(c: Any, own: Any, refuse: Callable[[str], None]) -> Any:
+    """Keep `own` with a result that is not yet the scalar loss."""
+    is_plain = not isinstance(c, torch.Tensor) or isinstance(c, FusedLogProbs) or c.dim() == 0
+    return c if is_plain else as_fused_log_probs(c, own, refuse)
+
+
+def _is_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _is_affine(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

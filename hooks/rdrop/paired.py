@@ -3,24 +3,23 @@
 Every torch function of a PairedTensor is applied to the tensors of both passes; a loss function gets both results.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.parallel.distributed import _DDPSink
 from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from surgery.escapes import get_logger
 
 from ..compiling import eagerly
+from .fused_calls import HeadCall
 from .loss_calls import SUPPORTED, UNSUPPORTED, LossCall, any_requires_grad, read_call
 from .outputs import map_output
-from .transparent import TransparentTensor
+from .transparent import TransparentTensor, is_clone_in_ddp_sink
 
 _log = get_logger(__name__)
-MakeLoss = Callable[[LossCall | None, LossCall, Callable[[], None]], torch.Tensor]
+MakeLoss = Callable[[LossCall | HeadCall | None, LossCall | HeadCall, Callable[[], None]], Any]
 """Returns one loss for the calls in both passes, and calls the function it was given as soon as there is one."""
 
 
@@ -46,7 +45,7 @@ class PairedForward:
     has_loss: bool = False
     unjoined_here: tuple[str, ...] = ()
 
-    def loss(self, first: LossCall | None, second: LossCall) -> torch.Tensor:
+    def loss(self, first: LossCall | HeadCall | None, second: LossCall | HeadCall) -> Any:
         """Return the loss of both passes; first is None for a doubled batch."""
         return self.make_loss(first, second, self.mark_loss)
 
@@ -202,7 +201,7 @@ def _apply_to_both(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for paired in written:
         if isinstance(paired, PairedTensor):
             _hook_bypass(paired)
-    is_ddp_sink = func is torch.Tensor.clone and not torch.is_grad_enabled() and _is_in_ddp_sink()
+    is_ddp_sink = is_clone_in_ddp_sink(func)
     if is_ddp_sink:
         args[0].bypass.is_expected = True
     is_paired = torch.is_grad_enabled() and any(_is_pairable(leaf) for leaf in tree_iter(result))
@@ -232,19 +231,6 @@ def _note_backward_or_unsupported(
             forward.check_gradient(args[0])
 
 
-def _is_in_ddp_sink() -> bool:
-    """Tell whether DistributedDataParallel is cloning the outputs, in an autograd.Function that changes nothing."""
-    frame = sys._getframe(1)
-    for _ in range(12):
-        if frame.f_code is _DDP_SINK_FORWARD:
-            return True
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return False
-
-
-_DDP_SINK_FORWARD = _DDPSink.forward.__code__
 _GET_BASE = torch.Tensor._base.__get__  # type: ignore[union-attr]
 
 

@@ -18,8 +18,16 @@ from ..regularizer import Handle, Regularizer, Settings
 from ..steps import Activity, AuditedRegularizer
 from ..weights.chosen import ChosenWeights
 from . import divergence, doubling
+from .fused_calls import HeadCall
+from .fused_loss import result_of_head
 from .interception import LossFunctionMode, LossInterception, find_fault
-from .logprobs import PairedLogProbs, UnreducedLoss, as_log_probs, as_unreduced_loss
+from .logprobs import (
+    FusedLogProbs,
+    PairedLogProbs,
+    UnreducedLoss,
+    as_log_probs,
+    as_unreduced_loss,
+)
 from .loss_calls import USE_TWO_PASSES, LossCall, check_is_doubled, doubled_batch_loss, read_call, two_pass_loss
 from .metrics import Metrics
 from .objective import Objective, RDropLoss
@@ -61,7 +69,7 @@ class RDropRegularizer(AuditedRegularizer):
 
     def attach(self, root: nn.Module) -> list[Handle]:
         """Put R-Drop on the model; return the handles of its hooks."""
-        run_uncompiled(PairedTensor, PairedLogProbs, UnreducedLoss)
+        run_uncompiled(PairedTensor, PairedLogProbs, UnreducedLoss, FusedLogProbs)
         trace_cross_entropy()
         self.schedule.find_weights(root)
         return [
@@ -163,8 +171,14 @@ class RDropRegularizer(AuditedRegularizer):
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
-    def _make_loss(self, first: LossCall | None, second: LossCall, on_loss: Callable[[], None]) -> torch.Tensor:
-        """Return the loss for a call in each pass, or for one of a doubled batch."""
+    def _make_loss(
+        self, first: LossCall | HeadCall | None, second: LossCall | HeadCall, on_loss: Callable[[], None]
+    ) -> Any:
+        """Return the loss for a call in each pass, or for one of a doubled batch; of a fused head, all it returns."""
+        if isinstance(second, HeadCall):
+            assert isinstance(first, HeadCall)
+            return self._make_result_of_head(first, second, on_loss)
+        assert not isinstance(first, HeadCall)
         with torch._C.DisableTorchFunction():  # another patched model, that calls this one, would intercept these
             return self._make_loss_unintercepted(first, second, on_loss)
 
@@ -190,7 +204,19 @@ class RDropRegularizer(AuditedRegularizer):
             is_doubled=True
         )  # to the bit what the doubled batch gives without R-Drop
 
-    def _do_passes_differ(self, first: LossCall | None, second: LossCall) -> bool:
+    def _make_result_of_head(self, first: HeadCall, second: HeadCall, on_loss: Callable[[], None]) -> Any:
+        with torch._C.DisableTorchFunction():
+            if self._objective.alpha and not self._do_passes_differ(first, second):
+                return second.call_own()
+            on_loss()
+            return result_of_head(first, second, self._objective, self.metrics.add, self._refuse_made_loss)
+
+    def _refuse_made_loss(self, reason: str) -> None:
+        """Refuse what is made of log-probabilities, after they were counted as a loss."""
+        self.metrics.fired -= not self.is_aside
+        self.refuse(reason)
+
+    def _do_passes_differ(self, first: LossCall | HeadCall | None, second: LossCall | HeadCall) -> bool:
         """Tell whether R-Drop has two predictions to compare; refuse what will stay equal."""
         a, b = (first.prediction, second.prediction) if first is not None else second.prediction.chunk(2)
         try:
@@ -205,9 +231,9 @@ class RDropRegularizer(AuditedRegularizer):
         log_p, log_q = F.log_softmax(a, dim), F.log_softmax(b, dim)
 
         def make_nll_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
-            return self._make_loss(
-                read_call(F.nll_loss, (log_p, *args), kwargs), read_call(F.nll_loss, (log_q, *args), kwargs), on_loss
-            )
+            first, second = (read_call(F.nll_loss, (log, *args), kwargs) for log in (log_p, log_q))
+            loss: torch.Tensor = self._make_loss(first, second, on_loss)
+            return loss
 
         def make_combined() -> torch.Tensor:
             on_loss()

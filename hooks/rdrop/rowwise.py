@@ -61,37 +61,34 @@ class _CompareRows(torch.autograd.Function):
         ctx: Any, a: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor | None, is_log: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         left, right = _passes_of(a, b)
-        if not is_log and uses_triton(left):
-            rows = _row_statistics_triton(left, right)
-        else:
-            rows = _row_statistics(left, right, is_log=is_log)
+        rows = row_statistics(left, right, is_log=is_log)
         ctx.save_for_backward(a, b, target, rows)
         ctx.is_log = is_log
-        m_a, log_a, m_b, log_b, _, s = rows
-        if target is None:
-            return torch.zeros_like(s), s.clone()
-        log_p = _gather_target(left, target).to(s.dtype) - m_a - log_a
-        log_q = _gather_target(right, target).to(s.dtype) - m_b - log_b
-        return -0.5 * (log_p + log_q), s.clone()
+        s = rows[5].clone()
+        return torch.zeros_like(s) if target is None else nll_of_rows(left, right, target, rows), s
 
     @staticmethod
     def backward(ctx: Any, grad_nll: torch.Tensor, grad_s: torch.Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # once_differentiable would leave a gradient penalty without effect, and say nothing
-            raise RuntimeError(
-                "rdrop: expected create_graph=False, got True. Train without a gradient penalty, or without rdrop."
-            )
+        refuse_create_graph()
         a, b, target, rows = ctx.saved_tensors
         grads = [
             torch.empty_like(x) if needed else None for x, needed in zip((a, b), ctx.needs_input_grad, strict=False)
         ]
         grad_passes = _passes_of(*grads) if b is None else grads
         weights = torch.stack([0.5 * grad_nll, 0.5 * grad_s])
-        if not ctx.is_log and uses_triton(a):
-            _row_gradients_triton(_passes_of(a, b), target, rows, weights, grad_passes)
-        else:
-            _row_gradients(_passes_of(a, b), target, rows, weights, grad_passes, is_log=ctx.is_log)
+        row_gradients(_passes_of(a, b), target, rows, weights, grad_passes, is_log=ctx.is_log)
         return *grads, None, None
+
+
+def refuse_create_graph() -> None:
+    """Raise in a backward pass that is to be differentiated: its formulas are differentiable once.
+
+    once_differentiable would leave a gradient penalty without effect, and say nothing.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "rdrop: expected create_graph=False, got True. Train without a gradient penalty, or without rdrop."
+        )
 
 
 def _passes_of(a: Any, b: Any) -> Any:
@@ -103,20 +100,22 @@ def _gather_target(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return x.gather(1, target.unsqueeze(1)).squeeze(1)
 
 
-def _row_statistics_triton(a: torch.Tensor, b: torch.Tensor) -> Any:
-    from .triton_rowwise import row_statistics
-
-    return row_statistics(a, b)
-
-
-def _row_gradients_triton(*args: Any) -> None:
-    from .triton_rowwise import row_gradients
-
-    row_gradients(*args)
+def nll_of_rows(a: torch.Tensor, b: torch.Tensor, target: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return -1/2 (log p[y] + log q[y]) of each row, from its statistics."""
+    m_a, log_a, m_b, log_b, _, _ = rows
+    log_p = _gather_target(a, target).to(rows.dtype) - m_a - log_a
+    log_q = _gather_target(b, target).to(rows.dtype) - m_b - log_b
+    mean: torch.Tensor = -0.5 * (log_p + log_q)
+    return mean
 
 
-def _row_statistics(a: torch.Tensor, b: torch.Tensor, *, is_log: bool) -> torch.Tensor:
+def row_statistics(a: torch.Tensor, b: torch.Tensor, *, is_log: bool = False) -> torch.Tensor:
     """Return for each row max a, log sum exp(a - max a), the same of b, E_p d and S: (6, N) or (6, N, D)."""
+    if not is_log and uses_triton(a):
+        from . import triton_rowwise
+
+        found: torch.Tensor = triton_rowwise.row_statistics(a, b)
+        return found
     rows = a.new_zeros(6, len(a), *a.shape[2:], dtype=accumulation_dtype(a.dtype))
     workspace = _Workspace(a)
     for at, row in _chunks(a):
@@ -150,17 +149,25 @@ def _log_ratio(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x.sub_(y).nan_to_num_(0.0, limit, -limit)
 
 
-def _row_gradients(
+def row_gradients(
     passes: _Passes,
     target: torch.Tensor | None,
     rows: torch.Tensor,
     weights: torch.Tensor,
     grads: Any,
     *,
-    is_log: bool,
+    is_log: bool = False,
 ) -> None:
-    """Write to grads: p (w + k (1 + d - E_p d)) - k q - w onehot for a, where w and k are the rows' halved weights."""
+    """Write to grads: p (w + k (1 + d - E_p d)) - k q - w onehot for a, where w and k are the rows' halved weights.
+
+    The passes may be written over by their own gradients.
+    """
     a, b = passes
+    if not is_log and uses_triton(a):
+        from . import triton_rowwise
+
+        triton_rowwise.row_gradients(passes, target, rows, weights, grads)
+        return
     workspace = _Workspace(a)
     for at, row in _chunks(a):
         x, y, p, q = workspace.views_like(a[at])

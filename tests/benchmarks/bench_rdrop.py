@@ -4,9 +4,9 @@ One tensor of logits, both passes one after the other, goes through all ways in 
 The snippet is that of the README of the paper's authors, re-derived: two cross entropies, and F.kl_div both ways from
 a log_softmax and a softmax of each. Memory is that of a process of its own for each way: the peak above the logits.
 
-Then a whole training step: see rdrop_step.py.
+Then a whole training step, see rdrop_step.py, and one through TRL's fused head, see fused_step.py.
 
-    python tests/benchmarks/bench_rdrop.py [--device cuda] [--quick] [--rounds N] [--part loss|step]
+    python tests/benchmarks/bench_rdrop.py [--device cuda] [--quick] [--rounds N] [--part loss|step|fused]
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from fused_step import report_fused_steps
 from rdrop_step import report_steps
 from torch.nn import functional as F  # noqa: N812
 
@@ -121,13 +122,15 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="256 rows")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--part", choices=["loss", "step"], help="default: both")
+    parser.add_argument("--part", choices=["loss", "step", "fused"], help="default: both")
     parser.add_argument("--peak", help="measure the peak memory of this way only")
     arguments = parser.parse_args()
-    if arguments.part != "step":
+    if arguments.part in (None, "loss"):
         measure_loss(arguments)
-    if arguments.part != "loss" and not arguments.peak:
+    if arguments.part in (None, "step") and not arguments.peak:
         report_steps(arguments.device, arguments.rounds)
+    if arguments.part in (None, "fused") and not arguments.peak:
+        report_fused_steps(arguments.device, arguments.rounds)
 
 
 def measure_loss(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fused_heads import ChunkedLogProbFunction, stand_in
 from ranks import main
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -85,12 +86,15 @@ def whole(tensor: Any) -> torch.Tensor:
     return full
 
 
-def compare(model: nn.Module, reference: nn.Module, *, is_inside: bool) -> dict[str, Any]:
-    def loss_of(each: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def compare(
+    model: nn.Module, reference: nn.Module, *, is_inside: bool, loss_of: Callable[..., torch.Tensor] | None = None
+) -> dict[str, Any]:
+    def loss_of_logits(each: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = each(x, y)[1] if is_inside else F.cross_entropy(each(x)[0], y)
         return loss
 
-    expected, found = train(reference, direct, averages=True), train(model, loss_of, averages=False)
+    expected = train(reference, direct, averages=True)
+    found = train(model, loss_of or loss_of_logits, averages=False)
     pairs = [pair for a, b in zip(found["grads"], expected["grads"], strict=True) for pair in zip(a, b, strict=False)]
     return {
         "losses": max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True)),
@@ -105,6 +109,36 @@ def finish(model: nn.Module, found: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         found["left"] = torch.overrides._len_torch_function_stack()
     return found
+
+
+class FusedNet(Net):
+    """Its head is fused as TRL's is: of a loss outside of it, the log-probabilities are made inside."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Any:
+        assert y is not None
+        for block in self.blocks:
+            x = block(x)
+        weights = self.head.weight, self.head.bias
+        log_probs, *_ = ChunkedLogProbFunction.apply(x, *weights, y, 1.0, 32768, None, 1.0, ("log_probs",))
+        return log_probs, -log_probs.mean()
+
+
+def ddp_fused(*, is_first: bool, is_inside: bool, **options: bool) -> Any:
+    """Train with a fused head, beside the whole logits of the same weights."""
+    reference, model = build(), build()
+    model.__class__ = FusedNet
+    if is_first:
+        patch_model(model, rdrop=TWO)
+    wrapped: Any = DistributedDataParallel(model, **options)
+    if not is_first:
+        patch_model(wrapped, rdrop=TWO)
+
+    def loss_of(each: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        log_probs, loss = each(x, y)
+        return loss if is_inside else -log_probs.sum() / len(y)
+
+    with stand_in("trl"):
+        return finish(wrapped, compare(wrapped, reference, is_inside=is_inside, loss_of=loss_of))
 
 
 def ddp(*, is_first: bool, is_inside: bool, has_unused: bool = False, **options: bool) -> Any:
@@ -133,6 +167,9 @@ WRAPPERS: dict[str, Callable[..., Any]] = {
     "ddp static": lambda **case: ddp(static_graph=True, **case),
     "ddp unused": lambda **case: ddp(find_unused_parameters=True, has_unused=True, **case),
     "ddp view": lambda **case: ddp(gradient_as_bucket_view=True, **case),
+    "ddp fused": ddp_fused,
+    "ddp fused static": lambda **case: ddp_fused(static_graph=True, **case),
+    "ddp fused unused": lambda **case: ddp_fused(find_unused_parameters=True, **case),
     "fsdp": fsdp,
     "fsdp resharded": lambda **case: fsdp(reshard_after_forward=True, **case),
     "fsdp kept whole": lambda **case: fsdp(reshard_after_forward=False, **case),

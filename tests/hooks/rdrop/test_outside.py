@@ -287,14 +287,15 @@ def test_unknown_loss_in_the_model_is_refused_at_backward(wrap: Any) -> None:
 
 
 def test_loss_without_logits_is_refused_with_the_switches_to_turn() -> None:
-    """As Liger's and TRL's fused losses, which the tests do not install, return it."""
+    """As a fused loss returns it that R-Drop does not know."""
     model = OwnLoss(lambda z: Scaled.apply(z, torch.sum), lambda loss, _: as_output(loss, None))  # type: ignore[no-untyped-call]
     with pytest.raises(SourceError) as error:
         patch_model(model, rdrop=1.0)(X)
     assert str(error.value) == (
-        "rdrop: expected logits, got a model that makes its loss without them. If that is a fused loss, "
-        "turn it off: fused_linear_cross_entropy=False for Liger, or in Trainer's liger_kernel_config; a "
-        "compute_loss_func of the logits for TRL's SFTTrainer. Else train without rdrop."
+        "rdrop: expected logits, or a fused head of TRL, Liger or cut-cross-entropy, got a model that makes its loss "
+        "without them. If that is a fused loss, or a compiled one, turn it off: fused_linear_cross_entropy=False for "
+        "Liger, or in Trainer's liger_kernel_config; label_smoothing_factor or a compute_loss_func of the logits for "
+        "TRL's SFTTrainer. Else train without rdrop."
     )
 
 
