@@ -1,6 +1,6 @@
 """Optimizer hooks that decay weights toward w_pre before each step of any torch optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,11 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from ..regularizer import Settings
-from ..step_methods import StepRegularizer, held_weights, lr_of
+from ..step_methods import StepRegularizer, held_weights, lr_of, stepped
 from ..weights.chosen import ChosenWeights
+from ..weights.lora import LoraWeight
 from ..weights.pretrained import local
+from .lora import decay
 from .settings import Anchor
 
 
@@ -20,6 +22,7 @@ class AnchorRegularizer(StepRegularizer):
     def __init__(self, settings: Anchor, weights: ChosenWeights, others: Sequence[Settings]) -> None:  # noqa: ARG002
         super().__init__(settings.name, weights.of("layers"))
         self.settings = settings
+        self._lora = weights.lora
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
@@ -31,12 +34,32 @@ class AnchorRegularizer(StepRegularizer):
         if getattr(optimizer, "found_inf", None):  # a fused optimizer skips by itself the step that GradScaler refuses
             return
         held = list(held_weights(optimizer, self._tracked, is_closure=is_closure))
-        if not held or not self._open_step.enter(optimizer):
+        factors = self._held_factors(optimizer, is_closure=is_closure)
+        if not (held or factors) or not self._open_step.enter(optimizer):
             return
         for group, tracked, w in held:
-            lr = lr_of("anchor", optimizer, group, "the decay is lr * weight")
-            local(w).lerp_(tracked.ready(w).part(w), lr * self.settings.weight)
+            local(w).lerp_(tracked.ready(w).part(w), self._rate(optimizer, group))
+        for lora, rates in factors.items():
+            lora.refuse_merged()
+            decay(lora, rates)
         self.steps += 1
+
+    def _rate(self, optimizer: Optimizer, group: dict[str, Any]) -> float:
+        return lr_of("anchor", optimizer, group, "the decay is lr * weight") * self.settings.weight
+
+    def _held_factors(self, optimizer: Optimizer, *, is_closure: bool) -> dict[LoraWeight, dict[torch.Tensor, float]]:
+        """Return the rates of the factors that a step changes, by the weight that LoRA makes of them."""
+        known = {id(w): one for one in self._lora for w in one.parameters}
+        found: dict[LoraWeight, dict[torch.Tensor, float]] = {}
+        for group, w in stepped(optimizer, is_closure=is_closure) if known else ():
+            if (one := known.get(id(w))) is not None:
+                found.setdefault(one, {})[w] = self._rate(optimizer, group)
+        return found
+
+    def trainable(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the trainable weights, and the factors of those that LoRA trains."""
+        yield from super().trainable()
+        yield from ((one.name, w) for one in self._lora for w in one.parameters)
 
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
         self._open_step.leave(optimizer)
