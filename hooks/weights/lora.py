@@ -51,7 +51,10 @@ class LoraWeight:
         self.path = path
         self.moved = tuple(moved)
         self.starts: dict[str, Start] = {}
-        self._known: dict[str, nn.Module] = dict(self.module.lora_A)
+        self._factors: tuple[Any, Any] = (module.lora_A, module.lora_B)
+        self._known: dict[str, nn.Module] = dict(module.lora_A)
+        self.modules: tuple[nn.Module, ...] = tuple(held[one] for one in self._known for held in self._factors)
+        """Those that hold A and B."""
 
     @property
     def name(self) -> str:
@@ -70,15 +73,6 @@ class LoraWeight:
         """W0."""
         w: torch.Tensor | None = self.module.base_layer._parameters.get("weight")
         return w
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Those that hold A and B."""
-        return tuple(held[adapter] for adapter in self._known for held in self._factors if adapter in held)
-
-    @property
-    def _factors(self) -> tuple[Any, Any]:
-        return self.module.lora_A, self.module.lora_B
 
     @property
     def active(self) -> list[str]:
