@@ -45,6 +45,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/bench_report.py
 	$(BIN)/python tests/benchmarks/bench_scaling.py
 	$(BIN)/python tests/benchmarks/bench_weights.py
+	$(BIN)/python tests/benchmarks/bench_lora.py
 	$(BIN)/python tests/benchmarks/bench_rdrop.py
 
 GLUE ?= nyu-mll/glue

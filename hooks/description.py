@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.display import Brief, as_html
@@ -16,7 +17,7 @@ from .marks import PATCH, Part, find_orphans
 from .patch import find_patch
 from .registry import METHODS
 from .regularizer import Settings, first_of
-from .weights.selection import Scope
+from .weights.selection import ADAPTER, Scope
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,6 +27,7 @@ class Acted(Brief):
     Args:
         verb: what the first of these methods does to them.
         names: of the weights.
+        lora: those of them that LoRA trains while they are frozen themselves.
         tied: further names of these weights.
         elements: how many elements they have.
         left: why each other parameter is left alone, by name.
@@ -33,6 +35,7 @@ class Acted(Brief):
 
     verb: str = ""
     names: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     elements: int = 0
     left: Mapping[str, str] | None = None
@@ -76,7 +79,7 @@ class Description(Brief):
 
     @property
     def mixed(self) -> tuple[str, ...]:
-        """Names of the layers' weights that mixout or the anchor acts on."""
+        """Names of the layers' weights that mixout or the anchor acts on, W0 of those that LoRA trains."""
         return self._layers.names
 
     @property
@@ -135,9 +138,13 @@ class Description(Brief):
         for acted in self.acted.values():
             share = f"{acted.elements:,} of {self.of_elements:,} elements"
             lines.append((acted.verb, f"{len(acted.names)} weights, {share}: {first_of(acted.names) or _NOTHING}"))
+            if acted.lora:
+                lines.append(("", f"{len(acted.lora)} by LoRA, which keeps them frozen: {first_of(acted.lora)}"))
             if acted.tied:
                 lines.append(("", f"{len(acted.tied)} more names for them (tied): {first_of(acted.tied)}"))
         where = f"{as_bytes(self.w_pre_bytes)} on {self.w_pre_device or 'no device'}"
+        if not self.w_pre_device and any(acted.lora for acted in self.acted.values()):
+            where = "no copy, for they are frozen"
         lines.append(("w_pre", f"{self.w_pre}; {_LOST if self.is_w_pre_lost else where}"))
         for acted in self.acted.values():
             for reason, names in by_reason((acted.left or {}).items()).items():
@@ -162,8 +169,9 @@ def describe(model: nn.Module) -> Description:
         return Description(patch.settings, facts)
     acted = {scope: _acted(root, patch, scope) for scope in patch.weights.left}
     shown = {name for one in acted.values() for name in one.names}
-    active = [tracked for tracked in patch.weights.tracked if tracked.name in shown]
-    devices = {str(tracked.values.device) for tracked in active if tracked.values is not None}
+    kept = [one.pretrained for one in patch.weights.tracked if one.name in shown and one.pretrained is not None]
+    kept += [start for one in patch.weights.lora if one.name in shown for start in one.kept]
+    devices = {str(one.values.device) for one in kept if one.values is not None}
     return Description(
         patch.settings,
         facts,
@@ -172,7 +180,7 @@ def describe(model: nn.Module) -> Description:
         w_pre=patch.weights.label,
         w_pre_bytes=patch.weights.nbytes,
         w_pre_device=", ".join(sorted(devices)),
-        is_w_pre_lost=any(tracked.pretrained is not None and tracked.values is None for tracked in active),
+        is_w_pre_lost=any(one.values is None for one in kept),
     )
 
 
@@ -193,19 +201,35 @@ def _acted(root: nn.Module, patch: Patch, scope: Scope) -> Acted:
     }
     known = {id(one.weight) for one in tracked if one.name not in gone}
     left = dict(patch.weights.left[scope])
+    of_lora = [one for one in patch.weights.lora if scope == "layers"]
+    lora = [one for one in of_lora if one.is_trainable and one.module in modules]
+    for one in of_lora:
+        known |= {id(module.weight) for module in one.modules}
+        if one.module not in modules:
+            gone |= dict.fromkeys(one.names, _GONE)
+        elif one not in lora:
+            left |= dict.fromkeys(one.names, ADAPTER if _is_trainable(one.base) else _FROZEN.format(verb))
+    frozen = {name: why for name, why in frozen.items() if name not in {one.name for one in lora}}
     added = {
         name: _ADDED
         for name, parameter in root.named_parameters()
         if id(parameter) not in known and name not in left and name not in gone
     }
     active = [one for one in tracked if one.weight.requires_grad and one.name not in gone]
+    names = tuple(one.name for one in lora)
+    elements = [one.weight.numel() for one in active] + [w.numel() for one in lora for w in one.parameters]
     return Acted(
         verb,
-        tuple(one.name for one in active),
+        (*(one.name for one in active), *names),
+        names,
         tuple(name for one in active for name in one.target.names[1:]),
-        sum(one.weight.numel() for one in active),
-        left | frozen | gone | added,
+        sum(elements),
+        {name: why for name, why in (left | frozen | gone | added).items() if name not in names},
     )
+
+
+def _is_trainable(w: torch.Tensor | None) -> bool:
+    return w is not None and w.requires_grad
 
 
 def _elsewhere(root: nn.Module) -> str:

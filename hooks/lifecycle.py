@@ -59,7 +59,7 @@ class Patch:
         self.weights = weights
         self.forwards = Forwards()
         if weights is not None:
-            self.forwards.traced = self.forwards.traced.to(weights.tracked[0].weight.device)
+            self.forwards.traced = self.forwards.traced.to(weights.device)
         self._handles: list[Handle] = []
         self._thread: int | None = None  # that of the forward which is under way
 
@@ -123,7 +123,7 @@ class Patch:
         elif root.training:
             # beside the weights, which may have moved: CUDA graphs take nothing from the CPU
             if self.weights is not None:
-                self.forwards.traced = self.forwards.traced.to(self.weights.tracked[0].weight.device)
+                self.forwards.traced = self.forwards.traced.to(self.weights.device)
             self.forwards.traced.add_(1)
 
     def next_pass(self) -> None:

@@ -47,9 +47,10 @@ def patch_model(
     global generators: torch.manual_seed rules.
 
     Mixed are the weights of nn.Linear, transformers' Conv1D, nn.Conv1d to nn.Conv3d, and of an nn.Embedding that
-    `include` names or that shares its weight with one of them. Biases, norms, frozen weights, PEFT's adapters and new
-    layers are not; a weight that is unfrozen later is mixed from then on. New are the layers that transformers did not
-    load, or that are not in `w_pre`; in other models name them in `exclude`. Their dropout is kept.
+    `include` names or that shares its weight with one of them, and those that PEFT's LoRA trains. Biases, norms, frozen
+    weights, other adapters and new layers are not; a weight that is unfrozen later is mixed from then on. New are the
+    layers that transformers did not load, or that are not in `w_pre`; in other models name them in `exclude`. Their
+    dropout is kept.
 
     Patching again replaces the settings and keeps w_pre, unless another one is given.
 

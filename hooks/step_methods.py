@@ -77,8 +77,8 @@ class StepRegularizer(Regularizer):
         """Raise where weights have changed with no optimizer step of torch that the method could have acted in."""
         if not self.is_watching or not root.training or torch.compiler.is_compiling():
             return
-        one = next((one for one in self._tracked if one.weight.requires_grad), None)
-        if one is None or self._open_step.is_open:  # a closure, such as LBFGS's, amid the step
+        name, w = next(self.trainable(), ("", None))
+        if w is None or self._open_step.is_open:  # a closure, such as LBFGS's, amid the step
             return
         self._idle = self._idle + 1 if self.steps == self._seen else 0
         self._seen = self.steps
@@ -87,14 +87,18 @@ class StepRegularizer(Regularizer):
                 "%s: expected an optimizer that holds %s, or another weight that it acts on, got no step of one in %d "
                 "forwards in training mode.",
                 self._name,
-                one.name,
+                name,
                 _PATIENCE,
             )
-        if self._watch.is_missed(one.weight, self.steps):
+        if self._watch.is_missed(w, self.steps):
             self.refuse(
-                f"{self._name}: expected a step of a torch.optim.Optimizer that holds {one.name}, got weights that "
+                f"{self._name}: expected a step of a torch.optim.Optimizer that holds {name}, got weights that "
                 "change without one. Use such an optimizer, built from the model's own parameters."
             )
+
+    def trainable(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the trainable parameters that it acts on, each with its name."""
+        return ((one.name, one.weight) for one in self._tracked if one.weight.requires_grad)
 
     @property
     def has_acted(self) -> bool:
@@ -107,13 +111,24 @@ def held_weights(
     """Yield those of the weights that an optimizer has a gradient for, each with its parameter group.
 
     Args:
-        is_closure: gradients come later, so that all trainable weights count.
+        is_closure: as `stepped` has it.
     """
     known = {id(one.weight): one for one in tracked}
+    for group, w in stepped(optimizer, is_closure=is_closure):
+        if (one := known.get(id(w))) is not None:
+            yield group, one, w
+
+
+def stepped(optimizer: Optimizer, *, is_closure: bool) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """Yield the parameters that an optimizer has a gradient for, each with its group.
+
+    Args:
+        is_closure: gradients come later, so that all trainable parameters count.
+    """
     for group in optimizer.param_groups:
         for w in group["params"]:
-            if (w.grad is not None or (is_closure and w.requires_grad)) and (one := known.get(id(w))) is not None:
-                yield group, one, w
+            if w.grad is not None or (is_closure and w.requires_grad):
+                yield group, w
 
 
 def lr_of(method: str, optimizer: Optimizer, group: dict[str, Any], use: str) -> float:

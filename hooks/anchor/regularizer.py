@@ -1,7 +1,7 @@
 """Optimizer hooks that decay weights toward w_pre before each step of any torch optimizer, or hooks on gradients."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,10 +10,12 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from ..regularizer import Handle, Settings
-from ..step_methods import StepRegularizer, held_weights, lr_of
+from ..step_methods import StepRegularizer, held_weights, lr_of, stepped
 from ..weights.chosen import ChosenWeights
+from ..weights.lora import LoraWeight
 from ..weights.pretrained import local
 from ..weights.tracked import Tracked
+from .lora import decay
 from .settings import Anchor
 
 
@@ -23,6 +25,7 @@ class AnchorRegularizer(StepRegularizer):
     def __init__(self, settings: Anchor, weights: ChosenWeights, others: Sequence[Settings]) -> None:  # noqa: ARG002
         super().__init__(settings.name, weights.of("layers"))
         self.settings = settings
+        self._lora = weights.lora
         self._pulls: Counter[str] = Counter()
         self._pulling: list[Handle] = []
 
@@ -36,14 +39,34 @@ class AnchorRegularizer(StepRegularizer):
         if getattr(optimizer, "found_inf", None):  # a fused optimizer skips by itself the step that GradScaler refuses
             return
         held = list(held_weights(optimizer, self._tracked, is_closure=is_closure))
-        if not held or not self._open_step.enter(optimizer):
+        factors = self._held_factors(optimizer, is_closure=is_closure)
+        if not (held or factors) or not self._open_step.enter(optimizer):
             return
         while self._pulling:
             self._pulling.pop().remove()
         for group, tracked, w in held:
-            lr = lr_of("anchor", optimizer, group, "the decay is lr * weight")
-            local(w).lerp_(tracked.ready(w).part(w), lr * self.settings.weight)
+            local(w).lerp_(tracked.ready(w).part(w), self._rate(optimizer, group))
+        for lora, rates in factors.items():
+            lora.refuse_merged()
+            decay(lora, rates)
         self.steps += 1
+
+    def _rate(self, optimizer: Optimizer, group: dict[str, Any]) -> float:
+        return lr_of("anchor", optimizer, group, "the decay is lr * weight") * self.settings.weight
+
+    def _held_factors(self, optimizer: Optimizer, *, is_closure: bool) -> dict[LoraWeight, dict[torch.Tensor, float]]:
+        """Return the rates of the factors that a step changes, by the weight that LoRA makes of them."""
+        known = {id(w): one for one in self._lora for w in one.parameters}
+        found: dict[LoraWeight, dict[torch.Tensor, float]] = {}
+        for group, w in stepped(optimizer, is_closure=is_closure) if known else ():
+            if (one := known.get(id(w))) is not None:
+                found.setdefault(one, {})[w] = self._rate(optimizer, group)
+        return found
+
+    def trainable(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the trainable weights, and the factors of those that LoRA trains."""
+        yield from super().trainable()
+        yield from ((one.name, w) for one in self._lora for w in one.parameters)
 
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
         self._open_step.leave(optimizer)
@@ -51,8 +74,11 @@ class AnchorRegularizer(StepRegularizer):
     def act_on_gradients(self) -> list[Handle]:
         """Add weight * (w - w_pre), the gradient of the penalty, to each gradient that comes to w.
 
-        The loop's own rule makes a step of it, with its own lr; backward passes that add up each bring it once.
+        The loop's own rule makes a step of it, with its own lr; backward passes that add up each bring it once. LoRA's
+        factors stay a matter of steps, whose absence is an error.
         """
+        if self._lora:
+            return []
         self.is_watching = False
         weights = [one for one in self._tracked if one.weight.requires_grad and type(one.weight) is nn.Parameter]
         self._pulling = [one.weight.register_hook(partial(self._pull, one)) for one in weights]  # type: ignore[no-untyped-call]

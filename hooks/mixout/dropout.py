@@ -66,8 +66,9 @@ def find_rates(model: nn.Module, mixed: Collection[str], left: Mapping[str, str]
     replaced: list[Rate] = []
     kept: list[Rate] = []
     for rate in _rates(model):
-        if "lora_dropout" in rate.name.split("."):  # before PEFT's adapter, which is not mixed
-            is_replaced = False
+        if "lora_dropout" in rate.name.split("."):
+            path, _, adapter = rate.name.rpartition("lora_dropout.")
+            is_replaced = f"{path}lora_A.{adapter}.weight" in mixed
         elif isinstance(rate.module, _DropoutNd):
             is_replaced = next(_beside(model, rate.name, is_mixed), True)
         else:

@@ -9,7 +9,8 @@ from torch import nn
 
 from surgery.errors import SourceError
 
-from ..marks import Mark
+from ..marks import Mark, put
+from ..regularizer import Handle
 from ..weights.selection import own_weight
 from ..weights.tracked import Tracked
 from .masks import Chance, Draw, SharedSeeds, draw_mask, draw_seed
@@ -35,7 +36,28 @@ class Passes:
     is_hidden: bool = False
 
 
-class MixedWeight(Mark):
+class Shadowed(Mark):
+    """Left on a module whose weight is replaced while it runs."""
+
+    attribute = MIXED
+
+    def __init__(self) -> None:
+        self.hidden: torch.Tensor | None = None  # the weight itself, under torch.compile, meanwhile
+
+    def release(self, module: nn.Module) -> None:
+        """Take it off a module, and the W_mix that an interrupted forward has left."""
+        if module.__dict__.get(MIXED) is self:
+            reveal_weight(module, None, None)
+        super().release(module)
+
+    def restore(self, attributes: MutableMapping[str, Any]) -> None:
+        """Leave W_mix out of a module's attributes, or of a copy of them."""
+        if isinstance(attributes.get("weight"), Shadow):
+            del attributes["weight"]
+        super().restore(attributes)
+
+
+class MixedWeight(Shadowed):
     """One weight that is mixed, and how masks are drawn for it.
 
     Args:
@@ -44,16 +66,14 @@ class MixedWeight(Mark):
         passes: of the model.
     """
 
-    attribute = MIXED
-
     def __init__(self, tracked: Tracked, settings: Mixout, passes: Passes) -> None:
+        super().__init__()
         assert tracked.target.mask is not None
         self.tracked = tracked
         self.settings = settings
         self.is_traced = False
         self._called = [False] * len(self.owners)
         self._used = [False] * len(self.owners)
-        self.hidden: torch.Tensor | None = None  # under torch.compile, while a layer runs
         self._mask_shape, self._repeats = tracked.target.mask
         self._passes = passes
         self._seeds = SharedSeeds() if len(self.owners) > 1 else None
@@ -64,9 +84,41 @@ class MixedWeight(Mark):
         return self.tracked.name
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the weight."""
+        return self.tracked.target.names
+
+    @property
     def weight(self) -> torch.Tensor:
         """The live parameter."""
         return self.tracked.weight
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.weight.requires_grad
+
+    @property
+    def elements(self) -> int:
+        """How many of the model's trainable elements are mixed in it."""
+        return self.weight.numel()
+
+    @property
+    def parameters(self) -> list[torch.Tensor | None]:
+        """What an optimizer changes. It does not raise where another tool has taken it away."""
+        return [self.owners[0]._parameters.get("weight")]
+
+    def attach(self) -> list[Handle]:
+        """Have the weight mixed wherever it is used."""
+        handles: list[Handle] = []
+        for module in self.owners:
+            handles += [put(module, self), *attach_hooks(module)]
+        return handles
+
+    def reveal(self) -> None:
+        """Take away the W_mix that an interrupted forward has left."""
+        for module in self.owners:
+            if MIXED in module.__dict__:
+                reveal_weight(module, None, None)
 
     @property
     def owners(self) -> tuple[nn.Module, ...]:
@@ -159,18 +211,6 @@ class MixedWeight(Mark):
             self._shared = mask
         return mask
 
-    def release(self, module: nn.Module) -> None:
-        """Take it off a module, and the W_mix that an interrupted forward has left."""
-        if module.__dict__.get(MIXED) is self:
-            reveal_weight(module, None, None)
-        super().release(module)
-
-    def restore(self, attributes: MutableMapping[str, Any]) -> None:
-        """Leave W_mix out of a module's attributes, or of a copy of them."""
-        if isinstance(attributes.get("weight"), Shadow):
-            del attributes["weight"]
-        super().restore(attributes)
-
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_shared": None}
 
@@ -195,12 +235,22 @@ def shadow_weight(module: nn.Module, args: Any) -> None:
     w = own_weight(own.name, module)
     if not w.requires_grad:
         return
+    refuse_copy(own)
+    put_before(module, w, own.mixed(w, module))
+
+
+def refuse_copy(own: Any) -> None:
+    """Raise in a copy of a part of a patched model."""
     if own.is_copy:
         raise SourceError(
             f"{own.name}: expected a layer of a patched model, got one that was copied or loaded without it. "
             "Call unpatch_model or patch_model on the model that it is in now."
         )
-    mixed = own.mixed(w, module)
+
+
+def put_before(module: nn.Module, w: torch.Tensor, mixed: torch.Tensor) -> None:
+    """Have a module compute with W_mix until `reveal_weight` is called."""
+    own: Shadowed = getattr(module, MIXED)
     if torch.compiler.is_compiling():
         own.hidden = w
         module._parameters["weight"] = mixed  # type: ignore[assignment]
@@ -212,7 +262,7 @@ def reveal_weight(module: nn.Module, args: Any, output: Any) -> None:  # noqa: A
     """Take W_mix away again; a forward hook that is also called when forward raises."""
     if "weight" in module.__dict__ and "weight" in module._parameters:  # else it is what another tool made of it
         del module.__dict__["weight"]
-    own: MixedWeight = getattr(module, MIXED)
+    own: Shadowed = getattr(module, MIXED)
     if own.hidden is not None:
         module._parameters["weight"] = own.hidden  # type: ignore[assignment]
         own.hidden = None

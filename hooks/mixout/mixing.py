@@ -95,15 +95,21 @@ def mixed_weight(
         mixed = _Mix.apply(w, pretrained(w), mask, rule)  # type: ignore[no-untyped-call]
     else:
         mixed = mix(w, pretrained(w), mask, chance=rule.chance)
-    if is_traced or torch._C._are_functorch_transforms_active():
+    if is_traced or not torch.is_grad_enabled() or not _may_hook():
+        return mixed if is_traced else shadow(mixed, w)
+    kept = mixed.as_subclass(MixedWeight)
+    kept.again = _Again(w, w._version, pretrained, mask, rule.chance)
+    kept.own = w
+    return kept
+
+
+def shadow(mixed: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Return W_mix as a Shadow of the weight `w`; as it is where torch.func is at work, which knows no subclasses."""
+    if torch._C._are_functorch_transforms_active():
         return mixed
-    if not torch.is_grad_enabled() or not _may_hook():
-        shadow: Shadow = mixed.as_subclass(Shadow)
-    else:
-        shadow = mixed.as_subclass(MixedWeight)
-        shadow.again = _Again(w, w._version, pretrained, mask, rule.chance)
-    shadow.own = w
-    return shadow
+    shadowing: Shadow = mixed.as_subclass(Shadow)
+    shadowing.own = w
+    return shadowing
 
 
 def _may_hook() -> bool:

@@ -11,12 +11,14 @@ from surgery.errors import SourceError, some
 from surgery.escapes import get_logger
 
 from ..compiling import guard_hooks
-from ..marks import PATCH, put
+from ..marks import PATCH
 from ..regularizer import Handle, Settings
 from ..steps import Activity, AuditedRegularizer, about_to_change
 from ..weights.chosen import ChosenWeights
+from ..weights.selection import ADAPTER
 from .dropout import Rate, find_rates, replace_rate
-from .mixed_weight import MIXED, MixedWeight, Passes, attach_hooks, reveal_weight
+from .lora import MixedLora
+from .mixed_weight import MixedWeight, Passes
 from .settings import Mixout
 
 _log = get_logger(__name__)
@@ -35,7 +37,10 @@ class MixoutRegularizer(AuditedRegularizer):
         super().__init__()
         self.settings = settings
         self.passes = Passes()
-        self.mixed = [MixedWeight(tracked, settings, self.passes) for tracked in weights.of("layers")]
+        self.mixed: list[MixedWeight | MixedLora] = [
+            *(MixedWeight(tracked, settings, self.passes) for tracked in weights.of("layers")),
+            *(MixedLora(lora, settings, self.passes) for lora in weights.lora),
+        ]
         self.replaced: list[Rate] = []
         self.kept: list[Rate] = []
         self._left = weights.left["layers"]
@@ -51,19 +56,18 @@ class MixoutRegularizer(AuditedRegularizer):
         if self.settings.is_mixing:
             guard_hooks()
             for one in self.mixed:
-                for module in one.owners:
-                    handles += [put(module, one), *attach_hooks(module)]
+                handles += one.attach()
         if self.settings.replace_dropout:
-            mixed = [name for one in self.mixed if one.weight.requires_grad for name in one.tracked.target.names]
-            self.replaced, self.kept = find_rates(root, mixed, self._left)
+            mixed = [name for one in self.mixed if one.is_trainable for name in one.names]
+            factors = (name for one in self.mixed if isinstance(one, MixedLora) for name in one.lora.names)
+            self.replaced, self.kept = find_rates(root, mixed, {**self._left, **dict.fromkeys(factors, ADAPTER)})
             handles += map(replace_rate, self.replaced)
         return handles
 
     def abort(self) -> None:
         """Do away with the W_mix that an interrupted forward has left."""
-        for module in (module for one in self.mixed for module in one.owners):
-            if MIXED in module.__dict__:
-                reveal_weight(module, None, None)
+        for one in self.mixed:
+            one.reveal()
 
     # -- the forward ----------------------------------------------------------------------------------------------
 
@@ -90,12 +94,12 @@ class MixoutRegularizer(AuditedRegularizer):
         if torch.compiler.is_compiling() or output is None or self._is_checked or not self.settings.is_mixing:
             return
         # PEFT's wrapper is in training mode around a model that is not
-        trained = [one for one in self.mixed if one.weight.requires_grad and one.owners[0].training]
+        trained = [one for one in self.mixed if one.is_trainable and one.owners[0].training]
         if root.training and trained:
             self._is_checked = True
             self._check_calls(trained)
 
-    def _check_calls(self, trained: Sequence[MixedWeight]) -> None:
+    def _check_calls(self, trained: Sequence[MixedWeight | MixedLora]) -> None:
         """Name the weights whose layers a whole forward has not called; refuse if that is all of them."""
         for tied in trained:
             if tied.uncalled:
@@ -137,8 +141,7 @@ class MixoutRegularizer(AuditedRegularizer):
         return Activity((self.passes.uses, eager, id(traced), traced._version))
 
     def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
-        # not one.weight, which raises where another tool has taken it away, and this step may be another model's
-        return about_to_change(optimizer, (one.owners[0]._parameters.get("weight") for one in self.mixed))
+        return about_to_change(optimizer, (w for one in self.mixed for w in one.parameters))
 
     # -- what came of it ------------------------------------------------------------------------------------------
 
@@ -166,21 +169,21 @@ class MixoutRegularizer(AuditedRegularizer):
         if not self.settings.is_mixing or not (self._forwards.count or self._has_mixed):
             return ()
         modules = set(root.modules())
-        silent = [one for one in self.mixed if one.weight.requires_grad and not one.is_used]
+        silent = [one for one in self.mixed if one.is_trainable and not one.is_used]
         return tuple(one.name for one in silent if not modules.isdisjoint(one.owners))
 
     def report(self) -> dict[str, Any]:
-        mixed = [one for one in self.mixed if one.weight.requires_grad]
+        mixed = [one for one in self.mixed if one.is_trainable]
         if self._has_mixed:  # one of TRL's heads is never called, for instance
             mixed = [one for one in mixed if one.is_used and not one.unused]
         return {"mixed": len(mixed)}
 
     @property
-    def _mixed_in_part(self) -> list[MixedWeight]:
+    def _mixed_in_part(self) -> list[MixedWeight | MixedLora]:
         """The trainable tied weights that some of their layers are called with, and others not."""
         if not self.settings.is_mixing:
             return []
-        return [one for one in self.mixed if one.unused and one.weight.requires_grad]
+        return [one for one in self.mixed if one.unused and one.is_trainable]
 
     def remarks(self) -> list[str]:
         tied = [
@@ -188,7 +191,7 @@ class MixoutRegularizer(AuditedRegularizer):
             f"where {some(one.used)} is called."
             for one in self._mixed_in_part
         ]
-        silent = [one.name for one in self.mixed if one.weight.requires_grad and not one.is_used]
+        silent = [one.name for one in self.mixed if one.is_trainable and not one.is_used]
         if not (silent and self._has_mixed):
             return tied
         why = "not mixed, for no call of the layer in training mode came."
@@ -199,4 +202,4 @@ class MixoutRegularizer(AuditedRegularizer):
         if not self.settings.is_mixing:
             return {}
         trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
-        return {"mixed_share": sum(one.weight.numel() for one in self.mixed if one.weight.requires_grad) / trainable}
+        return {"mixed_share": sum(one.elements for one in self.mixed if one.is_trainable) / trainable}

@@ -1,18 +1,20 @@
 """ChosenWeights: the parameters that were selected, each with its w_pre, their bytes and their distance from it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.errors import SettingError, some
+from surgery.errors import SettingError, SourceError, some
 from surgery.escapes import get_logger
 
 from ..marks import Marked, Part, put
 from .distance import squares_of_difference, total
+from .layers import packing
+from .lora import LoraWeight
 from .offload import Offload
 from .pretrained import is_distributed, local, refuse_not_finite
 from .selection import Scope, Target, select
@@ -28,6 +30,7 @@ class ChosenWeights:
 
     Args:
         tracked: the weights.
+        lora: those that LoRA trains while they are frozen themselves.
         left: why each other parameter is not acted on, by scope and name.
         fresh: names of the parameters without a pretrained value.
         label: where w_pre comes from.
@@ -36,11 +39,13 @@ class ChosenWeights:
     def __init__(
         self,
         tracked: Sequence[Tracked],
+        lora: Sequence[LoraWeight],
         left: Mapping[Scope, Mapping[str, str]],
         fresh: set[str],
         label: str,
     ) -> None:
         self.tracked = tuple(tracked)
+        self.lora = tuple(lora)
         self.left = left
         self.fresh = fresh
         self.label = label
@@ -52,13 +57,26 @@ class ChosenWeights:
 
     def attach(self) -> list[Marked]:
         """Mark the modules that hold the weights as parts of a patched model."""
-        owners = dict.fromkeys(module for tracked in self.tracked for module in tracked.target.owners)
-        return [put(module, Part()) for module in owners]
+        return [put(module, Part()) for module in self.owners]
+
+    @property
+    def owners(self) -> tuple[nn.Module, ...]:
+        """The modules that hold the weights."""
+        holders = (module for tracked in self.tracked for module in tracked.target.owners)
+        return tuple(dict.fromkeys([*holders, *(one.module for one in self.lora)]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first of the weights is."""
+        first = self.tracked[0].weight if self.tracked else self.lora[0].modules[0].weight
+        device: torch.device = first.device  # type: ignore[assignment]
+        return device
 
     @property
     def nbytes(self) -> int:
         """Bytes that w_pre takes on this rank."""
-        return sum(tracked.pretrained.nbytes for tracked in self.tracked if tracked.pretrained is not None)
+        kept = [tracked.pretrained for tracked in self.tracked if tracked.pretrained is not None]
+        return sum(one.nbytes for one in [*kept, *(kept for one in self.lora for kept in one.kept)])
 
     @torch.no_grad()
     def distance(self, *, is_whole: bool = True) -> float:
@@ -77,12 +95,20 @@ class ChosenWeights:
                 squares.append(_square_of_shards(w, part))
             else:
                 squares += squares_of_difference(local(w), part)
-        return math.sqrt(total(squares))
+        lora = [one for one in self.lora if one.is_trainable and not one.is_lost]
+        if not is_whole and any(is_distributed(w) for one in lora for w in one.parameters):
+            return math.nan  # a shard of A is no part of B A
+        return math.sqrt(total([*squares, *(one.square_of_distance() for one in lora)]))
 
     @property
     def is_sharded(self) -> bool:
         """Tell whether fully_shard has split one of them over the ranks."""
-        return any(is_distributed(tracked.weight) for tracked in self.tracked)
+        return any(map(is_distributed, self._all))
+
+    @property
+    def _all(self) -> Iterator[torch.Tensor]:
+        yield from (tracked.weight for tracked in self.tracked)
+        yield from (module.weight for one in self.lora for module in one.modules)  # type: ignore[misc]
 
     def take_late(self, parameters: Sequence[torch.Tensor]) -> None:
         """Take w_pre of what was frozen until now, and may have got noise since it was patched."""
@@ -93,7 +119,8 @@ class ChosenWeights:
 
     @property
     def are_all_frozen(self) -> bool:
-        return not any(tracked.weight.requires_grad for tracked in self.tracked)
+        is_any_trainable = any(tracked.weight.requires_grad for tracked in self.tracked)
+        return not is_any_trainable and not any(one.is_trainable for one in self.lora)
 
     def warn_frozen(self) -> None:
         """Warn once where every weight has been frozen since the model was patched."""
@@ -139,15 +166,50 @@ def choose(
     _refuse_split(targets, offload)
     for target in targets:
         refuse_not_finite(target.name, target.weight)
+    _take_lora(selection.lora, former, offload, is_given=w_pre is not None)
     weights = {target.name: Tracked(target, offload) for target in targets}
     for tracked in kept.tracked if kept is not None else ():
         if tracked.name in weights and tracked.pretrained is None:
             weights[tracked.name].follow(tracked)
+    bases = {one.name for one in selection.lora if one.is_trainable}
     wanted = [target for target in targets if target.weight.requires_grad or w_pre is not None]
     for target, values in origin.read(wanted):
         refuse_not_finite(f"w_pre: {target.name}", values)
-        weights[target.name].take(values, is_own=origin.is_own)
-    return ChosenWeights(list(weights.values()), selection.left, origin.fresh, origin.label)
+        if target.name in bases:
+            _refuse_other_base(target, values)
+        else:
+            weights[target.name].take(values, is_own=origin.is_own)
+    return ChosenWeights(list(weights.values()), selection.lora, selection.left, origin.fresh, origin.label)
+
+
+def _take_lora(
+    weights: Sequence[LoraWeight], former: ChosenWeights | None, offload: Offload | None, *, is_given: bool
+) -> None:
+    """Keep what W0 alone does not tell of w_pre.
+
+    Args:
+        is_given: w_pre comes from elsewhere.
+    """
+    known = {one.module: one for one in former.lora} if former is not None else {}
+    for one in weights:
+        one.refuse_not_finite()
+        if is_given and one.is_trainable and (one.moved or one.base is None or packing(one.base) is not None):
+            why = "quantized" if not one.moved else f"moved for the adapter {one.moved[0]!r}"
+            raise _given_for_lora(one.name, f"a base that is {why}")
+        one.take_start(known.get(one.module), offload)
+
+
+def _refuse_other_base(target: Target, values: torch.Tensor) -> None:
+    w = target.weight.detach()
+    if not torch.equal(local(w), local(values).to(w.device, w.dtype)):
+        raise _given_for_lora(target.name, "other values")
+
+
+def _given_for_lora(name: str, got: str) -> SourceError:
+    return SourceError(
+        f"w_pre: {name}: expected the frozen weight that LoRA is added to, got {got}. Leave w_pre out: LoRA's is that "
+        "weight, as it computes at the start."
+    )
 
 
 def _refuse_split(targets: Sequence[Target], offload: Offload | None) -> None:

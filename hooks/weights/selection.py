@@ -23,6 +23,7 @@ from .layers import (
     mask_shape,
     packing,
 )
+from .lora import LoraWeight, find_lora
 from .peft_layers import adapter_names, is_wrapper
 from .unready import refuse_sharded
 
@@ -31,8 +32,12 @@ Scope = Literal["layers", "parameters"]
 
 NEW = "new: it has no pretrained value"
 EXCLUDED = "in exclude"
-ADAPTER = "PEFT's own: an adapter"
-_BESIDE_FROZEN = "PEFT trains its adapters, and keeps the weights that they are added to frozen"
+_OF_PEFT = "PEFT's own: "
+ADAPTER = f"{_OF_PEFT}an adapter"
+_BESIDE_FROZEN = (
+    "PEFT trains its adapters, and keeps the weights that they are added to frozen: of adapters, W0 + s B A of plain "
+    "LoRA alone is acted on"
+)
 _NOT_A_WEIGHT = "bias, norm or another vector"
 _UNKNOWN = "of {}, a kind of layer that is not mixed"
 _EMBEDDING = "embedding: name it in include to mix it"
@@ -91,10 +96,12 @@ class Selection:
     Args:
         targets: what is acted on as long as it is trainable.
         left: why each other parameter is not acted on, by scope and name.
+        lora: weights that LoRA trains, which are acted on as long as it does.
     """
 
     targets: list[Target]
     left: dict[Scope, dict[str, str]]
+    lora: list[LoraWeight]
 
 
 def select(
@@ -118,15 +125,23 @@ def select(
         SourceError: a weight to mix is already swapped by another tool, or is not in memory.
     """
     groups = _tied(model)
-    refuse_sharded((name, w) for name, w in model.named_parameters() if not _excluded([name], include, exclude))
+    refuse_sharded((name, w) for name, w in model.named_parameters() if not excluded([name], include, exclude))
     _check_globs([name for names in groups.values() for name, _ in names], include=include, exclude=exclude)
-    adapters = adapter_names(model)
-    selection = Selection([], {scope: {} for scope in scopes})
+    adapters = dict.fromkeys(adapter_names(model), ADAPTER)
+    selection = Selection([], {scope: {} for scope in scopes}, [])
+    if "layers" in scopes:
+        selection.lora, reasons_of_lora = _select_lora(model, fresh, include, exclude)
+        adapters |= {name: reasons_of_lora.get(name, why) for name, why in adapters.items()}
+    of_lora = {name for one in selection.lora for name in one.names}
     for members in groups.values():
         names = tuple(name for name, _ in members)
-        reason = _excluded(names, include, exclude)
-        if reason is None and not adapters.isdisjoint(names):
-            reason = ADAPTER
+        if not of_lora.isdisjoint(names):
+            for left in (selection.left[scope] for scope in scopes if scope != "layers"):
+                left |= dict.fromkeys(names, ADAPTER)
+            continue
+        reason = excluded(names, include, exclude)
+        if reason is None and not adapters.keys().isdisjoint(names):
+            reason = next(adapters[name] for name in names if name in adapters)
         if reason is None and fresh >= set(names):
             reason = NEW
         kind = _kind(members, is_requested=bool(include))
@@ -146,6 +161,27 @@ def select(
         _refuse_swapped(model, include, exclude)
     _refuse_nothing(model, selection, [*include, *exclude], may_wait=may_wait and not adapters)
     return selection
+
+
+def _select_lora(
+    model: nn.Module, fresh: AbstractSet[str], include: Sequence[str], exclude: Sequence[str]
+) -> tuple[list[LoraWeight], dict[str, str]]:
+    """Return the weights of LoRA to act on, and why the factors of others are left alone, by name."""
+    found, unfit = find_lora(model)
+    chosen = []
+    reasons: dict[str, str] = {}
+    for one in found:
+        reason = excluded((one.name, *one.names), include, exclude)
+        if reason is None and one.name in fresh and one.base is not None and packing(one.base) is None:
+            reason = NEW
+        if reason is None:
+            one.refuse_merged()
+            chosen.append(one)
+        reasons |= dict.fromkeys(one.names, reason) if reason is not None else {}
+    for path, why in unfit.items():
+        adapters = adapter_names(model.get_submodule(path))
+        reasons |= {f"{path}.{name}".lstrip("."): f"{_OF_PEFT}{why}" for name in adapters}
+    return chosen, reasons
 
 
 def _target(members: Sequence[tuple[str, nn.Module]], mask: tuple[Shape, int] | None) -> Target:
@@ -169,7 +205,8 @@ def _tied(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return groups
 
 
-def _excluded(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def excluded(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Return why globs leave out what has these names; None if they do not."""
     if any(is_match(glob, name) for glob in exclude for name in names):
         return EXCLUDED
     if include and not any(is_match(glob, name) for glob in include for name in names):
@@ -235,7 +272,7 @@ def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[
     for path, module in model.named_modules():
         name = f"{path}.weight".lstrip(".")
         is_linear = isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_conv1d(module)
-        if not is_linear or is_wrapper(module) or _excluded([name], include, exclude):
+        if not is_linear or is_wrapper(module) or excluded([name], include, exclude):
             continue
         if hasattr(module, "parametrizations") or has_old_weight_norm(module):
             continue  # it has parameters of its own, which are named as not mixed
@@ -255,6 +292,8 @@ def _refuse_nothing(model: nn.Module, selection: Selection, globs: Sequence[str]
         targets = [one for one in selection.targets if scope == "parameters" or one.mask is not None]
         if any(may_wait or target.weight.requires_grad for target in targets):
             continue
+        if scope == "layers" and any(one.is_trainable for one in selection.lora):
+            continue
         reasons = Counter([*left.values(), *("frozen" for _ in targets)])
         told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         verb = "mix" if scope == "layers" else "recall"
@@ -267,7 +306,7 @@ def _refuse_nothing(model: nn.Module, selection: Selection, globs: Sequence[str]
 def _remedy(model: nn.Module, left: Mapping[str, str], scope: Scope, *, is_any_frozen: bool) -> str:
     """Say what to do where nothing is left to act on, by what is trained instead."""
     trained = {left.get(name) for name, w in model.named_parameters(remove_duplicate=False) if w.requires_grad}
-    if ADAPTER in trained:
+    if any(reason is not None and reason.startswith(_OF_PEFT) for reason in trained):
         return f"{_BESIDE_FROZEN}. Leave it out, or name pretrained layers in PEFT's modules_to_save"
     ways = ["unfreeze a weight"] if is_any_frozen else []
     if scope == "layers" and _EMBEDDING in left.values():

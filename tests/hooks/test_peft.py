@@ -1,4 +1,4 @@
-"""The real peft: adapters are not mixed, copies of pretrained layers are; a frozen base leaves nothing to mix."""
+"""The real peft: copies of pretrained layers are mixed, adapters other than LoRA's are not, nor is a frozen base."""
 
 import re
 from pathlib import Path
@@ -37,12 +37,12 @@ def left_as(model: nn.Module, reason: str) -> set[str]:
 
 
 def test_frozen_base_leaves_nothing_to_mix(tmp_path: Path) -> None:
-    model = get_peft_model(base(tmp_path), LoraConfig(**LORA))
+    model = get_peft_model(base(tmp_path), peft.LoHaConfig(**LORA))
     before = seeded.fingerprint(model)
     message = (
-        r"^model: expected a trainable weight to mix, got none \(.*13 frozen; .*8 PEFT's own: an adapter.*\)\. "
-        r"PEFT trains its adapters, and keeps the weights that they are added to frozen\. Leave it out, or name "
-        r"pretrained layers in PEFT's modules_to_save\.$"
+        r"^model: expected a trainable weight to mix, got none \(.*16 PEFT's own: an adapter; 13 frozen.*\)\. "
+        r"PEFT trains its adapters, and keeps the weights that they are added to frozen: of adapters, W0 \+ s B A of "
+        r"plain LoRA alone is acted on\. Leave it out, or name pretrained layers in PEFT's modules_to_save\.$"
     )
     with pytest.raises(SettingError, match=message):
         patch_model(model)
@@ -88,7 +88,11 @@ COPY = "base_model.model.bert.pooler.modules_to_save.default.dense.weight"
 def test_copy_of_a_pretrained_layer_is_mixed_with_its_values(tmp_path: Path) -> None:
     model = get_peft_model(base(tmp_path), LoraConfig(**LORA, modules_to_save=["pooler"]))
     patch_model(model, mixout=0.5)
-    assert describe(model).mixed == (COPY,)
+    assert describe(model).mixed[0] == COPY
+    assert [name.rpartition("self.")[2] for name in describe(model).mixed[1:]] == [
+        "query.base_layer.weight",
+        "value.base_layer.weight",
+    ] * 2
     original = model.base_model.model.bert.pooler.original_module.dense.weight
     assert torch.equal(seeded.w_pre_of(model)[COPY], original)
     model.train()(**seeded.batch()).loss.backward()
@@ -141,7 +145,7 @@ def test_tuned_norms_are_recalled_and_refused_by_what_acts_on_layers(tmp_path: P
 
 
 def test_bias_only_training_leaves_nothing_to_mix(tmp_path: Path) -> None:
-    model = get_peft_model(base(tmp_path), LoraConfig(**LORA, bias="all", modules_to_save=["classifier"]))
+    model = get_peft_model(base(tmp_path), peft.HRAConfig(**LORA, bias="hra_only", modules_to_save=["classifier"]))
     with pytest.raises(SettingError, match=r"13 frozen.*PEFT trains its adapters"):
         patch_model(model)
 
@@ -151,10 +155,12 @@ def test_base_thawed_later_is_mixed_from_then_on(tmp_path: Path) -> None:
     pooler = model.base_model.model.bert.pooler
     pooler.requires_grad_(True)
     patch_model(model)
-    assert describe(model).mixed == ("base_model.model.bert.pooler.dense.weight",)
+    assert describe(model).mixed[0] == "base_model.model.bert.pooler.dense.weight"
+    assert stats(model)["mixed"] == 1 + 4
     trainable(model)
     model(**seeded.batch()).loss.backward()
     assert stats(model)["mixed"] == 13
+    assert len(left_as(model, ADAPTER)) == 8
 
 
 def test_wrapper_in_training_mode_around_an_eval_model_is_no_fault(tmp_path: Path) -> None:

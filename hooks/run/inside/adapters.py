@@ -16,6 +16,7 @@ from surgery.escapes import shell_quote
 from surgery.live.parts import LIVE_NAMES
 from surgery.recipe import Recipe
 
+from ...weights.lora import REWRITING
 from ...weights.peft_layers import is_wrapper
 from ...weights.pretrained import local
 
@@ -26,9 +27,6 @@ REPEATED = frozenset(
 )
 """Types of PEFT whose adapter needs no more than the base to be what it was. Not FRoD, OSF, PSOFT, AdaMSS: they keep
 what they compute from the base out of what they save, and compute it anew when it is loaded."""
-
-_REWRITING = ("olora", "pissa", "corda", "loftq", "lora_ga")
-"""What init_lora_weights begins with where LoRA takes its start out of the base."""
 
 _REMEDY = "Run `surgery perturb` on the checkpoint, train on what it makes, and leave noisytune out."
 _SAMPLED, _SHOWN_EXCLUDES = 16, 8
@@ -74,7 +72,7 @@ def refuse_unrepeatable(model: nn.Module, loaded: LoadedValues) -> None:
     """
     for config in _configs(model):
         kind, init = str(getattr(config.peft_type, "value", config.peft_type)), getattr(config, "init_lora_weights", "")
-        if kind not in REPEATED or str(init).lower().startswith(_REWRITING):
+        if kind not in REPEATED or str(init).lower().startswith(REWRITING):
             what = kind if kind not in REPEATED else f"{kind} with init_lora_weights={init!r}"
             raise SourceError(
                 f"adapter: expected one that is made without the base weights, or saved with all that it takes from "

@@ -74,8 +74,8 @@ class Model:
         self._history = History()
         self._take_noise(noise, noisy)
         # it keeps the layers, not the root, which may therefore go; a root that is a layer would stay
-        tracked = patch.weights.tracked if patch is not None and patch.weights is not None else ()
-        if patch is not None and not any(module is root for one in tracked for module in one.target.owners):
+        owners = patch.weights.owners if patch is not None and patch.weights is not None else ()
+        if patch is not None and not any(module is root for module in owners):
             weakref.finalize(root, self._measure, patch, is_last=True).atexit = False
 
     def _take_noise(self, noise: Sequence[TensorRecord], noisy: Mapping[str, nn.Parameter]) -> None:

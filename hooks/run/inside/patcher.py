@@ -6,13 +6,15 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from surgery.errors import SurgeryError, by_reason
+from surgery.errors import SettingError, SurgeryError, by_reason
 
 from ...checks import is_compiled, take_root
 from ...lifecycle import Patch
 from ...patch import find_patch, put_patch
 from ...refusals import handled
 from ...regularizer import Settings
+from ...weights.lora import find_lora
+from ...weights.selection import excluded
 from ..options import Options
 from .filters import Filters
 from .reporter import Reporter
@@ -73,8 +75,21 @@ class Patcher:
         acts_on_weights = any(one.acts_on is not None for one in methods)
         globs = self._filters.parameter_globs(root) if acts_on_weights else (None, None)
         take_root(module, may_be_compiled=True)
+        if self._options.w_pre == "original" and any(one.acts_on == "layers" for one in methods):
+            self._refuse_noisy_base(root)
         with self._pretrained.restored(root.parameters()):
             put_patch(root, methods, include=globs[0], exclude=globs[1], may_wait=True)
+
+    def _refuse_noisy_base(self, root: nn.Module) -> None:
+        """Refuse w_pre without the noise that LoRA's frozen base has: w_pre is that base, of which no copy is kept."""
+        globs = self._filters.parameter_globs(root)
+        for one in find_lora(root)[0]:
+            is_wanted = one.is_trainable and excluded((one.name, *one.names), *globs) is None
+            if is_wanted and isinstance(one.base, nn.Parameter) and self._pretrained.has([one.base]):
+                raise SettingError(
+                    f"w_pre: expected perturbed for LoRA ({one.name}), whose frozen weight has the noise, got "
+                    "original. Leave it out, or name LoRA's layers in exclude."
+                )
 
     def _put_those_that_fit(
         self, module: nn.Module, root: nn.Module, methods: Sequence[Settings], *, is_wanted: bool

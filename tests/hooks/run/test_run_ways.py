@@ -198,14 +198,6 @@ def test_peft(way: str, source: Path, tmp_path: Path) -> None:
     byhand.assert_equal(torch.load(tmp_path / "final.pt"), wanted)
 
 
-def test_mixout_is_refused_for_lora(source: Path, tmp_path: Path) -> None:
-    ran = run(tmp_path, "with_peft.py", *byhand.MIXOUT, args=("lora", source, tmp_path / "final.pt"))
-    assert ran.code == 3
-    assert "expected a trainable weight to mix, got none" in ran.err
-    assert "PEFT trains its adapters, and keeps the weights that they are added to frozen. Leave it out" in ran.err
-    assert "noise" not in ran.err
-
-
 def sentence_folder(source: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
