@@ -56,7 +56,7 @@ def describe_model(options: Options, model: Model) -> str:
         done.append("no noise again" if model.is_resumed else noise if entry["perturbed"] else "no noise")
     done += [one.announcement(entry) for one in options.methods if one.name in model.methods]
     new = f"; new: {some(entry['new'])}" if entry["new"] else ""
-    return f"{entry['class']}: {', '.join(done)}{new}"
+    return f"{entry['class']}: {', '.join(done) or 'left as it is'}{new}"
 
 
 def find_rank() -> int:

@@ -90,14 +90,14 @@ def test_describe_accounts_for_every_parameter(tmp_path: Path) -> None:
 
 def test_describe_names_layers_of_other_kinds() -> None:
     model = nn.ModuleDict({
-        "conv3": nn.Conv3d(2, 2, 2),
+        "transposed": nn.ConvTranspose2d(2, 2, 2),
         "attn": nn.MultiheadAttention(8, 2),
         "lstm": nn.LSTM(4, 4),
         "out": nn.Linear(4, 4),
     })  # fmt: skip
     left = describe(patch_model(model, include="**")).left
     assert left
-    assert left["conv3.weight"] == "of Conv3d, a kind of layer that is not mixed"
+    assert left["transposed.weight"] == "of ConvTranspose2d, a kind of layer that is not mixed"
     reason = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
     assert left["attn.out_proj.weight"] == reason
     assert left["attn.in_proj_weight"] == "of MultiheadAttention, a kind of layer that is not mixed"

@@ -46,7 +46,8 @@ def test_child_that_ends_without_a_word_has_left_one_before(name: str, ran: Run)
 
 def test_training_without_an_optimizer_is_seen(ran: Run) -> None:
     record = record_of(ran, "update_by_hand")
-    assert (record["has_trained"], record["models"]) == (True, [])
+    found = [(entry["class"], entry["steps"], entry["mixed"]) for entry in record["models"]]
+    assert (record["has_trained"], found) == (True, [("Net", 5, 3)])
 
 
 def test_child_that_only_evaluates_says_nothing(ran: Run) -> None:

@@ -124,7 +124,7 @@ def train_adapter(tmp_path: Path, llama: Path, kind: str, settings: dict[str, An
     ("method", "kind", "settings", "reason"),
     [
         ("mixout", "Lora", {"use_dora": True}, "PEFT's own: DoRA: its norm ||W0 + s B A|| is of the whole weight"),
-        ("anchor", "LoHa", {}, "8 PEFT's own: an adapter"),
+        pytest.param("anchor", "LoHa", {}, "8 PEFT's own: an adapter", marks=pytest.mark.sweep),
     ],
     ids=["dora", "loha"],
 )
@@ -135,6 +135,7 @@ def test_other_adapters_alone_end_with_3_and_the_reason(
     assert ran.code == 3
     assert reason in ran.err
     assert "of adapters, W0 + s B A of plain LoRA alone is acted on" in ran.err
+    assert "\nsurgery: PeftModel: left as it is" in ran.err
 
 
 @pytest.mark.parametrize("init", ["olora", pytest.param("pissa", marks=pytest.mark.sweep)])

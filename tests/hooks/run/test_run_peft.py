@@ -92,7 +92,7 @@ def test_copy_of_a_pretrained_head_is_mixed_and_anchored(source: Path, tmp_path:
     ran = train(tmp_path, source, LORA | {"modules_to_save": ["lm_head"]}, *flags)
     assert ran.code == 0, ran.err
     assert ran.records[0]["acts"] == ["anchor", "mixout", "noisytune"]
-    assert [(entry["mixed"], entry["perturbed"]) for entry in ran.models] == [(1, 9)]
+    assert [(entry["mixed"], entry["perturbed"]) for entry in ran.models] == [(3, 9)]
     assert ran.models[0]["distance"] > 0
 
 
