@@ -138,7 +138,8 @@ def test_other_adapters_alone_end_with_3_and_the_reason(
     assert "\nsurgery: PeftModel: left as it is" in ran.err
 
 
-@pytest.mark.parametrize("init", ["olora", pytest.param("pissa", marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("init", ["olora", "pissa"])
 def test_start_that_was_taken_out_of_the_base_is_kept(init: str, llama: Path, tmp_path: Path) -> None:
     ran = train_adapter(tmp_path, llama, "Lora", {"init_lora_weights": init}, *METHODS)
     assert ran.code == 0, ran.err

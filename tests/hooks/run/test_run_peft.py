@@ -68,7 +68,7 @@ def reload(base: Path, out: Path) -> nn.Module:
     [
         ("Lora", LORA),
         ("Lora", LORA | {"use_dora": True, "modules_to_save": ["lm_head"]}),
-        ("PromptTuning", {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}),
+        pytest.param("PromptTuning", {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}, marks=pytest.mark.sweep),
     ],
     ids=["lora", "dora-and-head", "prompt"],
 )
@@ -113,7 +113,7 @@ def test_merged_adapter_keeps_the_noise(source: Path, tmp_path: Path) -> None:
             *("Lora", LORA | {"init_lora_weights": "pissa"}, "", "got LORA with init_lora_weights='pissa': noise"),
             marks=pytest.mark.sweep,
         ),
-        ("Frod", {"target_modules": QV}, "", "got FROD: noise"),
+        pytest.param("Frod", {"target_modules": QV}, "", "got FROD: noise", marks=pytest.mark.sweep),
         pytest.param("OSF", {"target_modules": QV}, "", "got OSF: noise", marks=pytest.mark.sweep),
         (
             "Lora",
