@@ -13,7 +13,7 @@ from ..regularizer import Handle, Settings
 from ..step_methods import StepRegularizer, held_weights, lr_of, stepped
 from ..weights.chosen import ChosenWeights
 from ..weights.lora import LoraWeight
-from ..weights.pretrained import local
+from ..weights.pretrained import is_distributed, local
 from ..weights.tracked import Tracked
 from .lora import decay
 from .settings import Anchor
@@ -27,7 +27,7 @@ class AnchorRegularizer(StepRegularizer):
         self.settings = settings
         self._lora = weights.lora
         self._pulls: Counter[str] = Counter()
-        self._pulling: list[Handle] = []
+        self._pulling: dict[int, Handle] = {}  # by the id of the weight
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
@@ -43,7 +43,7 @@ class AnchorRegularizer(StepRegularizer):
         if not (held or factors) or not self._open_step.enter(optimizer):
             return
         while self._pulling:
-            self._pulling.pop().remove()
+            self._pulling.popitem()[1].remove()
         for group, tracked, w in held:
             local(w).lerp_(tracked.ready(w).part(w), self._rate(optimizer, group))
         for lora, rates in factors.items():
@@ -77,12 +77,17 @@ class AnchorRegularizer(StepRegularizer):
         The loop's own rule makes a step of it, with its own lr; backward passes that add up each bring it once. LoRA's
         factors stay a matter of steps, whose absence is an error.
         """
-        if self._lora:
+        weights = [one for one in self._tracked if one.weight.requires_grad]
+        if self._lora or any(type(one.weight) is not nn.Parameter or is_distributed(one.weight) for one in weights):
             return []
         self.is_watching = False
-        weights = [one for one in self._tracked if one.weight.requires_grad and type(one.weight) is nn.Parameter]
-        self._pulling = [one.weight.register_hook(partial(self._pull, one)) for one in weights]  # type: ignore[no-untyped-call]
-        return list(self._pulling)
+        new = {id(one.weight): one for one in weights if id(one.weight) not in self._pulling}
+        hooks = {
+            key: one.weight.register_hook(partial(self._pull, one))  # type: ignore[no-untyped-call]
+            for key, one in new.items()
+        }
+        self._pulling |= hooks
+        return list(hooks.values())
 
     @torch.no_grad()
     def _pull(self, tracked: Tracked, grad: torch.Tensor) -> torch.Tensor:
@@ -93,7 +98,7 @@ class AnchorRegularizer(StepRegularizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, whose weights have no hooks: it raises where they change without an optimizer."""
-        return self.__dict__ | {"_pulling": [], "is_watching": True}
+        return self.__dict__ | {"_pulling": {}, "is_watching": True}
 
     def facts(self, root: nn.Module) -> dict[str, Any]:  # noqa: ARG002
         return {"anchored": self.steps}

@@ -113,7 +113,7 @@ def _wrap_backward(session: Session) -> None:
     def watched_backward(*args: Any, **kwargs: Any) -> None:
         session.before_backward()
         backward(*args, **kwargs)
-        if not session.after_backward() and torch.autograd.backward is watched_backward:  # nobody has wrapped it since
+        if not _goes_on(session) and torch.autograd.backward is watched_backward:  # nobody has wrapped it since
             torch.autograd.backward = backward
 
     @wraps(grad)
@@ -124,12 +124,20 @@ def _wrap_backward(session: Session) -> None:
             return grad(outputs, of, *args, **kwargs)
         session.before_backward()
         found = grad(outputs, of, *args, **kwargs)
-        if not session.after_backward(parameters) and torch.autograd.grad is watched_grad:
+        if not _goes_on(session, parameters) and torch.autograd.grad is watched_grad:
             torch.autograd.grad = grad
         return found
 
     torch.autograd.backward = watched_backward
     torch.autograd.grad = watched_grad
+
+
+def _goes_on(session: Session, inputs: list[nn.Parameter] | None = None) -> bool:
+    """Tell the session of a backward pass, and of calls if it waits for them; return whether to go on doing so."""
+    goes_on = session.after_backward(inputs)
+    if session.is_waiting and nn.Module._call_impl is _CALL:
+        _wrap_calls(session)
+    return goes_on
 
 
 def _wrap_module_compile(session: Session) -> None:

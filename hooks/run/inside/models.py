@@ -96,6 +96,11 @@ class Model:
         return self._root()
 
     @property
+    def patch(self) -> Patch | None:
+        """What was put on it, as long as it is."""
+        return self._patch() if self._patch is not None else None
+
+    @property
     def is_alive(self) -> bool:
         return self._root() is not None
 
@@ -152,7 +157,7 @@ class Model:
         Args:
             is_last: measure the distance as well, which reads all weights.
         """
-        patch = self._patch() if self._patch is not None else None
+        patch = self.patch
         if patch is not None:
             self._measure(patch, is_last=is_last)
             self._add_to_history(patch)
@@ -198,6 +203,12 @@ class Models:
     def hold(self, parameter: nn.Parameter) -> bool:
         """Tell whether a parameter is one of a model's own."""
         return any(model.holds([parameter]) for model in self._models)
+
+    def act_on_gradients(self) -> None:
+        """Have the methods on all that is alive act in backward passes, on what is trainable by now."""
+        for model in self._models:
+            if (patch := model.patch) is not None and model.is_alive:
+                patch.act_on_gradients()
 
     def trained(self) -> list[nn.Parameter]:
         """Return the parameters of all that have a gradient."""

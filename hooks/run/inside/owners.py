@@ -25,10 +25,11 @@ def find_tops(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Module, list[
     return list(tops.values())
 
 
-def find_trained() -> list[nn.Parameter]:
-    """Return the parameters that have a gradient."""
-    things = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter)]
-    return [thing for thing in things if thing.requires_grad and thing.grad is not None]
+def find_gradients() -> dict[int, tuple[nn.Parameter, int, int]]:
+    """Return the parameters that have a gradient, by id, each with what changes when a backward pass adds to it."""
+    gc.collect()  # layers of a model that is gone have each other, and gradients
+    things = (thing for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter))
+    return {id(w): (w, id(w.grad), w.grad._version) for w in things if w.requires_grad and w.grad is not None}
 
 
 _HEAD = 0.1

@@ -21,7 +21,7 @@ from .candidates import Candidates
 from .filters import Filters
 from .loads import Loads
 from .models import Model, Models
-from .owners import find_trained
+from .owners import find_gradients
 from .patcher import Patcher
 from .pending import Pending
 from .perturber import Perturber
@@ -29,7 +29,7 @@ from .reporter import Reporter
 from .weakset import WeakSet
 
 _LOOKS = 10
-"""How many backward passes without an optimizer are searched for models: a GAN has shown both of its own by then."""
+"""How many backward passes are searched for models after a module was first called: a GAN has shown both by then."""
 
 
 class Session:
@@ -57,19 +57,22 @@ class Session:
         self._models = Models()
         self._loaders = 0  # calls of from_pretrained that have not returned
         self._has_optimizer = False
-        self._looks = 0  # at backward passes without one
+        self._is_by_hand = False
+        self._looks = 0  # at backward passes without one, since a module was first called
+        self._gradients: dict[int, tuple[nn.Parameter, int, int]] = {}  # before a backward pass
+        self._called = WeakSet()  # modules, since a model was found by hand
 
     @property
     def is_waiting(self) -> bool:
-        """A model is trained whose forward has not been seen."""
-        return bool(self._pending.parameters)
+        """A model is trained whose forward has not been seen, or may be, where no optimizer tells."""
+        return bool(self._pending.parameters) or self._is_by_hand
 
     # -- optimizers -----------------------------------------------------------------------------------------------
 
     def on_optimizer_made(self, optimizer: Optimizer) -> None:
         """Find the models whose parameters an optimizer owns, and perturb them."""
         watch(self)  # imports torch's compiler, which takes a second, and which optimizers import anyway
-        self._has_optimizer = True
+        self._has_optimizer, self._is_by_hand = True, False
         owned = [
             one
             for one in _parameters(optimizer)
@@ -210,6 +213,9 @@ class Session:
 
     def on_forward(self, module: nn.Module) -> None:
         """Patch the model that `module` is or holds, if it is about to be trained and was waited for."""
+        if self._is_by_hand and module not in self._called:
+            self._called.add([module])
+            self._looks = 0
         if module in self._without_pending or not torch.is_grad_enabled():
             return
         inner = unwrap(module)
@@ -224,6 +230,7 @@ class Session:
     def before_backward(self) -> None:
         """Note that something is trained."""
         self._reporter.record.has_trained = True
+        self._gradients = {} if self._has_optimizer or self._looks >= _LOOKS else find_gradients()
 
     def after_backward(self, inputs: Sequence[nn.Parameter] | None = None) -> bool:
         """Regularize what is trained without an optimizer of torch; tell whether to be called again.
@@ -237,16 +244,23 @@ class Session:
             return False
         if self._looks < _LOOKS:
             self._looks += 1
-            for top in self._take(find_trained() if inputs is None else inputs):
+            for top in self._take(self._find_trained() if inputs is None else inputs):
+                self._is_by_hand = True
                 self._patch(top)
-                if patch := find_patch(top):
-                    patch.act_on_gradients()
-                    torch.compiler.reset()
+                torch.compiler.reset()
                 self._reporter.add_note(f"{type(top).__name__}: {BY_HAND}")
-        self._models.count_step(self._models.trained() if inputs is None else inputs)
+        trained = self._models.trained() if inputs is None else inputs
+        self._train_late(trained)
+        self._models.act_on_gradients()
+        self._models.count_step(trained)
         self._reporter.write_again(self._models)
         self._exit_if_in_vain()
         return True
+
+    def _find_trained(self) -> list[nn.Parameter]:
+        """Return the parameters that the last backward pass has brought a gradient; others may have one of long ago."""
+        before, self._gradients = self._gradients, {}
+        return [found[0] for key, found in find_gradients().items() if before.get(key) != found]
 
     def _patch(self, module: nn.Module, *, has_stepped: bool = False) -> None:
         """Do to a model all that is asked for."""
@@ -296,7 +310,7 @@ class Session:
         """End a process in which nothing can take effect, before it trains for hours."""
         if not (self._reporter.has_refused or self._candidates.are_all_excluded):
             return
-        if self.is_waiting or self._options.allow_inactive:
+        if self._pending.parameters or self._options.allow_inactive:
             return
         if self._models.is_any_complete(self._options.asked):
             return

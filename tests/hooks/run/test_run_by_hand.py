@@ -42,7 +42,7 @@ def train(nets: Any, *, anchor: float = byhand.ANCHOR, lam: float = byhand.LAM) 
     return {name: w.detach() for name, w in model.named_parameters()}
 
 
-@pytest.mark.parametrize("ways", [("backward", "own optimizer"), ("grad",)], ids=["backward", "grad"])
+@pytest.mark.parametrize("ways", [("backward", "own optimizer", "backward again"), ("grad",)], ids=["backward", "grad"])
 def test_loop_without_an_optimizer(ways: tuple[str, ...], nets: Any, tmp_path: Path) -> None:
     ran = run(tmp_path, "by_hand.py", *byhand.ALL, args=(tmp_path / "final.pt", *ways))
     assert ran.code == 0, ran.err
@@ -88,6 +88,44 @@ def test_each_of_several_models_is_found(tmp_path: Path) -> None:
     ran = run(tmp_path, "import textwrap\nexec(textwrap.dedent('''" + script + "'''))", *byhand.NOISE, *byhand.MIXOUT)
     assert ran.code == 0, ran.err
     assert [(entry["class"], entry["mixed"]) for entry in ran.models] == [("Critic", 2), ("Sequential", 2)]
+
+
+def test_gradients_of_long_ago_are_no_training(tmp_path: Path) -> None:
+    script = """
+import torch
+torch.manual_seed(0)
+kept, model = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+kept.weight.grad = torch.ones(4, 4)
+before = kept.weight.detach().clone()
+for _ in range(3):
+    model(torch.ones(2, 4)).square().mean().backward()
+    for w in model.parameters():
+        w.data -= 0.1 * w.grad
+assert torch.equal(kept.weight, before)
+"""
+    ran = run(tmp_path, script, *byhand.NOISE, *byhand.MIXOUT)
+    assert ran.code == 0, ran.err
+    assert [entry["steps"] for entry in ran.models] == [3]
+
+
+def test_weights_that_are_unfrozen_later_are_regularized(tmp_path: Path) -> None:
+    script = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+model[0].requires_grad_(False)
+for step in range(6):
+    if step == 3:
+        model[0].requires_grad_(True)
+    model(torch.ones(2, 4)).square().mean().backward()
+    for w in model.parameters():
+        if w.grad is not None:
+            w.data -= 0.1 * w.grad
+"""
+    ran = run(tmp_path, script, *byhand.NOISE, *byhand.MIXOUT, "--anchor", "0.01")
+    assert ran.code == 0, ran.err
+    (entry,) = ran.models
+    assert (entry["perturbed"], entry["mixed"], entry["steps"]) == (4, 2, 6)
 
 
 def test_recadam_says_that_it_needs_an_optimizer(tmp_path: Path) -> None:
