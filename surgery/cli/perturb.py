@@ -11,12 +11,14 @@ import click
 
 from surgery.cli import options
 from surgery.cli.group import PERTURB_CARD, command, main
+from surgery.cli.parts import write_part
 from surgery.cli.push import push_and_print
 from surgery.cli.syntax import echo_json
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
     from surgery.noisytune import NoisyTune
+    from surgery.perturb.parts import Part
     from surgery.perturb.plan import Plan
     from surgery.push.push import PushOptions
 
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 @options.key
 @options.token
 @options.workers("three per core")
+@options.array
 @options.overwrite
 @options.plot("Draw what the noise did.")
 @options.recipe_only("Write no weights: `surgery materialize` makes them.")
@@ -66,6 +69,7 @@ def perturb(
     key: str | None,
     token: str | None,
     workers: int | None,
+    array: "Part | None",
     overwrite: bool,
     plot: Path | None,
     recipe_only: bool,
@@ -90,6 +94,7 @@ def perturb(
 
     if not dry_run:
         refuse_windows("perturb")
+    _check_array(array, plot=plot, repo=repo, dry_run=dry_run)
     asked = []
     for seed in seeds:
         noisytune = NoisyTune(seed=seed, **settings)
@@ -129,7 +134,8 @@ def perturb(
         if dry_run:
             every.append(_print_plan(plan, one.push, is_quiet=as_json))
         else:
-            every.append(_write(plan, one, start=start, overwrite=overwrite, workers=workers, is_quiet=as_json))
+            how = _How(array, overwrite, workers)
+            every.append(_write(plan, one, how, start=start, is_quiet=as_json))
     if as_json:
         echo_json(every[0] if len(seeds) == 1 else {"variants": every})
 
@@ -142,6 +148,22 @@ class _Asked:
     out: Path | None
     plot: Path | None
     push: "PushOptions | None"
+
+
+@dataclass(frozen=True)
+class _How:
+    """How it is to be done."""
+
+    array: "Part | None"
+    overwrite: bool
+    workers: int | None
+
+
+def _check_array(array: "Part | None", *, plot: Path | None, repo: str | None, dry_run: bool) -> None:
+    """Refuse what takes a whole checkpoint, of which a part is one only if it is the last."""
+    for option, is_given in (("--plot", plot), ("--push", repo), ("--dry-run", dry_run)):
+        if array and is_given:
+            raise SettingError(f"--array: expected no {option} with it, got both. Use {option} without --array.")
 
 
 def _check_pushes(pushes: "Iterable[PushOptions | None]") -> None:
@@ -176,17 +198,17 @@ def _print_plan(plan: "Plan", push: "PushOptions | None", *, is_quiet: bool) -> 
     return rows
 
 
-def _write(
-    plan: "Plan", asked: _Asked, *, start: float, overwrite: bool, workers: int | None, is_quiet: bool
-) -> dict[str, Any]:
+def _write(plan: "Plan", asked: _Asked, how: _How, *, start: float, is_quiet: bool) -> dict[str, Any]:
     """Do what is planned, print what was done unless quiet, push it, and return what was done."""
     from surgery.perturb.execute import execute
     from surgery.perturb.output import is_finished
     from surgery.report import perturb as report
     from surgery.report.tables import stdout_terminal
 
-    is_new = overwrite or not is_finished(plan.out)
-    recipe = execute(plan, overwrite=overwrite, workers=workers)
+    is_new = how.overwrite or not is_finished(plan.out)
+    if how.array:
+        return write_part(plan, how.array, overwrite=how.overwrite, workers=how.workers, start=start, is_quiet=is_quiet)
+    recipe = execute(plan, overwrite=how.overwrite, workers=how.workers)
     rows = report.rows(recipe, plan, time.perf_counter() - start, is_new=is_new)
     if asked.plot:
         from surgery.checkpoint.resolve import resolve
@@ -195,7 +217,7 @@ def _write(
         from surgery.report.plot import draw
 
         copy = resolve(plan.out, variant=plan.variant)
-        draw(noise_picture(compare(plan.checkpoint, copy, workers=workers), recipe.settings), asked.plot)
+        draw(noise_picture(compare(plan.checkpoint, copy, workers=how.workers), recipe.settings), asked.plot)
     if not is_quiet:
         # a reader that has gone does not keep the push from being made
         with suppress(BrokenPipeError) if asked.push else nullcontext():

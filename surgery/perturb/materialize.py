@@ -5,17 +5,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from surgery.checkpoint.layout import CARD
 from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError
-from surgery.escapes import get_logger, shell_join
+from surgery.escapes import shell_join
 from surgery.perturb.execute import execute
 from surgery.perturb.output import refuse_windows
 from surgery.perturb.plan import Plan, choose_out
 from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
 from surgery.recipe import Recipe
-
-_log = get_logger(__name__)
 
 
 def materialize_checkpoint(
@@ -46,13 +43,22 @@ def materialize_checkpoint(
         OutputError: `out` cannot be used, or what comes out is not what the recipe says.
     """
     plan = plan_materialize(recipe, out, source=source, token=token)
-    return execute_materialize(plan, overwrite=overwrite, workers=workers)
+    return execute(plan, overwrite=overwrite, workers=workers)
 
 
 def plan_materialize(
-    recipe: str | Path, out: str | Path | None, *, source: str | Path | None, token: str | None
+    recipe: str | Path,
+    out: str | Path | None,
+    *,
+    source: str | Path | None,
+    token: str | None,
+    checks_source: bool = True,
 ) -> Plan:
-    """Plan what materialize_checkpoint does, with the source checked. Writes nothing; raises as it does."""
+    """Plan what materialize_checkpoint does. Writes nothing; raises as it does.
+
+    Args:
+        checks_source: read all of the source, and compare it with the recipe; else each shard is, when it is written.
+    """
     refuse_windows("materialize")
     path = find_recipe(recipe, token=token)
     recorded = Recipe.read(path)
@@ -64,18 +70,11 @@ def plan_materialize(
             f"{folder}: expected another folder than the recipe's, got that one. Choose another with `out`."
         )
     plan = plan_replay(recorded, checkpoint, folder)
-    _refuse_other_weights(plan, recorded)
+    if checks_source:
+        _refuse_other_weights(plan, recorded)
     is_local = Path(os.path.expanduser(recipe)).exists()  # noqa: PTH111
     words = ["surgery", "materialize", str(path if is_local else recipe), *_source_option(source), "-o", str(folder)]
     return replace(plan, command=shell_join(words))
-
-
-def execute_materialize(plan: Plan, *, overwrite: bool, workers: int | None) -> Recipe:
-    """Do what `plan_materialize` planned. Raises as materialize_checkpoint."""
-    recipe = execute(plan, overwrite=overwrite, workers=workers)
-    if plan.recorded and recipe.card != plan.recorded.card:
-        _log.warning("%s: its text is not the one that the recipe records; all other files are", plan.out / CARD)
-    return recipe
 
 
 def _source_option(source: str | Path | None) -> Iterable[str]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of, hex_of, shorten
 from surgery.checkpoint.layout import CARD, RECIPE, is_weight
@@ -13,15 +13,13 @@ from surgery.display import Brief
 from surgery.errors import NoWeightsError, SourceError
 from surgery.escapes import printable
 from surgery.files import list_names
-from surgery.perturb import stream
-from surgery.perturb.compare_file import FileComparison, TensorMismatch
+from surgery.perturb import here
+from surgery.perturb.compare_file import TensorMismatch
 from surgery.perturb.compare_recipe import recipe_faults
 from surgery.perturb.plan import Plan
-from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
-from surgery.perturb.shard import ShardTask
+from surgery.perturb.replay import find_recipe, find_source, plan_replay
 from surgery.perturb.shard_plan import ShardPlan
-from surgery.perturb.tasks import make_record, make_task, measure, with_ties
-from surgery.progress import bar
+from surgery.perturb.tasks import with_ties
 from surgery.recipe import FileRecord, Recipe
 from surgery.threads import streaming_workers
 
@@ -158,29 +156,12 @@ def _compare(
     plan: Plan, recipe: Recipe, shards: Sequence[ShardPlan], workers: int
 ) -> tuple[list[TensorMismatch], list[str]]:
     """Stream shards past the files that they should be; return differences, and faults of headers and the recipe."""
-    by_name = {shard.name: shard for shard in shards}
-    recorded = {file.name: file for file in recipe.files}
-    measured = measure(plan, workers)
-    made: dict[str, FileRecord] = {}
-    differences: list[TensorMismatch] = []
-    faults: list[str] = []
-
-    def settle(task: ShardTask) -> None:
-        path, expected = plan.checkpoint.path(by_name[task.name].source), recorded[task.name].source_digest
-        refuse_other_source(path, task.source_digest, expected)
-        assert isinstance(task.sink, FileComparison)
-        record = made[task.name] = make_record(task, by_name[task.name], measured)
-        stds = {tensor.name: tensor.std for tensor in record.tensors}
-        differences.extend(replace(d, std=stds[d.name]) for d in task.sink.differences.values())
-        faults.extend(task.sink.faults())
-        task.sink.close()
-
-    tasks = (
-        make_task(plan, shard, measured, partial(FileComparison, plan.out / shard.name, shard.name, shard.header))
-        for shard in shards
-    )
-    with bar(sum(shard.nbytes for shard in shards), "verifying") as on_bytes:
-        stream.run(tasks, plan.settings, workers=workers, on_done=settle, on_bytes=on_bytes)
+    measured = here.measure_all(plan, workers)
+    found: dict[str, dict[str, Any]] = {}
+    here.compare(plan, shards, measured, workers, found.__setitem__)
+    entries = [found[shard.name] for shard in shards]
+    differences = [TensorMismatch(**difference) for entry in entries for difference in entry["differences"]]
+    faults = [fault for entry in entries for fault in entry["faults"]]
     pooled = measured.pooled.std if measured.pooled else None
-    again = replace(recipe, pooled_std=pooled, files=tuple(made[shard.name] for shard in shards))
+    again = replace(recipe, pooled_std=pooled, files=tuple(FileRecord.from_json(entry["record"]) for entry in entries))
     return differences, faults + [f"{RECIPE}: {fault}" for fault in recipe_faults(recipe, again)]
