@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from surgery.engines import ENGINES
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
@@ -116,6 +117,11 @@ def variant(of: str = "") -> _Decorator:
 key = click.option("--key", metavar="NAME", help="State_dict to take of a PyTorch file that holds several.")
 
 
+engine = click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    help="Where shards are worked on; --workers is of each task then.  [default: local]",
+)
 array = click.option(
     "--array", type=_Array(), metavar="I/N", help="Do part I of N, from 0; the last to end completes the folder."
 )

@@ -1,13 +1,27 @@
 """`--array I/N` of perturb and materialize: do one part, and print it, or the whole checkpoint if it is the last."""
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.errors import SettingError
+
 if TYPE_CHECKING:
     from surgery.perturb.parts import Part
     from surgery.perturb.plan import Plan
+
+
+def refuse_with(array: "Part | None", others: Mapping[str, object]) -> None:
+    """Refuse what takes all shards in one process, beside a part.
+
+    Raises:
+        SettingError: one of them is given.
+    """
+    for option, given in others.items():
+        if array and given:
+            raise SettingError(f"--array: expected no {option} with it, got both. Use {option} without --array.")
 
 
 def write_part(

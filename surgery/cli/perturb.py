@@ -11,7 +11,7 @@ import click
 
 from surgery.cli import options
 from surgery.cli.group import PERTURB_CARD, command, main
-from surgery.cli.parts import write_part
+from surgery.cli.parts import refuse_with, write_part
 from surgery.cli.push import push_and_print
 from surgery.cli.syntax import echo_json
 from surgery.errors import SettingError
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @options.key
 @options.token
 @options.workers("three per core")
+@options.engine
 @options.array
 @options.overwrite
 @options.plot("Draw what the noise did.")
@@ -69,6 +70,7 @@ def perturb(
     key: str | None,
     token: str | None,
     workers: int | None,
+    engine: str | None,
     array: "Part | None",
     overwrite: bool,
     plot: Path | None,
@@ -89,12 +91,13 @@ def perturb(
     """
     import surgery.perturb.execute  # noqa: F401  (takes time that is not the run's)
     from surgery.noisytune import NoisyTune
+    from surgery.perturb.crew import LOCAL
     from surgery.perturb.output import refuse_windows
     from surgery.perturb.plan import make_plan
 
     if not dry_run:
         refuse_windows("perturb")
-    _check_array(array, plot=plot, repo=repo, dry_run=dry_run)
+    refuse_with(array, {"--plot": plot, "--push": repo, "--dry-run": dry_run, "--engine": engine})
     asked = []
     for seed in seeds:
         noisytune = NoisyTune(seed=seed, **settings)
@@ -132,9 +135,9 @@ def perturb(
         if i and not as_json:
             click.echo()
         if dry_run:
-            every.append(_print_plan(plan, one.push, is_quiet=as_json))
+            every.append(_print_plan(plan, one.push, engine=engine or LOCAL, is_quiet=as_json))
         else:
-            how = _How(array, overwrite, workers)
+            how = _How(array, overwrite, workers, engine or LOCAL)
             every.append(_write(plan, one, how, start=start, is_quiet=as_json))
     if as_json:
         echo_json(every[0] if len(seeds) == 1 else {"variants": every})
@@ -157,13 +160,7 @@ class _How:
     array: "Part | None"
     overwrite: bool
     workers: int | None
-
-
-def _check_array(array: "Part | None", *, plot: Path | None, repo: str | None, dry_run: bool) -> None:
-    """Refuse what takes a whole checkpoint, of which a part is one only if it is the last."""
-    for option, is_given in (("--plot", plot), ("--push", repo), ("--dry-run", dry_run)):
-        if array and is_given:
-            raise SettingError(f"--array: expected no {option} with it, got both. Use {option} without --array.")
+    engine: str
 
 
 def _check_pushes(pushes: "Iterable[PushOptions | None]") -> None:
@@ -188,11 +185,13 @@ def _push_options(repo: str | None, **settings: Any) -> "PushOptions | None":
     return None
 
 
-def _print_plan(plan: "Plan", push: "PushOptions | None", *, is_quiet: bool) -> dict[str, Any]:
+def _print_plan(plan: "Plan", push: "PushOptions | None", *, engine: str, is_quiet: bool) -> dict[str, Any]:
+    from surgery.perturb.crew import count_tasks
     from surgery.report import perturb as report
     from surgery.report.tables import stdout_terminal
 
-    rows = report.plan_rows(plan) | ({"push": push.command} if push else {})
+    tasks = count_tasks(engine, plan)
+    rows = report.plan_rows(plan) | ({"tasks": tasks} if tasks else {}) | ({"push": push.command} if push else {})
     if not is_quiet:
         click.echo(report.plan_table(rows, stdout_terminal()))
     return rows
@@ -208,7 +207,7 @@ def _write(plan: "Plan", asked: _Asked, how: _How, *, start: float, is_quiet: bo
     is_new = how.overwrite or not is_finished(plan.out)
     if how.array:
         return write_part(plan, how.array, overwrite=how.overwrite, workers=how.workers, start=start, is_quiet=is_quiet)
-    recipe = execute(plan, overwrite=how.overwrite, workers=how.workers)
+    recipe = execute(plan, overwrite=how.overwrite, workers=how.workers, engine=how.engine)
     rows = report.rows(recipe, plan, time.perf_counter() - start, is_new=is_new)
     if asked.plot:
         from surgery.checkpoint.resolve import resolve

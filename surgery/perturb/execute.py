@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.noisytune import NoisyTune, as_globs
-from surgery.perturb import here
 from surgery.perturb.complete import complete
-from surgery.perturb.output import OutputFolder, refuse_windows
+from surgery.perturb.crew import LOCAL, open_crew
+from surgery.perturb.output import refuse_windows
 from surgery.perturb.plan import Plan, make_plan
 from surgery.perturb.same_run import already_done, kept_moments, open_output
 from surgery.perturb.shared import MEASURED
-from surgery.perturb.tasks import GlobalMoments, with_ties
+from surgery.perturb.tasks import with_ties
 from surgery.recipe import Recipe, warn_of_vanished
-from surgery.threads import streaming_workers
 
 
 def perturb_checkpoint(
@@ -32,6 +31,7 @@ def perturb_checkpoint(
     token: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
+    engine: str = LOCAL,
     recipe_only: bool = False,
 ) -> Recipe:
     """Write a copy of a checkpoint with NoisyTune's noise in every floating-point parameter.
@@ -50,6 +50,8 @@ def perturb_checkpoint(
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
         workers: threads; default: three per core, at most 16. The bytes written do not depend on it.
+        engine: "local", this process; "ray" or "slurm": tasks of a cluster that sees source and `out`, each with as
+            many workers, by default those of one core.
         recipe_only: write all but the weights and their indexes: materialize_checkpoint makes them from the recipe.
     Returns:
         What was done to every tensor.
@@ -63,30 +65,23 @@ def perturb_checkpoint(
     plan = make_plan(
         source, out, settings, revision=revision, variant=variant, key=key, token=token, recipe_only=recipe_only
     )
-    recipe = execute(plan, overwrite=overwrite, workers=workers)
+    recipe = execute(plan, overwrite=overwrite, workers=workers, engine=engine)
     warn_of_vanished(recipe)
     return recipe
 
 
-def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) -> Recipe:
+def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None, engine: str = LOCAL) -> Recipe:
     """Do what the plan says, or finish it, and return the recipe that was written. Raises as perturb_checkpoint."""
     if not overwrite and (recipe := already_done(plan)):
         return recipe
-    workers = workers or streaming_workers()
     plan = with_ties(plan)
     folder = open_output(plan)
-    with folder.claim(overwrite=overwrite):
-        measured = _measured(plan, folder, workers)
-        todo = [shard for shard in plan.shards if shard.name not in folder.finished]
-        here.write(plan, todo, measured, workers, folder)
+    with (
+        open_crew(engine, plan, folder.shared.records, workers=workers) as crew,
+        folder.claim(overwrite=overwrite),
+    ):
+        measured = kept_moments(plan, folder) or crew.measure()
+        if measured.moments and MEASURED not in folder.notes:
+            folder.note(MEASURED, measured.entries)
+        crew.write([shard for shard in plan.shards if shard.name not in folder.finished], measured, folder)
         return complete(plan, folder, measured.pooled)
-
-
-def _measured(plan: Plan, folder: OutputFolder, workers: int) -> GlobalMoments:
-    """Read everything once, if the plan's scale is "global" and no former run has."""
-    if kept := kept_moments(plan, folder):
-        return kept
-    measured = here.measure_all(plan, workers)
-    if measured.moments:
-        folder.note(MEASURED, measured.entries)
-    return measured

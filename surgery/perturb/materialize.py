@@ -8,6 +8,7 @@ from pathlib import Path
 from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError
 from surgery.escapes import shell_join
+from surgery.perturb.crew import LOCAL
 from surgery.perturb.execute import execute
 from surgery.perturb.output import refuse_windows
 from surgery.perturb.plan import Plan, choose_out
@@ -23,11 +24,13 @@ def materialize_checkpoint(
     token: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
+    engine: str = LOCAL,
 ) -> Recipe:
     """Write the checkpoint that a recipe describes, from the recipe and its source alone.
 
     The bytes are those that the recipe records: weights, indexes, companions, card, recipe. The source is compared with
-    the recipe before anything is written. A run that was interrupted is resumed by the same call.
+    the recipe before anything is written; by the tasks of a cluster shard by shard, before it gets its name. A run that
+    was interrupted is resumed by the same call.
 
     Args:
         recipe: a surgery.json, a folder that holds one, or a Hub id, of which nothing else is fetched.
@@ -35,15 +38,15 @@ def materialize_checkpoint(
         source: where the source is now, if not where it was: Hub id, folder or file.
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
-        workers: threads; default: three per core, at most 16.
+        workers, engine: see perturb_checkpoint.
     Returns:
         The recipe, as it was written to `out`.
     Raises:
         SourceError: no recipe, one of a live model or a hostile one; or the source is missing or not the recipe's.
         OutputError: `out` cannot be used, or what comes out is not what the recipe says.
     """
-    plan = plan_materialize(recipe, out, source=source, token=token)
-    return execute(plan, overwrite=overwrite, workers=workers)
+    plan = plan_materialize(recipe, out, source=source, token=token, checks_source=engine == LOCAL)
+    return execute(plan, overwrite=overwrite, workers=workers, engine=engine)
 
 
 def plan_materialize(

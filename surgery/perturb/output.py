@@ -24,7 +24,7 @@ from surgery.lock import LOCK, lock_folder
 from surgery.perturb.former_run import is_edited, names_in, read_json
 from surgery.perturb.output_errors import as_output_error
 from surgery.perturb.partfile import PartFile, sync_folder
-from surgery.perturb.shared import FINISHED, PARTS, SharedFolder
+from surgery.perturb.shared import FINISHED, PARTS, SharedFolder, records_of
 from surgery.sizes import as_bytes
 
 _PART = ".surgery-part"
@@ -54,7 +54,7 @@ class OutputFolder:
         self.finished: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
         self._job = json.loads(json.dumps(job))
-        self.shared = SharedFolder(path, self._job, planned)
+        self.shared = SharedFolder(path, records_of(path, self._job), planned)
         self._resume = resume
         self._planned = planned
         self._is_record = is_record
@@ -141,6 +141,8 @@ class OutputFolder:
         if is_same:
             self.finished, self.notes = former["finished"], former["notes"]
             self.finished = self.finished_by_now()
+            for name in self.shared.records.read(FINISHED).keys() - self.finished.keys():
+                self.shared.records.forget(FINISHED, name)
         doomed = present - {*(self.finished.keys() & self._planned.keys()), JOURNAL}
         self._refuse_folders({parent for name in doomed for parent in PurePosixPath(name).parents})
         self._check_space(sum((self.path / name).lstat().st_size for name in doomed))
@@ -197,6 +199,11 @@ class OutputFolder:
         """Return the records of the shards that are there, whoever has written them."""
         found = self.finished | self.shared.records.read(FINISHED)
         return {name: record for name, record in found.items() if self._is_whole(name, record)}
+
+    def gather(self) -> None:
+        """Note in the journal what other processes have finished."""
+        self.finished = self.finished_by_now()
+        self._write_journal()
 
     def _is_whole(self, name: str, record: dict[str, Any]) -> bool:
         if name not in self._planned:  # only its record is wanted

@@ -78,6 +78,10 @@ class Records:
         there = self._listed(kind)
         return [name for name in names if self._path(kind, name).name not in there]
 
+    def forget(self, kind: str, name: str) -> None:
+        """Drop what is recorded of a shard."""
+        self._path(kind, name).unlink(missing_ok=True)
+
     def read(self, kind: str) -> dict[str, Any]:
         """Return the records of a kind by the shards' names; none where there is no folder."""
         found = {}
@@ -99,18 +103,23 @@ class Records:
         return self.folder / kind / f"{_digest_of_name(name)}{_SUFFIX}"
 
 
+def records_of(out: Path, job: Mapping[str, Any]) -> Records:
+    """Return where the records of a job are, in its output folder."""
+    return Records(out / PARTS / _digest(json.dumps(job, sort_keys=True).encode()))
+
+
 class SharedFolder:
     """The output folder of a run as those see it that write some of its shards.
 
     Args:
         path: the output folder.
-        job: what the run does, as JSON.
+        records: of the run, in that folder.
         sizes: bytes of the files to write, by name, as far as they are known.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, records: Records, sizes: Mapping[str, int]) -> None:
         self.path = path
-        self.records = Records(path / PARTS / _digest(json.dumps(job, sort_keys=True).encode()))
+        self.records = records
         self._sizes = sizes
         self._parts: set[PartFile] = set()
 
@@ -148,6 +157,17 @@ class SharedFolder:
         with suppress(FileNotFoundError):  # taken over just now
             part.path.replace(path)
         sync_folder(path.parent)
+
+    def missing(self, names: Collection[str]) -> list[str]:
+        """Return those of some shards that are not recorded, or have not got their names."""
+        unrecorded = {*self.records.missing(FINISHED, names)}
+        return [name for name in names if name in unrecorded or not self._is_whole(name)]
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            return name not in self._sizes or (self.path / name).lstat().st_size == self._sizes[name]
+        except FileNotFoundError:
+            return False
 
     def abandon(self) -> None:
         """Remove what was begun and not finished."""

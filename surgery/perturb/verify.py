@@ -1,9 +1,10 @@
 """verify_checkpoint: compute every shard again from source and recipe, and compare with what is there, bit for bit."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of, hex_of, shorten
 from surgery.checkpoint.layout import CARD, RECIPE, is_weight
@@ -13,15 +14,15 @@ from surgery.display import Brief
 from surgery.errors import NoWeightsError, SourceError
 from surgery.escapes import printable
 from surgery.files import list_names
-from surgery.perturb import here
 from surgery.perturb.compare_file import TensorMismatch
 from surgery.perturb.compare_recipe import recipe_faults
+from surgery.perturb.crew import LOCAL, Crew, open_crew
 from surgery.perturb.plan import Plan
 from surgery.perturb.replay import find_recipe, find_source, plan_replay
 from surgery.perturb.shard_plan import ShardPlan
+from surgery.perturb.shared import Records
 from surgery.perturb.tasks import with_ties
 from surgery.recipe import FileRecord, Recipe
-from surgery.threads import streaming_workers
 
 _OWNERS = (CARD, ".gitattributes")  # the card is its owner's to edit, and the Hub adds to .gitattributes
 
@@ -59,6 +60,7 @@ def verify_checkpoint(
     source: str | Path | None = None,
     token: str | None = None,
     workers: int | None = None,
+    engine: str = LOCAL,
 ) -> Verification:
     """Compute a perturbed checkpoint again, from its source and its recipe, and compare. Writes nothing.
 
@@ -66,7 +68,8 @@ def verify_checkpoint(
         folder: what `surgery perturb` wrote, or a Hub id, which may end in `@revision`.
         source: where the source is now, if not where the recipe says: Hub id, folder or file.
         token: Hub token; default: the one stored on this machine.
-        workers: threads; default: three per core, at most 16.
+        workers, engine: see perturb_checkpoint. Tasks of a cluster leave word in a folder below the current one, which
+            is removed.
     Returns:
         What differs, if anything does.
     Raises:
@@ -79,7 +82,8 @@ def verify_checkpoint(
     todo = [shard for shard in plan.shards if shard.name in names and shard.name not in dict(damaged)]
     faults = [*_companion_faults(recipe, root), *_weight_file_faults(recipe, names), *(fault for _, fault in damaged)]
     faults += _sha256_faults(recipe, root, names)
-    differences, wrong = _compare(plan, recipe, todo, workers or streaming_workers())
+    with _opened(engine, plan, workers) as crew:
+        differences, wrong = _compare(recipe, todo, crew)
     return Verification(
         folder=str(folder),
         source=recipe.source,
@@ -152,13 +156,24 @@ def _header_faults(plan: Plan, names: set[str]) -> Iterator[tuple[str, str]]:
                 yield shard.name, str(error)
 
 
-def _compare(
-    plan: Plan, recipe: Recipe, shards: Sequence[ShardPlan], workers: int
-) -> tuple[list[TensorMismatch], list[str]]:
+@contextmanager
+def _opened(engine: str, plan: Plan, workers: int | None) -> Iterator[Crew]:
+    """Get hold of an engine, with a folder below the current one in which its tasks leave word."""
+    if engine == LOCAL:
+        with open_crew(engine, plan, Records(plan.out), workers=workers) as crew:
+            yield crew
+        return
+    with (
+        TemporaryDirectory(prefix=".surgery-verify-", dir=Path.cwd(), ignore_cleanup_errors=True) as folder,
+        open_crew(engine, plan, Records(Path(folder)), workers=workers) as crew,
+    ):
+        yield crew
+
+
+def _compare(recipe: Recipe, shards: Sequence[ShardPlan], crew: Crew) -> tuple[list[TensorMismatch], list[str]]:
     """Stream shards past the files that they should be; return differences, and faults of headers and the recipe."""
-    measured = here.measure_all(plan, workers)
-    found: dict[str, dict[str, Any]] = {}
-    here.compare(plan, shards, measured, workers, found.__setitem__)
+    measured = crew.measure()
+    found = crew.compare(shards, measured)
     entries = [found[shard.name] for shard in shards]
     differences = [TensorMismatch(**difference) for entry in entries for difference in entry["differences"]]
     faults = [fault for entry in entries for fault in entry["faults"]]

@@ -137,6 +137,7 @@ def plan_table(rows: Mapping[str, Any], terminal: Terminal) -> str:
         *_tensor_lines(rows),
         line("bytes", f"{as_bytes(rows['bytes'])} in {rows['shards']} shard{'s' * (rows['shards'] > 1)} and "
               f"{len(rows['companions'])} companion files"),
+        *([line("tasks", f"{rows['tasks']:,}")] if "tasks" in rows else []),
         *reason_lines("left out", rows["left_out"].items()),
     ]  # fmt: skip
     commands = [f"run: {rows['command']}", *([f"then: {rows['push']}"] if "push" in rows else [])]

@@ -177,6 +177,7 @@ def planned(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:
     return [
         printed(*command),
         printed(*command, "--push", "me/weak"),
+        printed(*command, "--engine", "ray"),
         printed("perturb", folder / "tied.bin", "--dry-run"),
     ]
 

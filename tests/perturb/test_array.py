@@ -252,9 +252,9 @@ def test_what_is_no_part_is_a_wrong_option(run_here: Callable[..., Ran], source,
     assert f"got {array}." in ran.err
 
 
-@pytest.mark.parametrize("option", ["--plot", "--push", "--dry-run"])
+@pytest.mark.parametrize("option", ["--plot", "--push", "--dry-run", "--engine"])
 def test_what_takes_a_whole_checkpoint_is_refused(refuses: Callable[..., None], source, option):
-    value = {"--plot": ["a.png"], "--push": ["me/noisy"]}.get(option, [])
+    value = {"--plot": ["a.png"], "--push": ["me/noisy"], "--engine": ["ray"]}.get(option, [])
     message = f"--array: expected no {option} with it, got both. Use {option} without --array."
     refuses(message, source, "--array", "0/2", option, *value)
 
