@@ -5,7 +5,7 @@ that was only taken for lost does no harm.
 """
 
 import json
-import secrets
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -28,6 +28,7 @@ from surgery.progress import bar
 _MOST, _LEAST, _FEW = 1 << 30, 1 << 27, 16
 """A task is one shard, or small ones up to the first or, where that makes fewer tasks than the last, the second."""
 _POLL = 0.02, 2.0  # seconds between two looks, at first and at last
+_POLL_DETACHED = 0.5, 5.0  # where a look is a question to a controller that many ask
 _PAUSES = (
     0.0,
     5.0,
@@ -85,7 +86,7 @@ class HandOut:
         self._engine, self._plan, self._kind = engine, plan, kind
         self._records, self._measured, self._workers = records, measured, workers
         self._missing = missing
-        self._folder = records.folder / "tasks" / secrets.token_hex(6)
+        self._folder = records.folder / "tasks" / os.urandom(6).hex()
         self._made = 0
         self._running: dict[str, _Try] = {}
         self._waiting: list[_Try] = []
@@ -101,14 +102,15 @@ class HandOut:
         self._end_former()
         try:
             with bar(sum(shard.nbytes for shard in shards), _WHAT[self._kind]) as on_bytes:
-                left, pause = {shard.name: shard.nbytes for shard in shards}, _POLL[0]
+                first, longest = _POLL_DETACHED if self._engine.is_detached else _POLL
+                left, pause = {shard.name: shard.nbytes for shard in shards}, first
                 while self._running or self._waiting:
                     self._submit()
                     changed = self._collect()
                     missing = self._missing(left)
                     on_bytes(sum(left.values()) - sum(left[name] for name in missing))
                     left = {name: left[name] for name in missing}
-                    pause = _POLL[0] if changed else min(_POLL[1], pause * 1.2)
+                    pause = first if changed else min(longest, pause * 1.2)
                     if self._running or self._waiting:
                         time.sleep(pause)
         finally:

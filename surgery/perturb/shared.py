@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,7 +52,7 @@ class Records:
         """Record what is known of a shard. Raises GoneError when the folder is."""
         path = self._path(kind, name)
         with self.refusing():
-            part = PartFile(path.with_suffix(f".{secrets.token_hex(6)}"))
+            part = PartFile(path.with_suffix(f".{os.urandom(6).hex()}"))
             part.append(memoryview(json.dumps({"name": name, "result": result}).encode()))
             part.finish()
             part.path.replace(path)
@@ -129,7 +128,7 @@ class SharedFolder:
         for stale in self.records.folder.glob(f"{mine}.*"):
             stale.unlink(missing_ok=True)
         with self.records.refusing():
-            part = PartFile(self.records.folder / f"{mine}.{secrets.token_hex(6)}", self._sizes.get(name, 0))
+            part = PartFile(self.records.folder / f"{mine}.{os.urandom(6).hex()}", self._sizes.get(name, 0))
         self._parts.add(part)
         return part
 

@@ -62,8 +62,22 @@ def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def workers() -> list[psutil.Process]:
-    return [each for each in psutil.process_iter(["name"]) if (each.info["name"] or "").startswith("ray::surgery")]
+@pytest.fixture
+def workers(cluster_of_ray):
+    """Return the workers that are at a task now, of this cluster alone."""
+
+    def is_ours(process: psutil.Process) -> bool:
+        try:
+            raylet = process.parent()
+            return raylet is not None and cluster_of_ray.address in " ".join(raylet.cmdline())
+        except psutil.Error:
+            return False
+
+    def find() -> list[psutil.Process]:
+        named = [each for each in psutil.process_iter(["name"]) if (each.info["name"] or "").startswith("ray::surgery")]
+        return [each for each in named if is_ours(each)]
+
+    return find
 
 
 def test_folders_are_those_of_one_process(root, tmp_path, start):
@@ -80,7 +94,7 @@ def test_folders_are_those_of_one_process(root, tmp_path, start):
     assert not list(tmp_path.glob(".surgery*"))
 
 
-def test_workers_killed_at_any_moment_end_in_the_same_bytes(root, tmp_path, start):
+def test_workers_killed_at_any_moment_end_in_the_same_bytes(root, tmp_path, start, workers):
     moments, kills = random.Random(0), 0
     while kills < KILLS:
         driver = start("perturb", root / "source", "--seed", 7, "-o", "out")
@@ -96,7 +110,7 @@ def test_workers_killed_at_any_moment_end_in_the_same_bytes(root, tmp_path, star
         shutil.rmtree(tmp_path / "out")
 
 
-def test_a_node_that_is_lost_is_done_without(root, tmp_path, start, cluster_of_ray):
+def test_a_node_that_is_lost_is_done_without(root, tmp_path, start, workers, cluster_of_ray):
     driver = start("perturb", root / "source", "--seed", 7, "-o", "out")
     try:
         wait_for(lambda: len(workers()) == 2, 60)
@@ -107,7 +121,7 @@ def test_a_node_that_is_lost_is_done_without(root, tmp_path, start, cluster_of_r
     assert tree_digest(tmp_path / "out") == tree_digest(root / "whole")
 
 
-def test_a_driver_that_was_killed_goes_on_by_the_same_command(root, tmp_path, start):
+def test_a_driver_that_was_killed_goes_on_by_the_same_command(root, tmp_path, start, workers):
     words = ("perturb", root / "source", "--seed", 7, "-o", "out")
     driver = start(*words)
     finished = tmp_path / "out" / PARTS
