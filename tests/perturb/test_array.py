@@ -25,7 +25,7 @@ from surgery.perturb.materialize import plan_materialize
 from surgery.perturb.parts import Part, PartDone, execute_part
 from surgery.perturb.plan import Plan, make_plan
 from surgery.perturb.same_run import open_output
-from surgery.perturb.shared import PARTS, GoneError
+from surgery.perturb.shared import FINISHED, PARTS, GoneError
 
 TIMES = 7 if "SURGERY_TEST_ALL" in os.environ else 1
 JOURNAL = "surgery.unfinished.json"
@@ -67,9 +67,16 @@ def do(plan: Plan, *texts: str, **how: object) -> list[PartDone]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"scale": "global"}, {"recipe_only": True}], ids=["matrix", "global", "recipe"]
+    ("array", "settings"),
+    [
+        ("0/1", {}),
+        ("2/3 0/3 1/3", {}),
+        ("6/7 0/7 2/7 1/7 3/7", {}),
+        ("2/3 0/3 1/3", {"scale": "global"}),
+        ("6/7 0/7 2/7 1/7 3/7", {"scale": "global"}),
+        ("1/2 0/2", {"recipe_only": True}),
+    ],
 )
-@pytest.mark.parametrize("array", ["0/1", "1/2 0/2", "2/3 0/3 1/3", "6/7 0/7 2/7 1/7 3/7"])
 def test_parts_end_in_the_bytes_of_one_process(source, tmp_path, array, settings):
     expected = whole(source, **settings)
     *first, last = do(plan_of(source, tmp_path / "out", **settings), *array.split())
@@ -170,14 +177,18 @@ def test_of_two_at_one_shard_one_writes_it(source, tmp_path):
     assert mine.records.has("finished", SHARDS[0])
 
 
-@pytest.mark.parametrize("how", ["finished", "replaced"])
+@pytest.mark.parametrize("how", ["finished", "replaced", "being replaced"])
 def test_what_was_taken_for_lost_writes_no_more(source, tmp_path, how):
     plan = plan_of(source, tmp_path / "out")
     do(plan, "1/3")
     shared = open_output(plan).shared
     part = shared.open_part(SHARDS[0])
     part.append(b"late")
-    execute(plan if how == "finished" else plan_of(source, tmp_path / "out", lam=0.1), overwrite=how == "replaced")
+    other = plan_of(source, tmp_path / "out", lam=0.1)
+    if how == "being replaced":
+        do(other, "1/3", overwrite=True)
+    else:
+        execute(plan if how == "finished" else other, overwrite=how == "replaced")
     before = tree_digest(tmp_path / "out")
     for late in (lambda: shared.finish_shard(SHARDS[0], part, {}), lambda: shared.open_part(SHARDS[1])):
         with pytest.raises(GoneError) as refused:
@@ -201,6 +212,27 @@ def test_a_part_that_another_process_overtakes_is_done(source, tmp_path, monkeyp
     monkeypatch.setattr(parts.here, "write", overtaken)
     assert do(plan, "0/2")[0].recipe
     assert tree_digest(tmp_path / "out") == expected
+
+
+def test_of_two_that_are_the_last_one_completes_the_folder(source, tmp_path):
+    plan = plan_of(source, tmp_path / "out")
+    recipe = do(plan, "0/1")[0].recipe
+    assert parts._complete(plan, open_output(plan)) == recipe
+
+
+def test_a_record_of_an_older_version_is_none(source, tmp_path):
+    plan = plan_of(source, tmp_path / "out", recipe_only=True)
+    do(plan, "0/3")
+    records = open_output(plan).shared.records
+    record = records.read(FINISHED)[SHARDS[0]]
+    records.write(FINISHED, SHARDS[0], record | {"digest": "sha256:" + "0" * 64})
+    assert do(plan, "1/3", "2/3")[1].left == (SHARDS[0],)
+    folder = open_output(plan)
+    with folder.claim(overwrite=False):
+        assert SHARDS[0] not in folder.finished
+        assert folder.shared.missing(SHARDS) == [SHARDS[0]]
+    assert do(plan, "0/3")[0].recipe
+    assert tree_digest(tmp_path / "out") == whole(source, recipe_only=True)
 
 
 def test_overwrite_replaces_another_run_once(source, tmp_path):
