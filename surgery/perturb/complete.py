@@ -51,9 +51,11 @@ def refuse_faults(faults: list[str], plan: Plan) -> None:
 
 
 def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
-    """Copy every companion and write the indexes; return their digests, by name."""
+    """Copy every companion, and write the indexes and configs of our own; return their digests, by name."""
     digests = {}
     for name in plan.companions:
+        if name in plan.configs:
+            continue
         plan.checkpoint.refuse_changed(name)
         digest = new_digest(plan.algorithm(name))
         part = folder.open_part(name)
@@ -65,8 +67,8 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
         plan.checkpoint.refuse_changed(name)
         folder.finish_part(name, part)
         digests[name] = digest.text()
-    for name, data in plan.indexes.items():
-        if not plan.is_recipe_only:
+    for name, data in {**plan.configs, **plan.indexes}.items():
+        if name in plan.configs or not plan.is_recipe_only:
             folder.write(name, data)
         digests[name] = digest_of_bytes(data, plan.algorithm(name))
     return digests
@@ -89,6 +91,7 @@ def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled
         commit=plan.checkpoint.commit,
         variant=plan.variant,
         key=plan.checkpoint.key,
+        dequantize=plan.checkpoint.dequantize,
         settings=plan.settings,
         pooled_std=pooled.std if pooled else None,
         files=files,

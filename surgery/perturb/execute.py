@@ -28,6 +28,7 @@ def perturb_checkpoint(
     revision: str | None = None,
     variant: str | None = None,
     key: str | None = None,
+    dequantize: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -47,6 +48,7 @@ def perturb_checkpoint(
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained, such as "fp16".
         key: which state_dict to take of a PyTorch file that holds several.
+        dequantize: "bf16": write float8 in blocks (DeepSeek, Qwen) and mxfp4 (gpt-oss) as bfloat16.
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
         workers: threads; default: three per core, at most 16. The bytes written do not depend on it.
@@ -63,7 +65,15 @@ def perturb_checkpoint(
     refuse_windows("perturb")
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     plan = make_plan(
-        source, out, settings, revision=revision, variant=variant, key=key, token=token, recipe_only=recipe_only
+        source,
+        out,
+        settings,
+        revision=revision,
+        variant=variant,
+        key=key,
+        dequantize=dequantize,
+        token=token,
+        recipe_only=recipe_only,
     )
     recipe = execute(plan, overwrite=overwrite, workers=workers, engine=engine)
     warn_of_vanished(recipe)

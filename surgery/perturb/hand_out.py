@@ -184,7 +184,7 @@ def _of(plan: Plan, shards: tuple[ShardPlan, ...]) -> Plan:
     recorded = plan.recorded
     if recorded:
         recorded = replace(recorded, files=tuple(file for file in recorded.files if file.name in names))
-    return replace(plan, shards=shards, indexes={}, recorded=recorded)
+    return replace(plan, shards=shards, indexes={}, configs={}, recorded=recorded)
 
 
 def _lines_of(folder: Path) -> list[str]:

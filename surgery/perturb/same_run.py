@@ -31,9 +31,10 @@ def _job(plan: Plan) -> dict[str, Any]:
             stat = checkpoint.path(name).stat()
             files[name] = [stat.st_size, stat.st_mtime_ns]
     source = {"id": checkpoint.id, "commit": checkpoint.commit, "variant": plan.variant, "files": files}
+    chosen = {"key": checkpoint.key, "dequantize": checkpoint.dequantize}
     job = {
         "contract": CONTRACT,
-        "source": source | ({} if checkpoint.key is None else {"key": checkpoint.key}),
+        "source": source | {name: value for name, value in chosen.items() if value is not None},
         "settings": asdict(plan.settings),
     }
     return job | {"recipe_only": True} if plan.is_recipe_only else job
@@ -60,8 +61,9 @@ def already_done(plan: Plan) -> Recipe | None:
     if not is_finished(plan.out):
         return None
     recipe = Recipe.read(plan.out / RECIPE)
-    mine = (plan.checkpoint.id, plan.checkpoint.commit, plan.variant, plan.checkpoint.key, plan.settings)
-    if (recipe.source, recipe.commit, recipe.variant, recipe.key, recipe.settings) != mine:
+    source = plan.checkpoint
+    mine = (source.id, source.commit, plan.variant, source.key, source.dequantize, plan.settings)
+    if (recipe.source, recipe.commit, recipe.variant, recipe.key, recipe.dequantize, recipe.settings) != mine:
         return None
     if [file.name for file in recipe.files] != [shard.name for shard in plan.shards]:
         return None
