@@ -1,7 +1,7 @@
 """What the config.json beside weights says of them: whether they are quantized, and whether embeddings are tied."""
 
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from surgery.checkpoint.resolve import Checkpoint
 from surgery.errors import SourceError
@@ -16,7 +16,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     """
     for config, method in quantized(checkpoint).items():
         raise SourceError(
-            f"{checkpoint.path(config)}: expected unquantized weights, got quantization_config ({method}). "
+            f"{checkpoint.label(config)}: expected unquantized weights, got quantization_config ({method}). "
             "Perturb the original checkpoint and quantize the result."
         )
 
@@ -26,7 +26,7 @@ def quantized(checkpoint: Checkpoint) -> dict[str, str]:
     methods = {}
     for folder in sorted({weight_set.folder for weight_set in checkpoint.layout.weights}):
         name = (PurePosixPath(folder) / "config.json").as_posix()
-        if checkpoint.path(name).is_file() and (method := _quantization_of(checkpoint.path(name))):
+        if checkpoint.path(name).is_file() and (method := _quantization_of(checkpoint, name)):
             methods[name] = method
     return methods
 
@@ -39,11 +39,13 @@ def is_untied(checkpoint: Checkpoint, folder: str) -> bool:
     return any(isinstance(part, dict) and part.get("tie_word_embeddings") is False for part in parts)
 
 
-def _quantization_of(config: Path) -> str | None:
+def _quantization_of(checkpoint: Checkpoint, config: str) -> str | None:
     try:
-        loaded = json.loads(read_file(config))
+        loaded = json.loads(read_file(checkpoint.path(config)))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{config}: expected JSON, got another or a damaged file. Repair it.") from error
+        raise SourceError(
+            f"{checkpoint.label(config)}: expected JSON, got another or a damaged file. Repair it."
+        ) from error
     nested = [loaded, *loaded.values()] if isinstance(loaded, dict) else []
     for part in nested:
         if isinstance(part, dict) and (settings := part.get("quantization_config")):

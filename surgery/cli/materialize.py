@@ -23,7 +23,7 @@ from surgery.cli.syntax import echo_report
 @command
 def materialize(
     recipe: str,
-    out: Path | None,
+    out: Path | str | None,
     *,
     source: str | None,
     token: str | None,
