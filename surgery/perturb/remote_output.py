@@ -16,7 +16,7 @@ from surgery.perturb.claims import edited_card, refuse_others_files
 from surgery.perturb.former_run import is_other_card, names_in, parse_json
 from surgery.perturb.partfile import place_in
 from surgery.recipe import Recipe
-from surgery.storage.lock import LOCK, lock_store
+from surgery.storage.lock import LOCK, lock_store, remove_stale_lock
 from surgery.storage.store import Entry, Store
 from surgery.storage.upload import Upload, abort_unfinished, open_upload
 from surgery.storage.url import Url
@@ -217,6 +217,8 @@ def find_finished(url: Url) -> tuple[Recipe, dict[str, int]] | None:
     present = store.list()
     if RECIPE not in present or JOURNAL in present:
         return None
+    if LOCK in present:
+        remove_stale_lock(store)
     text = store.read(RECIPE, 0, present[RECIPE].size).decode(errors="replace")
     recipe = Recipe.from_json(text, what=str(url / RECIPE))
     return recipe, {name: entry.size for name, entry in present.items()}

@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def lock_store(store: Store) -> Iterator[None]:
     Raises:
         OutputError: another run holds it.
     """
-    mine = {"token": secrets.token_hex(8), "host": socket.gethostname(), "since": time.time(), **_process()}
+    mine = {"token": secrets.token_hex(8), "since": time.time(), **_process()}
     _held.add(mine["token"])
     try:
         _acquire(store, mine)
@@ -53,7 +53,7 @@ def _acquire(store: Store, mine: dict[str, Any]) -> None:
     if not store.create(LOCK, data):
         owner = _read(store)
         is_mine = owner.get("token") == mine["token"]  # and the store's answer was lost
-        if not is_mine and not (_has_ended(owner, mine) and _take_over(store, owner, data)):
+        if not is_mine and not (_has_ended(owner) and _take_over(store, owner, data)):
             raise _refusal(store, _read(store) or owner)
     if not store.has_atomic_create or store.create(LOCK, data):
         _log.warning(
@@ -61,16 +61,29 @@ def _acquire(store: Store, mine: dict[str, Any]) -> None:
         )
 
 
+def remove_stale_lock(store: Store) -> None:
+    """Remove a lock whose owner was killed when all but that was done."""
+    owner = _read(store)
+    if _has_ended(owner):
+        with _alone_on_this_host(store):
+            if _read(store).get("token") == owner["token"]:
+                store.remove(LOCK)
+
+
 def _take_over(store: Store, owner: dict[str, Any], data: bytes) -> bool:
     """Put a lock in the place of one whose owner has ended; tell whether no other run of this host was faster."""
-    from filelock import FileLock
-
-    name = hashlib.blake2b(f"{os.getuid()} {store.url}".encode(), digest_size=16).hexdigest()
-    with FileLock(Path(tempfile.gettempdir()) / f"surgery-{name}.lock", mode=0o600):
-        if _read(store).get("token") != owner.get("token"):
+    with _alone_on_this_host(store):
+        if _read(store).get("token") != owner["token"]:
             return False
         store.remove(LOCK)
         return store.create(LOCK, data)
+
+
+def _alone_on_this_host(store: Store) -> AbstractContextManager[object]:
+    from filelock import FileLock
+
+    name = hashlib.blake2b(f"{os.getuid()} {store.url}".encode(), digest_size=16).hexdigest()
+    return FileLock(Path(tempfile.gettempdir()) / f"surgery-{name}.lock", mode=0o600)
 
 
 def _read(store: Store) -> dict[str, Any]:
@@ -85,8 +98,9 @@ def _read(store: Store) -> dict[str, Any]:
 
 def _process() -> dict[str, Any]:
     """Return what tells this process from all others of its host, also from later ones of the same number."""
-    return {"pid": os.getpid(), "started": _started(os.getpid()), "namespace": _namespace(),
-            "user": os.environ.get("USER", "")}  # fmt: skip
+    pid, user = os.getpid(), os.environ.get("USER", "")
+    started, namespace = _started(pid), _namespace()
+    return {"host": socket.gethostname(), "user": user, "pid": pid, "started": started, "namespace": namespace}
 
 
 def _namespace() -> str | None:
@@ -98,19 +112,20 @@ def _namespace() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process began, in ticks since a boot, with the boot's id, as Linux knows it."""
+    """Return when a process that runs began, in ticks since a boot, with the boot's id, as Linux knows it."""
     try:
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{ticks}@{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+        state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return None if state in "ZX" else f"{others[18]}@{boot}"
     except (OSError, IndexError):
         return None
 
 
-def _has_ended(owner: dict[str, Any], mine: dict[str, Any]) -> bool:
+def _has_ended(owner: dict[str, Any]) -> bool:
     """Tell whether a lock's owner is known to have ended."""
-    pid = owner.get("pid")
+    pid, token, mine = owner.get("pid"), owner.get("token"), _process()
     is_seen = all(owner.get(key) == mine[key] for key in ("host", "namespace"))
-    if not is_seen or type(pid) is not int or owner.get("token") in _held:
+    if not is_seen or type(pid) is not int or not isinstance(token, str) or token in _held:
         return False
     if mine["started"] is not None:
         return _started(pid) != str(owner.get("started"))

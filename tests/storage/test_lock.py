@@ -10,7 +10,7 @@ import time
 import pytest
 
 from surgery.errors import OutputError
-from surgery.storage.lock import LOCK, _process, lock_store
+from surgery.storage.lock import LOCK, _process, _started, lock_store, remove_stale_lock
 from surgery.storage.store import Store
 from surgery.storage.url import Url
 
@@ -22,9 +22,7 @@ def store(tmp_path) -> Store:
 
 def owner(**changed: object) -> bytes:
     """A lock of another process of this host that runs."""
-    import socket
-
-    parent = {"token": "other", "host": socket.gethostname(), "since": time.time() - 200, **_process()}
+    parent = {"token": "other", "since": time.time() - 200, **_process()}
     return json.dumps(parent | changed).encode()
 
 
@@ -82,6 +80,19 @@ def test_what_a_killed_process_left_is_taken_over(store):
     assert store.list() == {}
 
 
+def test_one_that_is_not_reaped_has_ended(store):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    store.write(LOCK, owner(pid=child.pid, started=_started(child.pid)))
+    with pytest.raises(OutputError, match="expected a folder for this run alone"), lock_store(store):
+        pass
+    child.kill()
+    while _started(child.pid):
+        time.sleep(0.01)
+    with lock_store(store):
+        pass
+    child.communicate()
+
+
 def test_a_later_process_of_the_same_number_is_not_the_owner(store):
     store.write(LOCK, owner(pid=os.getppid(), started="1@boot"))
     with lock_store(store):
@@ -99,3 +110,12 @@ def test_a_store_without_conditions_is_named(store, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING), lock_store(store):
         pass
     assert "its store cannot make an object only if there is none: let no other run write to it" in caplog.text
+
+
+def test_only_the_lock_of_one_that_has_ended_is_removed(store):
+    store.write(LOCK, owner())
+    remove_stale_lock(store)
+    assert store.list().keys() == {LOCK}
+    store.write(LOCK, owner(started="1@boot"))
+    remove_stale_lock(store)
+    assert store.list() == {}
