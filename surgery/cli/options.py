@@ -61,7 +61,7 @@ revision = click.option("--revision", help="Branch, tag or commit on the Hub.")
 source = click.option(
     "--source",
     shell_complete=complete_path,
-    help="Where the source is now: Hub id, folder or file.  [default: where it was]",
+    help="Where the source is now: Hub id, folder, file or URL.  [default: where it was]",
 )
 token = click.option("--token", help="Hub token.  [default: the one of `hf auth login`]")
 

@@ -81,8 +81,8 @@ def perturb(
 ) -> None:
     """Write a copy of MODEL with NoisyTune's noise in its weights.
 
-    MODEL is a Hub id, a folder, or a .safetensors or PyTorch file. An interrupted run is resumed by the same command.
-    With several seeds, {seed} stands for each in the values of -o, --push and --plot.
+    MODEL is a Hub id, a folder, a URL, or a .safetensors or PyTorch file. An interrupted run is resumed by the same
+    command. With several seeds, {seed} stands for each in the values of -o, --push and --plot.
     """
     import surgery.perturb.execute  # noqa: F401  (takes time that is not the run's)
     from surgery.noisytune import NoisyTune

@@ -31,7 +31,7 @@ def diff_checkpoints(
     """Compare two checkpoints, tensor by tensor, however each is split into files.
 
     Args:
-        a, b: Hub ids, perhaps with `@revision`, folders, or .safetensors or PyTorch files.
+        a, b: Hub ids, perhaps with `@revision`, folders, URLs, or .safetensors or PyTorch files.
         variant: as in from_pretrained, such as "fp16"; of both.
         token: Hub token; default: the one stored on this machine.
         workers: threads; default: one per core, at most 16.

@@ -7,6 +7,7 @@ import fsspec
 import numpy as np
 import pytest
 from checkpoints import raw_safetensors, tree_digest, write_json, write_sharded, write_weights
+from hub import Hub
 
 from surgery import diff_checkpoints, inspect_checkpoint, perturb_checkpoint
 from surgery.checkpoint.resolve import resolve
@@ -245,6 +246,18 @@ def test_what_changes_meanwhile_is_refused(url, tmp_path, monkeypatch, name, cha
     with pytest.raises(SourceError, match=found):
         perturb_checkpoint(url, tmp_path / "out")
     assert not (tmp_path / "out/surgery.json").exists()
+
+
+def test_the_hub_as_a_store(sharded, tmp_path, run_cli):
+    with Hub() as hub:
+        hub.add("org/name", {path.name: path.read_bytes() for path in sharded.iterdir() if path.is_file()})
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        assert run_cli("perturb", "hf://org/name@main", "-o", "out", env=env).code == 0
+    perturb_checkpoint(sharded, tmp_path / "expected")
+    for shard in sharded.glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == (tmp_path / "expected" / shard.name).read_bytes()
+    files = json.loads((tmp_path / "out/surgery.json").read_text())["files"]
+    assert all(file["source_version"].startswith("blob_id ") for file in files)
 
 
 def test_the_folder_of_small_files_goes_with_the_checkpoint(url):
