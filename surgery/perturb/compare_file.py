@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from surgery.checkpoint.tensorfile import Header, Tensor
-from surgery.checkpoint.weight_file import WeightFile
+from surgery.checkpoint.weight_file import RangeReader, WeightFile
 from surgery.display import Brief
 from surgery.dtypes import BITS, storage, to_numbers
 from surgery.errors import some
@@ -112,9 +112,10 @@ class FileComparison:
         if theirs is None or (theirs.dtype, theirs.shape) != (tensor.dtype, tensor.shape):
             return
         new = TensorMismatch(self._name, tensor.name, tensor.dtype, tensor.size)
-        buffer = np.empty(min(_CHUNK, len(data)), np.uint8).data
-        for done in range(0, len(data), _CHUNK):
-            expected = data[done : done + _CHUNK]
+        chunk = len(data) if isinstance(self._file, RangeReader) else _CHUNK
+        buffer = np.empty(min(chunk, len(data)), np.uint8).data
+        for done in range(0, len(data), chunk):
+            expected = data[done : done + chunk]
             found = buffer[: len(expected)]
             self._file.read_into(theirs, start + done, found)
             if not _is_equal(expected, found):
