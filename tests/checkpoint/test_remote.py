@@ -218,6 +218,12 @@ def test_a_key_is_refused(url):
         resolve(url, key="ema")
 
 
+def test_dequantize_is_refused(url, tmp_path):
+    with pytest.raises(SettingError) as refused:
+        perturb_checkpoint(url, tmp_path / "out", dequantize="bf16")
+    assert str(refused.value) == (f"`dequantize`: expected a folder or a file with it, got {url}. Copy it to a disk.")
+
+
 def test_an_unfinished_folder_is_refused(url):
     MEMORY.pipe_file(f"/{url.removeprefix('memory://')}/surgery.unfinished.json", b"{}")
     with pytest.raises(SourceError, match="expected a finished checkpoint, got one that `surgery perturb` did not"):
