@@ -8,9 +8,11 @@ from pathlib import Path
 import fsspec
 import pytest
 from checkpoints import tree_digest, write_json, write_sharded
+from click.testing import CliRunner
 
 from surgery import materialize_checkpoint, perturb_checkpoint, verify_checkpoint
 from surgery.checkpoint.resolve import resolve
+from surgery.cli import main
 from surgery.errors import OutputError, SettingError, SourceError
 from surgery.storage.store import Store
 
@@ -321,6 +323,26 @@ def test_the_journal_names_no_more_than_the_command(source, out, monkeypatch):
     journal = json.loads(read(out, JOURNAL))
     assert journal.keys() == {"why", "resume", "job", "owned", "notes"}
     assert {name for name in names(out) if name.startswith(RECORDS)} == {f"{RECORDS}{name}.json" for name in SHARDS}
+
+
+def test_the_command_line_takes_urls(source, out, tmp_path):
+    words = ["perturb", str(source), "-o", f"{out}-{{seed}}", "--seed", "1..2", "--json"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    variants = json.loads(done.output)["variants"]
+    assert [one["out"] for one in variants] == [f"{out}-1", f"{out}-2"]
+    assert variants[0]["next"] == f"surgery verify {out}-1"
+    done = CliRunner().invoke(main, ["materialize", f"{out}-2", "-o", f"file://{tmp_path}/disk", "--json"])
+    assert done.exit_code == 0, done.output
+    assert tree_digest(tmp_path / "disk") == digests(f"{out}-2", tmp_path / "found")
+
+
+def test_what_is_on_a_store_is_not_pushed(source, out):
+    done = CliRunner().invoke(main, ["perturb", str(source), "-o", out, "--push", "me/noisy", "--dry-run"])
+    assert done.exit_code == 1
+    assert done.stderr == (
+        f"error: --push: expected a folder of this machine to push, got {out}. Leave one of them out.\n"
+    )
 
 
 def test_a_url_with_a_password_is_refused(source):

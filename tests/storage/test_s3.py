@@ -199,6 +199,18 @@ def test_a_killed_run_ends_in_the_same_bytes(s3, bucket, commands, tmp_path, who
     assert s3.uploads(bucket) == []
 
 
+def test_ctrl_c_leaves_no_lock_and_nothing_half_sent(s3, bucket, commands, tmp_path, whole):
+    words = ("perturb", MODEL, "-o", f"s3://{bucket}/out")
+    processes: list[subprocess.Popen[str]] = []
+    s3.fail("PUT", "partNumber=2", lambda: os.kill(processes[0].pid, signal.SIGINT))
+    processes.append(commands.start(*words))
+    assert commands.end(processes[0]) == (130, "interrupted: run the same command again.\n")
+    assert f"out/{LOCK}" not in s3.keys(bucket)
+    assert commands.run(*words) == (0, "")
+    assert digests(s3, bucket, tmp_path / "found") == whole
+    assert s3.uploads(bucket) == []
+
+
 def test_finished_shards_are_kept(s3, bucket, commands):
     words = ("perturb", MODEL, "-o", f"s3://{bucket}/out", "--workers", "1")
     processes: list[subprocess.Popen[str]] = []
