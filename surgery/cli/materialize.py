@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @command
 def materialize(
     recipe: str,
-    out: Path | None,
+    out: Path | str | None,
     *,
     source: str | None,
     token: str | None,
@@ -42,8 +42,8 @@ def materialize(
 ) -> None:
     """Write the checkpoint that RECIPE describes, from its source, byte for byte.
 
-    RECIPE is a surgery.json, a folder that holds one, or a Hub id, which may end in @revision. An interrupted run is
-    resumed by the same command.
+    RECIPE is a surgery.json, a folder that holds one, its URL, or a Hub id, which may end in @revision. An
+    interrupted run is resumed by the same command.
     """
     from surgery.perturb.crew import LOCAL
     from surgery.perturb.execute import execute

@@ -27,8 +27,8 @@ def verify(
 ) -> None:
     """Compute DIR again from its source and its recipe, and compare it bit for bit.
 
-    DIR is a folder that `surgery perturb` wrote, or a Hub id, which may end in @revision. Writes nothing. Exit code 0:
-    equal; 1: not; 4: an error, so that it is not known.
+    DIR is a folder that `surgery perturb` wrote, its URL, or a Hub id, which may end in @revision. Writes nothing. Exit
+    code 0: equal; 1: not; 4: an error, so that it is not known.
     """
     from surgery.perturb.crew import LOCAL
     from surgery.perturb.verify import verify_checkpoint

@@ -11,15 +11,16 @@ from surgery.escapes import get_logger
 from surgery.files import open_file
 from surgery.noisytune import Moments
 from surgery.perturb.compare_recipe import recipe_faults
-from surgery.perturb.output import OutputFolder
+from surgery.perturb.destination import Destination
 from surgery.perturb.plan import Plan
 from surgery.recipe import FileRecord, Recipe
+from surgery.storage.url import Url
 
 _CHUNK = 1 << 20
 _log = get_logger(__name__)
 
 
-def complete(plan: Plan, folder: OutputFolder, pooled: Moments | None) -> Recipe:
+def complete(plan: Plan, folder: Destination, pooled: Moments | None) -> Recipe:
     """Write what makes finished shards a checkpoint, and return its recipe.
 
     Args:
@@ -50,7 +51,7 @@ def refuse_faults(faults: list[str], plan: Plan) -> None:
         raise OutputError(f"{plan.out}: {faults[0]} The recipe was altered or is damaged: fetch it again.")
 
 
-def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
+def _write_companions(plan: Plan, folder: Destination) -> dict[str, str]:
     """Copy every companion, and write the indexes and configs of our own; return their digests, by name."""
     digests = {}
     for name in plan.companions:
@@ -74,17 +75,18 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
     return digests
 
 
-def _write_card(recipe: Recipe, plan: Plan, folder: OutputFolder) -> Recipe:
+def _write_card(recipe: Recipe, plan: Plan, folder: Destination) -> Recipe:
     """Write the card, and note it in the recipe."""
     from surgery.perturb.card import make_card, read_metadata
 
     own = plan.checkpoint.path(CARD) if CARD in plan.checkpoint.layout.companions else None
-    card = make_card(recipe, read_metadata(own) if own else {}, plan.out).encode()
+    companions = plan.checkpoint.root if isinstance(plan.out, Url) else plan.out
+    card = make_card(recipe, read_metadata(own) if own else {}, companions).encode()
     folder.write(CARD, card)
     return replace(recipe, card=digest_of_bytes(card, plan.algorithm(CARD)))
 
 
-def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled: Moments | None) -> Recipe:
+def _recipe(plan: Plan, folder: Destination, companions: dict[str, str], pooled: Moments | None) -> Recipe:
     files = tuple(FileRecord.from_json(folder.finished[shard.name]) for shard in plan.shards)
     recipe = Recipe(
         source=plan.checkpoint.id,

@@ -8,7 +8,7 @@ from surgery.perturb.complete import complete
 from surgery.perturb.crew import LOCAL, open_crew
 from surgery.perturb.output import refuse_windows
 from surgery.perturb.plan import Plan, make_plan
-from surgery.perturb.same_run import already_done, kept_moments, open_output
+from surgery.perturb.same_run import already_done, kept_moments, open_output, open_shared
 from surgery.perturb.shared import MEASURED
 from surgery.perturb.tasks import with_ties
 from surgery.recipe import Recipe, warn_of_vanished
@@ -42,8 +42,8 @@ def perturb_checkpoint(
     the same call. w' = w + U(-lam/2, lam/2) * std(w): Wu et al., ACL 2022, arXiv 2202.12024, eq. 1.
 
     Args:
-        source: Hub id, folder, or .safetensors or PyTorch file.
-        out: folder to write; default: named after source, lam and seed, in the current directory.
+        source: Hub id, folder, URL, or .safetensors or PyTorch file.
+        out: folder or URL to write; default: named after source, lam and seed, in the current directory.
         lam, seed, noise, scale, rounding, include, exclude: see NoisyTune.
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained, such as "fp16".
@@ -86,10 +86,8 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None, 
         return recipe
     plan = with_ties(plan)
     folder = open_output(plan)
-    with (
-        open_crew(engine, plan, folder.shared.records, workers=workers) as crew,
-        folder.claim(overwrite=overwrite),
-    ):
+    records = None if engine == LOCAL else open_shared(plan, "engine").shared.records
+    with open_crew(engine, plan, records, workers=workers) as crew, folder.claim(overwrite=overwrite):
         measured = kept_moments(plan, folder) or crew.measure()
         if measured.moments and MEASURED not in folder.notes:
             folder.note(MEASURED, measured.entries)

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.engines.engine import Engine, State
@@ -17,12 +17,9 @@ from surgery.engines.job import LOG, Result, write_whole
 from surgery.errors import OutputError, some
 from surgery.escapes import get_logger
 from surgery.files import read_file
-from surgery.perturb.plan import Plan
 from surgery.perturb.run_task import KINDS
 from surgery.perturb.shard_plan import ShardPlan
-from surgery.perturb.shared import Records
 from surgery.perturb.task import Task
-from surgery.perturb.tasks import GlobalMoments
 from surgery.progress import bar
 
 _MOST, _LEAST, _FEW = 1 << 30, 1 << 27, 16
@@ -66,27 +63,13 @@ class HandOut:
     """Has an engine do one kind of work on shards.
 
     Args:
-        kind: of the records that it is to leave.
-        records: where they go, and the tasks' own folders; every node sees it.
+        task: the work, of all shards.
         missing: returns those of some shards that are not done.
-        workers: threads of each task.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        plan: Plan,
-        kind: str,
-        records: Records,
-        measured: GlobalMoments,
-        *,
-        missing: Callable[[Collection[str]], list[str]],
-        workers: int,
-    ) -> None:
-        self._engine, self._plan, self._kind = engine, plan, kind
-        self._records, self._measured, self._workers = records, measured, workers
-        self._missing = missing
-        self._folder = records.folder / "tasks" / os.urandom(6).hex()
+    def __init__(self, engine: Engine, task: Task, missing: Callable[[Collection[str]], list[str]]) -> None:
+        self._engine, self._task, self._missing = engine, task, missing
+        self._folder = task.records / "tasks" / os.urandom(6).hex()
         self._made = 0
         self._running: dict[str, _Try] = {}
         self._waiting: list[_Try] = []
@@ -101,7 +84,7 @@ class HandOut:
         self._waiting = [_Try(group) for group in grouped(shards)]
         self._end_former()
         try:
-            with bar(sum(shard.nbytes for shard in shards), _WHAT[self._kind]) as on_bytes:
+            with bar(sum(shard.nbytes for shard in shards), _WHAT[self._task.kind]) as on_bytes:
                 first, longest = _POLL_DETACHED if self._engine.is_detached else _POLL
                 left, pause = {shard.name: shard.nbytes for shard in shards}, first
                 while self._running or self._waiting:
@@ -119,7 +102,7 @@ class HandOut:
     def _end_former(self) -> None:
         """End what a former driver has left running, which would do the same work."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            former = json.loads(read_file(self._records.folder / _JOBS))
+            former = json.loads(read_file(self._task.records / _JOBS))
             if self._engine.is_detached and former["engine"] == self._engine.name:
                 self._engine.cancel([str(id) for id in former["jobs"]])
 
@@ -133,12 +116,11 @@ class HandOut:
         for each in due:
             each.folder = self._folder / str(self._made)
             self._made += 1
-            task = Task(self._kind, _of(self._plan, each.shards), self._measured, self._records.folder, self._workers)
-            jobs.append(task.job(each.folder))
+            jobs.append(self._task.of(each.shards).job(each.folder))
         ids = self._engine.submit(jobs)
         self._running |= dict(zip(ids, due, strict=True))  # at once: an interruption cancels what is there
         jobs_now = {"engine": self._engine.name, "jobs": list(self._running)}
-        write_whole(self._records.folder / _JOBS, json.dumps(jobs_now))
+        write_whole(self._task.records / _JOBS, json.dumps(jobs_now))
 
     def _collect(self) -> bool:
         """Take the tasks that have ended off the list; tell whether there were any."""
@@ -176,15 +158,6 @@ class HandOut:
             if line not in self._said:
                 self._said.add(line)
                 _log.warning("%s", line)
-
-
-def _of(plan: Plan, shards: tuple[ShardPlan, ...]) -> Plan:
-    """Return what a task needs to know of a plan."""
-    names = {shard.name for shard in shards}
-    recorded = plan.recorded
-    if recorded:
-        recorded = replace(recorded, files=tuple(file for file in recorded.files if file.name in names))
-    return replace(plan, shards=shards, indexes={}, configs={}, recorded=recorded)
 
 
 def _lines_of(folder: Path) -> list[str]:

@@ -6,11 +6,12 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
+from surgery.checkpoint.resolve import Checkpoint
+from surgery.checkpoint.weight_file import open_safetensors
 from surgery.perturb import stream
 from surgery.perturb.compare_file import FileComparison
 from surgery.perturb.compare_recipe import file_faults
 from surgery.perturb.complete import refuse_faults
-from surgery.perturb.partfile import PartFile
 from surgery.perturb.plan import Plan
 from surgery.perturb.replay import refuse_other_source
 from surgery.perturb.shard import ShardTask, Sink
@@ -21,10 +22,10 @@ from surgery.recipe import FileRecord
 
 
 class ShardFolder(Protocol):
-    """Where shards are written: an OutputFolder, or what several processes share of one."""
+    """Where shards are written: a Destination, or what several processes share of one."""
 
-    def open_part(self, name: str) -> PartFile: ...
-    def finish_shard(self, name: str, part: PartFile | None, result: dict[str, Any]) -> None: ...
+    def open_part(self, name: str) -> Sink: ...
+    def finish_shard(self, name: str, part: Any, result: dict[str, Any]) -> None: ...
 
 
 class _Discarded:
@@ -117,7 +118,7 @@ def _finish(task: ShardTask, plan: Plan, shard: ShardPlan, folder: ShardFolder, 
         _refuse_other_source(record, plan, shard)
         recorded = next(file for file in plan.recorded.files if file.name == record.name)
         refuse_faults(file_faults(recorded, record), plan)
-    part = task.sink if isinstance(task.sink, PartFile) else None
+    part = None if plan.is_recipe_only else task.sink
     folder.finish_shard(shard.name, part, {"size": shard.nbytes, **record.to_json()})
 
 
@@ -125,24 +126,24 @@ def compare(
     plan: Plan,
     shards: Sequence[ShardPlan],
     measured: GlobalMoments,
+    copy: Checkpoint,
     workers: int,
     keep: Callable[[str, dict[str, Any]], None],
 ) -> None:
-    """Stream shards past the files that they should be, and have `keep` take what came of each, as JSON."""
+    """Stream shards past the files of a copy that they should be, and have `keep` take what came of each, as JSON."""
     by_name = {shard.name: shard for shard in shards}
     with bar(sum(shard.nbytes for shard in shards), "verifying") as on_bytes:
         stream.run(
-            (
-                make_task(
-                    plan, shard, measured, partial(FileComparison, plan.out / shard.name, shard.name, shard.header)
-                )
-                for shard in shards
-            ),
+            (make_task(plan, shard, measured, partial(_open_comparison, copy, shard)) for shard in shards),
             plan.settings,
             workers=workers,
             on_done=lambda task: keep(task.name, _compared(task, plan, by_name[task.name], measured)),
             on_bytes=on_bytes,
         )
+
+
+def _open_comparison(copy: Checkpoint, shard: ShardPlan) -> FileComparison:
+    return FileComparison(open_safetensors(copy, shard.name), shard.name, shard.header)
 
 
 def _compared(task: ShardTask, plan: Plan, shard: ShardPlan, measured: GlobalMoments) -> dict[str, Any]:
@@ -159,5 +160,5 @@ def _compared(task: ShardTask, plan: Plan, shard: ShardPlan, measured: GlobalMom
 def _refuse_other_source(record: FileRecord, plan: Plan, shard: ShardPlan) -> None:
     """Refuse the source of a run that is repeated if it is another than that was."""
     if plan.recorded:
-        path, expected = plan.checkpoint.path(shard.source), plan.recorded.source_digests[shard.source]
-        refuse_other_source(path, record.source_digest, expected)
+        label, expected = plan.checkpoint.label(shard.source), plan.recorded.source_digests[shard.source]
+        refuse_other_source(label, record.source_digest, expected)

@@ -10,13 +10,14 @@ from functools import partial
 from importlib.metadata import version
 
 from surgery.checkpoint.layout import RECIPE
+from surgery.checkpoint.weight_file import reading_workers
 from surgery.errors import OutputError
 from surgery.perturb import here
 from surgery.perturb.complete import complete
 from surgery.perturb.output import OutputFolder, is_finished
 from surgery.perturb.output_errors import as_output_error
 from surgery.perturb.plan import Plan
-from surgery.perturb.same_run import already_done, kept_moments, open_output
+from surgery.perturb.same_run import already_done, kept_moments, open_shared
 from surgery.perturb.shard_plan import ShardPlan
 from surgery.perturb.shared import MEASURED, GoneError
 from surgery.perturb.tasks import GlobalMoments, with_ties
@@ -76,11 +77,11 @@ def execute_part(plan: Plan, part: Part, *, overwrite: bool = False, workers: in
     own = tuple(shard.name for shard in part.of(plan.shards))
     if recipe := already_done(plan):
         return PartDone(part, own, (), recipe)
-    folder = open_output(plan)
+    folder = open_shared(plan, "array")
     plan = _join(plan, folder, overwrite=overwrite)
     try:
-        with as_output_error(plan.out, plan.command):
-            _write(plan, part, folder, workers or streaming_workers())
+        with as_output_error(folder.path, plan.command):
+            _write(plan, part, folder, workers or reading_workers(streaming_workers(), plan.checkpoint))
             finished = folder.finished_by_now()
     except GoneError:
         if recipe := already_done(plan):  # somebody has done all of it
@@ -137,8 +138,8 @@ def _measure(plan: Plan, part: Part, folder: OutputFolder, workers: int) -> Glob
 def _complete(plan: Plan, folder: OutputFolder) -> Recipe:
     """Write index, recipe and card, unless another part has."""
     with folder.lock(wait=_LONGEST_WAIT):
-        if is_finished(plan.out):
-            return Recipe.read(plan.out / RECIPE)
+        if is_finished(folder.path):
+            return Recipe.read(folder.path / RECIPE)
         folder.prepare(overwrite=False)
         measured = kept_moments(plan, folder)
         return complete(plan, folder, measured.pooled if measured else None)

@@ -5,28 +5,46 @@ from functools import partial
 from typing import Any
 
 from surgery.checkpoint.digests import algorithm_of
-from surgery.checkpoint.layout import RECIPE
 from surgery.checkpoint.weight_file import digests_of_sources
+from surgery.errors import SettingError
 from surgery.noise import CONTRACT
 from surgery.noisytune import FLOATS
 from surgery.perturb.compare_recipe import recipe_faults
-from surgery.perturb.output import OutputFolder, is_finished
+from surgery.perturb.destination import Destination, open_destination, read_finished
+from surgery.perturb.output import OutputFolder
 from surgery.perturb.plan import Plan
 from surgery.perturb.shared import MEASURED
 from surgery.perturb.tasks import GlobalMoments
 from surgery.recipe import FileRecord, Recipe
 
 
-def open_output(plan: Plan) -> OutputFolder:
-    """Return the output folder of a run, which nothing is done to yet."""
-    return OutputFolder(plan.out, _job(plan), plan.command, plan.sizes, partial(_is_record, plan))
+def open_output(plan: Plan) -> Destination:
+    """Return where a run writes, which nothing is done to yet."""
+    return open_destination(plan.out, _job(plan), plan.command, plan.sizes, partial(_is_record, plan))
+
+
+def open_shared(plan: Plan, option: str) -> OutputFolder:
+    """Return where several processes write one run, which nothing is done to yet.
+
+    Raises:
+        SettingError: it is on a store.
+    """
+    folder = open_output(plan)
+    if not isinstance(folder, OutputFolder):
+        raise SettingError(
+            f"`{option}`: expected `out` on a disk that all machines see, got {plan.out}. Write it there, or leave "
+            f"`{option}` out."
+        )
+    return folder
 
 
 def _job(plan: Plan) -> dict[str, Any]:
     """Describe the run, for a later one to tell whether it is the same; a local source counts by size and time."""
     checkpoint = plan.checkpoint
-    files: dict[str, list[int]] = {}
-    if checkpoint.commit is None:
+    files: dict[str, list[int | str | None]] = {}
+    if checkpoint.remote and checkpoint.commit is None:
+        files = {s.source: [checkpoint.size(s.source), checkpoint.version(s.source)] for s in plan.shards}
+    elif checkpoint.commit is None:
         for name in (part for shard in plan.shards for part in checkpoint.parts(shard.source)):
             stat = checkpoint.path(name).stat()
             files[name] = [stat.st_size, stat.st_mtime_ns]
@@ -50,33 +68,33 @@ def _is_record(plan: Plan, name: str, entry: Any) -> bool:
     return found == (plan.algorithm(name), plan.source_algorithm(shard.source))
 
 
-def kept_moments(plan: Plan, folder: OutputFolder) -> GlobalMoments | None:
+def kept_moments(plan: Plan, folder: Destination) -> GlobalMoments | None:
     """Return what has been measured of scale="global", by a former run or by several processes; None if not all."""
-    records = folder.shared.records
-    return GlobalMoments.from_journal(folder.notes.get(MEASURED) or records.read(MEASURED), plan)
+    entries = folder.notes.get(MEASURED)
+    if entries is None and isinstance(folder, OutputFolder):
+        entries = folder.shared.records.read(MEASURED)
+    return GlobalMoments.from_journal(entries, plan)
 
 
 def already_done(plan: Plan) -> Recipe | None:
     """Return the recipe of `out` if this very run has finished there before."""
-    if not is_finished(plan.out):
+    found = read_finished(plan.out, plan.sizes)
+    if found is None:
         return None
-    recipe = Recipe.read(plan.out / RECIPE)
+    recipe, sizes = found
     source = plan.checkpoint
     mine = (source.id, source.commit, plan.variant, source.key, source.dequantize, plan.settings)
     if (recipe.source, recipe.commit, recipe.variant, recipe.key, recipe.dequantize, recipe.settings) != mine:
         return None
     if [file.name for file in recipe.files] != [shard.name for shard in plan.shards]:
         return None
-    if not all((plan.out / name).is_file() for name in plan.sizes):
+    if not sizes.keys() >= plan.sizes.keys():
         return None
     for file, shard in zip(recipe.files, plan.shards, strict=True):
         floats = [tensor for tensor in file.tensors if tensor.dtype in FLOATS and tensor.name in shard.roles]
         if any(tensor.role.is_buffer != shard.roles[tensor.name].is_buffer for tensor in floats):
             return None  # an older version took other tensors for buffers
-        path = plan.out / file.name
-        if plan.is_recipe_only:
-            continue
-        if not path.is_file() or path.stat().st_size != shard.nbytes:
+        if not plan.is_recipe_only and sizes.get(file.name) != shard.nbytes:
             return None
     known = recipe.source_digests
     if plan.checkpoint.commit is None and digests_of_sources(plan.checkpoint, known) != known:

@@ -8,11 +8,12 @@ import pickle
 import stat
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from surgery.checkpoint.resolve import Checkpoint
 from surgery.engines.job import Job
 from surgery.errors import OutputError, SettingError
 from surgery.perturb import here
@@ -35,6 +36,7 @@ class Task:
         kind: FINISHED, MEASURED or COMPARED: what a record says of a shard then.
         plan: of these shards alone.
         measured: of all shards.
+        copy: what is compared, if anything is.
         records: the folder that takes a record of each.
         workers: threads.
     """
@@ -42,8 +44,18 @@ class Task:
     kind: str
     plan: Plan
     measured: GlobalMoments
+    copy: Checkpoint | None
     records: Path
     workers: int
+
+    def of(self, shards: tuple[ShardPlan, ...]) -> "Task":
+        """Return the task of some of its shards, which knows no more than it needs to."""
+        names = {shard.name for shard in shards}
+        recorded = self.plan.recorded
+        if recorded:
+            recorded = replace(recorded, files=tuple(file for file in recorded.files if file.name in names))
+        plan = replace(self.plan, shards=shards, indexes={}, configs={}, recorded=recorded)
+        return replace(self, plan=plan)
 
     def job(self, folder: Path) -> Job:
         """Write the task to a folder of its own, which is made, and return the job that does it."""
@@ -83,17 +95,19 @@ class Task:
         """Do what is still to be done. Raises as perturb_checkpoint and verify_checkpoint."""
         records, names = Records(self.records), [shard.name for shard in self.plan.shards]
         if self.kind == FINISHED:
+            assert isinstance(self.plan.out, Path)
             self._write(SharedFolder(self.plan.out, records, self.plan.shard_sizes), names)
             return
         keep, todo = partial(records.write, self.kind), self._of(records.missing(self.kind, names))
         if self.kind == MEASURED:
             here.measure(self.plan, todo, self.workers, keep)
         else:
-            here.compare(self.plan, todo, self.measured, self.workers, keep)
+            assert self.copy
+            here.compare(self.plan, todo, self.measured, self.copy, self.workers, keep)
 
     def _write(self, shared: SharedFolder, names: Sequence[str]) -> None:
         try:
-            with as_output_error(self.plan.out, self.plan.command):
+            with as_output_error(shared.path, self.plan.command):
                 here.write(self.plan, self._of(shared.missing(names)), self.measured, self.workers, shared)
         finally:
             shared.abandon()

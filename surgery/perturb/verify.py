@@ -7,9 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of, hex_of, shorten
-from surgery.checkpoint.layout import CARD, RECIPE, is_weight
-from surgery.checkpoint.resolve import resolve
-from surgery.checkpoint.tensorfile import read_header
+from surgery.checkpoint.layout import CARD, RECIPE, Layout, WeightSet, is_weight
+from surgery.checkpoint.resolve import Checkpoint, resolve
+from surgery.checkpoint.weight_file import digests_of_sources, open_safetensors
 from surgery.display import Brief
 from surgery.errors import NoWeightsError, SourceError
 from surgery.escapes import printable
@@ -23,6 +23,7 @@ from surgery.perturb.shard_plan import ShardPlan
 from surgery.perturb.shared import Records
 from surgery.perturb.tasks import with_ties
 from surgery.recipe import FileRecord, Recipe
+from surgery.storage.url import Url, as_path
 
 _OWNERS = (CARD, ".gitattributes")  # the card is its owner's to edit, and the Hub adds to .gitattributes
 
@@ -65,8 +66,8 @@ def verify_checkpoint(
     """Compute a perturbed checkpoint again, from its source and its recipe, and compare. Writes nothing.
 
     Args:
-        folder: what `surgery perturb` wrote, or a Hub id, which may end in `@revision`.
-        source: where the source is now, if not where the recipe says: Hub id, folder or file.
+        folder: what `surgery perturb` wrote, its URL, or a Hub id, which may end in `@revision`.
+        source: where the source is now, if not where the recipe says: Hub id, folder, file or URL.
         token: Hub token; default: the one stored on this machine.
         workers, engine: see perturb_checkpoint. Tasks of a cluster leave word in a folder below the current one, which
             is removed.
@@ -75,14 +76,14 @@ def verify_checkpoint(
     Raises:
         SourceError: there is no recipe, or the source is missing or not the one that the recipe was made from.
     """
-    root, names, recipe = _find(folder, token)
+    copy, names, recipe = _find(folder, token)
     checkpoint = find_source(recipe, str(folder), source=source, token=token)
-    plan = with_ties(plan_replay(recipe, checkpoint, root))
-    damaged = list(_header_faults(plan, names))
+    plan = with_ties(plan_replay(recipe, checkpoint, copy.root))
+    damaged = list(_header_faults(plan, copy, names))
     todo = [shard for shard in plan.shards if shard.name in names and shard.name not in dict(damaged)]
-    faults = [*_companion_faults(recipe, root), *_weight_file_faults(recipe, names), *(fault for _, fault in damaged)]
-    faults += _sha256_faults(recipe, root, names)
-    with _opened(engine, plan, workers) as crew:
+    faults = [*_companion_faults(recipe, copy), *_weight_file_faults(recipe, names), *(fault for _, fault in damaged)]
+    faults += _sha256_faults(recipe, copy, names)
+    with _opened(engine, plan, copy, workers) as crew:
         differences, wrong = _compare(recipe, todo, crew)
     return Verification(
         folder=str(folder),
@@ -100,30 +101,37 @@ def _badness(difference: TensorMismatch) -> tuple[bool, float, int]:
     return difference.not_finite > 0, size or 0.0, difference.differing
 
 
-def _find(folder: str | Path, token: str | None) -> tuple[Path, set[str], Recipe]:
-    """Return where the checkpoint is on this machine, the names of its files, and its recipe."""
-    path = find_recipe(folder, token=token)
-    recipe = Recipe.read(path)
-    if Path(folder).expanduser().exists():
-        root = path.parent
-        return root, {name for name in list_names(root) if (root / name).is_file()}, recipe
+def _find(folder: str | Path, token: str | None) -> tuple[Checkpoint, set[str], Recipe]:
+    """Return the checkpoint, which may not be what its recipe says, the names of its files, and its recipe."""
+    found = find_recipe(folder, token=token)
+    recipe, place = found.recipe, found.path.parent
+    weights = WeightSet("", "", None, ".safetensors", tuple(file.name for file in recipe.files))
+    recorded = Layout((weights,), tuple(recipe.companions), ())
+    if isinstance(place, Url):
+        from surgery.checkpoint.remote import RemoteFiles
+
+        files = RemoteFiles(place)
+        return Checkpoint(str(place), None, files.root, recorded, remote=files), set(files.entries), recipe
+    if as_path(folder).exists():
+        names = {name for name in list_names(place) if (place / name).is_file()}
+        return Checkpoint(str(place), None, place, recorded), names, recipe
     try:
-        found = resolve(f"{str(folder).partition('@')[0]}@{path.parent.name}", variant=recipe.variant, token=token)
+        copy = resolve(f"{str(folder).partition('@')[0]}@{place.name}", variant=recipe.variant, token=token)
     except NoWeightsError as error:
         raise SourceError(
             f"{folder}: expected the weights that {RECIPE} names, got a repository without any. "
             f"`surgery materialize {folder}` writes them."
         ) from error
-    layout = found.layout
-    weights = [name for weight_set in layout.weights for name in weight_set.files]
-    return found.root, {*weights, *layout.companions, *(name for name, _ in layout.left_out)}, recipe
+    layout = copy.layout
+    there = [name for weight_set in layout.weights for name in weight_set.files]
+    return copy, {*there, *layout.companions, *(name for name, _ in layout.left_out)}, recipe
 
 
-def _companion_faults(recipe: Recipe, root: Path) -> Iterator[str]:
+def _companion_faults(recipe: Recipe, copy: Checkpoint) -> Iterator[str]:
     for name, digest in recipe.companions.items():
         if name in _OWNERS:
             continue
-        found = digest_of(root / name, algorithm_of(digest)) if (root / name).is_file() else ""
+        found = digest_of(copy.path(name), algorithm_of(digest)) if copy.holds(name) else ""
         if found != digest:
             what = f"another ({shorten(found)})" if found else "none"
             yield f"{name}: expected the source's file ({shorten(digest)}), got {what}."
@@ -137,35 +145,39 @@ def _weight_file_faults(recipe: Recipe, names: set[str]) -> Iterator[str]:
         yield f"{name}: expected no weights but the recipe's, got a file that a loader may take for them."
 
 
-def _sha256_faults(recipe: Recipe, root: Path, names: set[str]) -> Iterator[str]:
+def _sha256_faults(recipe: Recipe, copy: Checkpoint, names: set[str]) -> Iterator[str]:
     """Compare files with what a pushed recipe says that the Hub knows them by."""
+    weights = {file.name: f"{SHA256}:{recipe.sha256[file.name]}" for file in recipe.files if file.name in recipe.sha256}
+    found = digests_of_sources(copy, {name: digest for name, digest in weights.items() if name in names})
     for name, digits in recipe.sha256.items():
         if name not in recipe.digests:
             yield f"{RECIPE}: sha256: expected a file of the recipe, got {name}."
-        elif name in names and (found := hex_of(digest_of(root / name, SHA256))) != digits:
-            yield f"{RECIPE}: {name}: sha256: expected {found}, as the file gives, got {digits} in the recipe."
+        elif name in names:
+            given = hex_of(found[name] if name in found else digest_of(copy.path(name), SHA256))
+            if given != digits:
+                yield f"{RECIPE}: {name}: sha256: expected {given}, as the file gives, got {digits} in the recipe."
 
 
-def _header_faults(plan: Plan, names: set[str]) -> Iterator[tuple[str, str]]:
+def _header_faults(plan: Plan, copy: Checkpoint, names: set[str]) -> Iterator[tuple[str, str]]:
     """Name the files that are no safetensors, and say why."""
     for shard in plan.shards:
         if shard.name in names:
             try:
-                read_header(plan.out / shard.name, label=shard.name)
+                open_safetensors(copy, shard.name).close()
             except SourceError as error:
                 yield shard.name, str(error)
 
 
 @contextmanager
-def _opened(engine: str, plan: Plan, workers: int | None) -> Iterator[Crew]:
+def _opened(engine: str, plan: Plan, copy: Checkpoint, workers: int | None) -> Iterator[Crew]:
     """Get hold of an engine, with a folder below the current one in which its tasks leave word."""
     if engine == LOCAL:
-        with open_crew(engine, plan, Records(plan.out), workers=workers) as crew:
+        with open_crew(engine, plan, None, copy=copy, workers=workers) as crew:
             yield crew
         return
     with (
         TemporaryDirectory(prefix=".surgery-verify-", dir=Path.cwd(), ignore_cleanup_errors=True) as folder,
-        open_crew(engine, plan, Records(Path(folder)), workers=workers) as crew,
+        open_crew(engine, plan, Records(Path(folder)), copy=copy, workers=workers) as crew,
     ):
         yield crew
 

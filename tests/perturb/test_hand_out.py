@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 from checkpoints import tree_digest, write_json, write_sharded
@@ -125,6 +126,26 @@ def test_tasks_verify(source, tmp_path, engine, scale, is_altered, monkeypatch):
     assert found == verify_checkpoint(tmp_path / "out")
     assert found.is_equal is not is_altered
     assert not list((tmp_path / "here").iterdir())
+
+
+def test_tasks_read_a_store(source, tmp_path, engine):
+    for path in source.iterdir():
+        fsspec.filesystem("memory").pipe_file(f"/{tmp_path.name}/{path.name}", path.read_bytes())
+    url = f"memory://{tmp_path.name}"
+    perturb_checkpoint(url, tmp_path / "whole")
+    used = engine(InThreads())
+    perturb_checkpoint(url, tmp_path / "out", engine=used)
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
+    assert verify_checkpoint(tmp_path / "out", engine=used).is_equal
+
+
+def test_a_store_to_write_to_is_refused(source, tmp_path, run_here):
+    for option, value in (("--engine", "ray"), ("--array", "0/2")):
+        ran = run_here("perturb", source, "-o", f"memory://{tmp_path.name}/out", option, value)
+        assert ran.err == (
+            f"error: {option}: expected -o on a disk that all machines see, got memory://{tmp_path.name}/out. Write it "
+            f"there, or leave {option} out.\n"
+        )
 
 
 # -- what is lost -----------------------------------------------------------------------------------------------------
@@ -250,7 +271,7 @@ def plan_of(source: Path, out: Path) -> Plan:
 def write_task(source: Path, tmp_path: Path) -> Path:
     records = Records(tmp_path / "records")
     records.prepare()
-    Task(FINISHED, plan_of(source, tmp_path / "out"), GlobalMoments(), records.folder, 2).job(tmp_path / "task")
+    Task(FINISHED, plan_of(source, tmp_path / "out"), GlobalMoments(), None, records.folder, 2).job(tmp_path / "task")
     return tmp_path / "task"
 
 
@@ -276,7 +297,7 @@ def test_a_task_that_others_could_have_written_is_refused(source, tmp_path, monk
 def test_a_task_knows_no_more_than_its_shards(source, tmp_path):
     recipe = perturb_checkpoint(source, tmp_path / "out")
     plan = replace(plan_of(source, tmp_path / "out"), recorded=recipe)
-    part = hand_out._of(plan, plan.shards[1:2])
+    part = Task(FINISHED, plan, GlobalMoments(), None, tmp_path, 2).of(plan.shards[1:2]).plan
     assert [file.name for file in part.recorded.files] == [shard.name for shard in part.shards] == [SHARDS[1]]
     assert not part.indexes
     assert pickle.loads(pickle.dumps(part)) == part

@@ -17,15 +17,16 @@ _PLAN_TASKS = """
 import sys
 from pathlib import Path
 from surgery.noisytune import NoisyTune
-from surgery.perturb.hand_out import _of, grouped
+from surgery.perturb.hand_out import grouped
 from surgery.perturb.plan import make_plan
 from surgery.perturb.task import Task
 from surgery.perturb.tasks import GlobalMoments, with_ties
 
 source, tasks = map(Path, sys.argv[1:])
 plan = with_ties(make_plan(source, tasks / "out", NoisyTune()))
+task = Task("finished", plan, GlobalMoments(), None, tasks / "records", 3)
 for number, shards in enumerate(grouped(plan.shards)):
-    Task("finished", _of(plan, shards), GlobalMoments(), tasks / "records", 3).job(tasks / str(number))
+    task.of(shards).job(tasks / str(number))
 print(number + 1)
 """
 
