@@ -94,8 +94,8 @@ def perturb(
     """
     import surgery.perturb.execute  # noqa: F401  (takes time that is not the run's)
     from surgery.noisytune import NoisyTune
+    from surgery.perturb.claims import refuse_windows
     from surgery.perturb.crew import LOCAL
-    from surgery.perturb.output import refuse_windows
     from surgery.perturb.plan import make_plan
 
     if not dry_run:

@@ -1,6 +1,8 @@
-"""Whether an output folder that is not empty may be written to: by the run that it is of, or to be replaced."""
+"""Whether a run may write where it is to: on this system, beside its source, into what a folder holds already."""
 
+import sys
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from surgery.errors import OutputError
@@ -70,4 +72,48 @@ def refuse_url(out: Url, source: Url | None) -> None:
     if out.holds(source):  # --overwrite would remove it
         raise OutputError(
             f"{out}: expected a folder outside the source, got one that holds it. Choose another with `out`."
+        )
+
+
+def refuse_windows(command: str) -> None:
+    """Refuse to write where a folder can be neither locked nor put on the disk.
+
+    Raises:
+        OutputError: on Windows.
+    """
+    if sys.platform == "win32":
+        raise OutputError(
+            f"surgery {command}: expected Linux or macOS, got Windows, which can neither lock a folder nor sync it to "
+            "the disk. Use WSL, or call perturb_model in the script instead."
+        )
+
+
+def is_same_folder(one: Path | Url, other: Path | Url) -> bool:
+    """Tell whether two names are of one folder."""
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.resolve() == other.resolve()
+    return one == other
+
+
+def refuse_output(out: Path, source_root: Path) -> None:
+    """Refuse an output folder that is the source, is inside it, holds it, or lies in the Hub's cache.
+
+    Raises:
+        OutputError: any of these.
+    """
+    from huggingface_hub import constants
+
+    out, root = out.resolve(), source_root.resolve()
+    if out == root or out.is_relative_to(root):
+        raise OutputError(
+            f"{out}: expected a folder outside the source, got one inside {root}. Choose another with `out`."
+        )
+    if root.is_relative_to(out):  # --overwrite would remove it
+        raise OutputError(
+            f"{out}: expected a folder outside the source, got one that holds it. Choose another with `out`."
+        )
+    cache = Path(constants.HF_HUB_CACHE).resolve()
+    if out.is_relative_to(cache) or ("snapshots" in out.parts and any(p.startswith("models--") for p in out.parts)):
+        raise OutputError(
+            f"{out}: expected a folder of your own, got one in the Hub's cache. Choose another with `out`."
         )

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.noisytune import NoisyTune, as_globs
+from surgery.perturb.claims import refuse_windows
 from surgery.perturb.complete import complete
 from surgery.perturb.crew import LOCAL, open_crew
-from surgery.perturb.output import refuse_windows
 from surgery.perturb.plan import Plan, make_plan
 from surgery.perturb.same_run import already_done, kept_moments, open_output, open_shared
 from surgery.perturb.shared import MEASURED

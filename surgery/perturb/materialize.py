@@ -7,9 +7,9 @@ from pathlib import Path
 from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError
 from surgery.escapes import shell_join
+from surgery.perturb.claims import is_same_folder, refuse_windows
 from surgery.perturb.crew import LOCAL
 from surgery.perturb.execute import execute
-from surgery.perturb.output import is_same_folder, refuse_windows
 from surgery.perturb.plan import Plan, choose_out
 from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
 from surgery.recipe import FileRecord, Recipe

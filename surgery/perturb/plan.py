@@ -17,9 +17,8 @@ from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError, SourceError
 from surgery.escapes import shell_join
 from surgery.noisytune import NoisyTune
-from surgery.perturb.claims import refuse_url
+from surgery.perturb.claims import refuse_output, refuse_url
 from surgery.perturb.indexes import plan_index
-from surgery.perturb.output import refuse_output
 from surgery.perturb.shard_plan import ShardPlan, floats, is_packed
 from surgery.recipe import Recipe
 from surgery.roles import Role

@@ -232,7 +232,7 @@ def test_two_runs_at_once_are_one_and_a_refusal(source, out):
 
 
 def test_an_error_leaves_no_object_half_sent(source, out, monkeypatch):
-    from surgery.perturb import execute as module
+    from surgery.perturb import here as module
 
     def fail(*_):
         raise SourceError("on purpose")
