@@ -16,7 +16,7 @@ from surgery.live.names import Names, find_names, own_weights
 from surgery.live.parts import NEW
 from surgery.progress import bar
 
-from .selection import Target
+from .target import Target
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 

@@ -1,0 +1,281 @@
+"""Layers whose weights are not called `weight`, each with what it reads, its masks, and its forward written by hand."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F  # noqa: N812
+
+Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A layer in float64.
+
+    Args:
+        make: the layer.
+        read: what its forward is given.
+        masks: shapes of the masks per input feature, in the order in which they are drawn.
+        forward: its output by its parameters and what it reads; None: torch's, of a plain layer.
+    """
+
+    make: Callable[[], nn.Module]
+    read: Callable[[], tuple[torch.Tensor, ...]]
+    masks: Mapping[str, tuple[int, ...]]
+    forward: Callable[..., torch.Tensor] | None = None
+
+    def plain(self, weights: Weights, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Compute the output without any hook."""
+        if self.forward is not None:
+            return self.forward(weights, *inputs)
+        return first_of(functional_call(self.make(), dict(weights), inputs))
+
+
+class Holder(nn.Module):
+    """A model of one layer, which it returns the first output of."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return first_of(self.layer(*inputs))
+
+
+def first_of(output: Any) -> torch.Tensor:
+    while not isinstance(output, torch.Tensor):
+        output = output[0]
+    return output
+
+
+def build(kind: Kind, *, seed: int = 0) -> Holder:
+    torch.manual_seed(seed)
+    return Holder(kind.make()).train()
+
+
+def draw(*shape: int, seed: int = 7) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# -- recurrent layers ----------------------------------------------------------------------------------------------
+
+
+def lstm(w: Weights, x: torch.Tensor) -> torch.Tensor:
+    """Two layers of two directions with projections, arXiv 1402.1128."""
+    for layer in (0, 1):
+        x = torch.cat([_lstm_direction(w, f"l{layer}{way}", x) for way in ("", "_reverse")], -1)
+    return x
+
+
+def _lstm_direction(w: Weights, way: str, x: torch.Tensor) -> torch.Tensor:
+    times = range(len(x))
+    h, c = x.new_zeros(x.shape[1], w[f"weight_hr_{way}"].shape[0]), x.new_zeros(x.shape[1], 5)
+    found = {}
+    for time in reversed(times) if way.endswith("_reverse") else times:
+        gates = x[time] @ w[f"weight_ih_{way}"].T + w[f"bias_ih_{way}"]
+        i, f, g, o = (gates + h @ w[f"weight_hh_{way}"].T + w[f"bias_hh_{way}"]).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = found[time] = (o.sigmoid() * c.tanh()) @ w[f"weight_hr_{way}"].T
+    return torch.stack([found[time] for time in times])
+
+
+def gru(w: Weights, x: torch.Tensor) -> torch.Tensor:
+    h, found = x.new_zeros(x.shape[1], 5), []
+    for step in x:
+        h = gru_cell({name.removesuffix("_l0"): values for name, values in w.items()}, step, h)
+        found.append(h)
+    return torch.stack(found)
+
+
+def gru_cell(w: Weights, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    ir, iz, ig = (x @ w["weight_ih"].T + w["bias_ih"]).chunk(3, -1)
+    hr, hz, hg = (h @ w["weight_hh"].T + w["bias_hh"]).chunk(3, -1)
+    z = (iz + hz).sigmoid()
+    return (1 - z) * (ig + (ir + hr).sigmoid() * hg).tanh() + z * h
+
+
+def rnn(w: Weights, x: torch.Tensor) -> torch.Tensor:
+    h, found = x.new_zeros(x.shape[1], 5), []
+    for step in x:
+        h = (step @ w["weight_ih_l0"].T + h @ w["weight_hh_l0"].T).relu()
+        found.append(h)
+    return torch.stack(found)
+
+
+# -- attention -----------------------------------------------------------------------------------------------------
+
+
+def attend(w: Weights, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Two heads; batch first."""
+    separate = [w.get(f"{name}_proj_weight") for name in "qkv"]
+    projections = w["in_proj_weight"].chunk(3) if separate[0] is None else separate
+    biases = w["in_proj_bias"].chunk(3)
+    read = zip((query, key, value), projections, biases, strict=True)
+    q, k, v = ((x @ one.T + bias).unflatten(-1, (2, -1)).transpose(1, 2) for x, one, bias in read)  # type: ignore[union-attr]
+    heads = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+    return heads.transpose(1, 2).flatten(2) @ w["out_proj.weight"].T + w["out_proj.bias"]
+
+
+# -- experts -------------------------------------------------------------------------------------------------------
+
+EXPERTS, HIDDEN, INNER, TOKENS = 3, 6, 4, 7
+_SIZES: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 1}
+OUT_IN = {"layer.gate_up_proj": (EXPERTS, 1, HIDDEN), "layer.down_proj": (EXPERTS, 1, INNER)}
+IN_OUT = {"layer.gate_up_proj": (EXPERTS, HIDDEN, 1), "layer.down_proj": (EXPERTS, INNER, 1)}
+
+
+def filled(layer: nn.Module) -> nn.Module:
+    """Fill what a layer of transformers leaves empty."""
+    for w in layer.parameters():
+        nn.init.normal_(w, std=0.3)
+    return layer.double()
+
+
+def mixtral(implementation: str, *, hidden: int = HIDDEN) -> nn.Module:
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    sizes = _SIZES | {"hidden_size": hidden}
+    config = transformers.MixtralConfig(**sizes, num_local_experts=EXPERTS, hidden_act="gelu")
+    config._experts_implementation = implementation
+    return filled(MixtralExperts(config))
+
+
+def gpt_oss() -> nn.Module:
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    config = transformers.GptOssConfig(**_SIZES, num_local_experts=EXPERTS)
+    config._experts_implementation = "eager"
+    return filled(GptOssExperts(config))
+
+
+def llama4() -> nn.Module:
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+    return filled(Llama4TextExperts(transformers.Llama4TextConfig(**_SIZES, num_local_experts=EXPERTS)))
+
+
+def routed(hidden: int = HIDDEN) -> tuple[torch.Tensor, ...]:
+    """Tokens, which two experts each of them goes to, and with what weight."""
+    index = torch.tensor([[token % EXPERTS, (token + 1) % EXPERTS] for token in range(TOKENS)])
+    return draw(TOKENS, hidden), index, draw(TOKENS, 2, seed=8).softmax(-1)
+
+
+def experts(w: Weights, x: torch.Tensor, index: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Mixtral's, token by token."""
+    rows = []
+    for token in range(len(x)):
+        row = torch.zeros_like(x[0])
+        for expert, weight in zip(index[token].tolist(), share[token], strict=True):
+            gate, up = (w["gate_up_proj"][expert] @ x[token]).chunk(2)
+            row = row + weight * (w["down_proj"][expert] @ (F.gelu(gate) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def experts_of_gpt_oss(w: Weights, x: torch.Tensor, index: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """GPT-OSS', whose matrices are (in, out), token by token."""
+    rows = []
+    for token in range(len(x)):
+        row = torch.zeros_like(x[0])
+        for expert, weight in zip(index[token].tolist(), share[token], strict=True):
+            both = x[token] @ w["gate_up_proj"][expert] + w["gate_up_proj_bias"][expert]
+            gate, up = both[::2].clamp(max=7), both[1::2].clamp(-7, 7)
+            inner = (up + 1) * gate * (1.702 * gate).sigmoid()
+            row = row + weight * (inner @ w["down_proj"][expert] + w["down_proj_bias"][expert])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def experts_of_llama4(w: Weights, x: torch.Tensor) -> torch.Tensor:
+    """Llama 4's: every expert reads rows of its own."""
+    rows = []
+    for expert, own in enumerate(x.chunk(EXPERTS)):
+        gate, up = (own @ w["gate_up_proj"][expert]).chunk(2, -1)
+        rows.append((up * F.silu(gate)) @ w["down_proj"][expert])
+    return torch.cat(rows)
+
+
+def xlnet() -> nn.Module:
+    from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
+
+    layer = XLNetRelativeAttention(transformers.XLNetConfig(d_model=6, n_head=2, d_inner=8, n_layer=1, dropout=0.0))
+    return filled(layer)
+
+
+def _lstm_masks() -> dict[str, tuple[int, ...]]:
+    read = {0: 4, 1: 6}
+    ways = [(layer, way) for layer in (0, 1) for way in ("", "_reverse")]
+    return {
+        f"layer.weight_{kind}_l{layer}{way}": (1, size)
+        for layer, way in ways
+        for kind, size in (("ih", read[layer]), ("hh", 3), ("hr", 5))
+    }
+
+
+def _three(size: int = 8) -> tuple[torch.Tensor, ...]:
+    return draw(2, 3, 8), draw(2, 4, size, seed=8), draw(2, 4, size + (size != 8), seed=9)
+
+
+KINDS = {
+    "lstm": Kind(
+        lambda: nn.LSTM(4, 5, 2, bidirectional=True, proj_size=3).double(),
+        lambda: (draw(3, 2, 4),),
+        _lstm_masks(),
+        lstm,
+    ),
+    "gru": Kind(
+        lambda: nn.GRU(4, 5).double(),
+        lambda: (draw(3, 2, 4),),
+        {"layer.weight_ih_l0": (1, 4), "layer.weight_hh_l0": (1, 5)},
+        gru,
+    ),
+    "rnn": Kind(
+        lambda: nn.RNN(4, 5, nonlinearity="relu", bias=False).double(),
+        lambda: (draw(3, 2, 4),),
+        {"layer.weight_ih_l0": (1, 4), "layer.weight_hh_l0": (1, 5)},
+        rnn,
+    ),
+    "cell": Kind(
+        lambda: nn.GRUCell(4, 5).double(),
+        lambda: (draw(2, 4), draw(2, 5, seed=8)),
+        {"layer.weight_ih": (1, 4), "layer.weight_hh": (1, 5)},
+        gru_cell,
+    ),
+    "attention": Kind(
+        lambda: nn.MultiheadAttention(8, 2, batch_first=True).double(),
+        lambda: _three(),
+        {"layer.in_proj_weight": (1, 8), "layer.out_proj.weight": (1, 8)},
+        attend,
+    ),
+    "attention of other sizes": Kind(
+        lambda: nn.MultiheadAttention(8, 2, kdim=5, vdim=6, batch_first=True).double(),
+        lambda: _three(5),
+        {
+            "layer.q_proj_weight": (1, 8),
+            "layer.k_proj_weight": (1, 5),
+            "layer.v_proj_weight": (1, 6),
+            "layer.out_proj.weight": (1, 8),
+        },
+        attend,
+    ),
+    "experts": Kind(lambda: mixtral("eager"), routed, OUT_IN, experts),
+    "batched experts": Kind(lambda: mixtral("batched_mm"), routed, OUT_IN, experts),
+    "experts of GPT-OSS": Kind(gpt_oss, routed, IN_OUT, experts_of_gpt_oss),
+    "experts of Llama 4": Kind(llama4, lambda: (draw(6, HIDDEN),), IN_OUT, experts_of_llama4),
+    "xlnet": Kind(
+        xlnet,
+        lambda: (
+            draw(3, 2, 6),
+            draw(3, 2, 6, seed=8),
+            *torch.zeros(2, 3, 3, 2, 1).double(),
+            draw(6, 2, 6, seed=9),
+            None,
+        ),
+        {f"layer.{name}": (1, 2, 3) if name == "o" else (6, 1, 1) for name in "qkvor"},
+    ),
+}
