@@ -22,6 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from surgery.hooks import Mixout, describe, patch_model, patched, unpatch_model
@@ -249,6 +251,15 @@ def test_rates_survive_patching_again(tmp_path: Path) -> None:
         assert rates_of(model) == before
     assert rates_of(model).keys() == {"dropout"}
     assert rates_of(unpatch_model(model)) == before
+
+
+@pytest.mark.parametrize("mixed", ["rel_attn", "ff"])
+def test_dropout_of_weights_that_its_parent_holds_goes_with_them(mixed: str) -> None:
+    model = XLNetModel(XLNetConfig(vocab_size=60, d_model=8, n_head=2, d_inner=16, n_layer=1))
+    left = {"rel_attn": "ff", "ff": "rel_attn"}[mixed]
+    patch_model(model, exclude=f"**.{left}")
+    assert f"layer.0.{mixed}.dropout" in describe(model).replaced
+    assert f"layer.0.{left}.dropout" in describe(model).kept
 
 
 @pytest.mark.parametrize("make", [nn.MultiheadAttention, partial(nn.LSTM, 8)], ids=["attention", "lstm"])
