@@ -136,10 +136,10 @@ def filled(layer: nn.Module) -> nn.Module:
     return layer.double()
 
 
-def mixtral(implementation: str, *, hidden: int = HIDDEN) -> nn.Module:
+def mixtral(implementation: str, *, hidden: int = HIDDEN, inner: int = INNER) -> nn.Module:
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-    sizes = _SIZES | {"hidden_size": hidden}
+    sizes = _SIZES | {"hidden_size": hidden, "intermediate_size": inner}
     config = transformers.MixtralConfig(**sizes, num_local_experts=EXPERTS, hidden_act="gelu")
     config._experts_implementation = implementation
     return filled(MixtralExperts(config))
