@@ -195,7 +195,7 @@ def _swapped_in(module: nn.Module, attribute: str) -> str | None:
     """Say what another tool has put in the place of a weight."""
     if hasattr(module, "parametrizations") or has_old_weight_norm(module, attribute):
         return None  # it has parameters of its own, which are named as not mixed
-    if module._parameters.get(attribute) is None:
+    if attribute not in module._parameters:
         return "one that another tool swaps in (spectral_norm, FSDP 1, pruning)"
     return "one that another tool put before it" if attribute in module.__dict__ else None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,11 +26,11 @@ class Kind:
     """
 
     make: Callable[[], nn.Module]
-    read: Callable[[], tuple[torch.Tensor, ...]]
+    read: Callable[[], tuple[Any, ...]]
     masks: Mapping[str, tuple[int, ...]]
     forward: Callable[..., torch.Tensor] | None = None
 
-    def plain(self, weights: Weights, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def plain(self, weights: Weights, inputs: tuple[Any, ...]) -> torch.Tensor:
         """Compute the output without any hook."""
         if self.forward is not None:
             return self.forward(weights, *inputs)
@@ -200,6 +201,26 @@ def experts_of_llama4(w: Weights, x: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows)
 
 
+def jetmoe() -> nn.Module:
+    from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+
+    return filled(JetMoeParallelExperts(EXPERTS, HIDDEN, INNER))
+
+
+def inkling() -> nn.Module:
+    from transformers.models.inkling.modeling_inkling import InklingSharedExperts
+
+    sizes = {"hidden_size": HIDDEN, "moe_intermediate_size": INNER, "n_shared_experts": EXPERTS, "hidden_act": "silu"}
+    return filled(InklingSharedExperts(SimpleNamespace(**sizes)))
+
+
+def longcat() -> nn.Module:
+    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+
+    sizes = {"hidden_size": HIDDEN, "expert_ffn_hidden_size": INNER, "n_routed_experts": EXPERTS, "zero_expert_num": 0}
+    return filled(LongcatFlashExperts(SimpleNamespace(**sizes, hidden_act="silu")))
+
+
 def xlnet() -> nn.Module:
     from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 
@@ -279,3 +300,18 @@ KINDS = {
         {f"layer.{name}": (1, 2, 3) if name == "o" else (6, 1, 1) for name in "qkvor"},
     ),
 }
+
+OTHER_EXPERTS = {
+    "experts of JetMoe": Kind(jetmoe, lambda: (draw(6, HIDDEN), [1, 2, 3]), {"layer.weight": (EXPERTS, 1, HIDDEN)}),
+    "experts of Inkling": Kind(
+        inkling,
+        lambda: (draw(2, 3, HIDDEN), draw(2, 3, EXPERTS, seed=8)),
+        {
+            "layer.gate_proj": (EXPERTS, 1, HIDDEN),
+            "layer.up_proj": (EXPERTS, 1, HIDDEN),
+            "layer.down_proj": (EXPERTS, 1, INNER),
+        },
+    ),
+    "experts of LongCat": Kind(longcat, routed, OUT_IN),
+}
+"""Those that are known by their class's name alone; the forward is theirs."""

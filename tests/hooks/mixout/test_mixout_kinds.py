@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import EXPERTS, HIDDEN, KINDS, Holder, Kind, build, mixtral, routed
+import zoo
+from kinds import EXPERTS, HIDDEN, KINDS, OTHER_EXPERTS, Holder, Kind, build, mixtral, routed
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
 from surgery import Mixout, SourceError, describe, patch_model, perturb_model, stats, unpatch_model
+from surgery.hooks.weights.layers import mask_shape
 
 P, LR, STEPS = 0.5, 0.3, 5
 EVERY = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -61,7 +63,7 @@ def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
 # -- against loops by hand -----------------------------------------------------------------------------------------
 
 
-@EVERY
+@pytest.mark.parametrize("kind", [*KINDS.values(), *OTHER_EXPERTS.values()], ids=[*KINDS, *OTHER_EXPERTS])
 def test_training_has_the_parameters_of_the_loop_by_hand(kind: Kind) -> None:
     model = patch_model(build(kind), mixout=P)
     assert set(describe(model).mixed) == set(kind.masks)
@@ -267,3 +269,28 @@ def test_weight_that_is_computed_is_named_and_the_others_are_mixed() -> None:
     assert reasons == {"part of a weight that parametrize or weight_norm computes anew at each call"}
     loss(model(*KINDS["gru"].read())).backward()
     assert describe(model).uncalled == ()
+
+
+def test_experts_of_which_there_are_none_are_no_fault() -> None:
+    layer = KINDS["attention"].make()
+    layer.register_parameter("in_proj_weight", None)  # as LongCat does where no expert is routed to
+    assert describe(patch_model(Holder(layer), mixout=P)).mixed == ("layer.out_proj.weight",)
+
+
+@pytest.mark.sweep
+def test_masks_of_experts_are_of_what_each_matrix_reads() -> None:
+    found = 0
+    for model_type in zoo.model_types():
+        _, model = next(zoo.build_all(model_type), ("", None))
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            down = module._parameters.get("down_proj")
+            first = next(
+                (name for name in ("gate_up_proj", "gate_proj", "up_proj") if name in module._parameters), None
+            )
+            if down is None or first is None:
+                continue
+            masks = [mask_shape(module, name) for name in (first, "down_proj")]
+            hidden, inner = (max(mask[0][1:]) for mask in masks if mask is not None)
+            assert sorted(down.shape[1:]) == sorted((hidden, inner)), model_type
+            found += 1
+    assert found > 40
