@@ -11,7 +11,7 @@ from surgery.hooks.run.options import make_options
 from surgery.hooks.run.outcome import judge
 from surgery.hooks.run.record import Record
 
-GLOBS = ("--include", "Headed", "--include", "Rec*", "--include", "lost.*", "--exclude", "head", "--exclude", "Nobody")
+GLOBS = ("--include", "Headed", "--include", "Squ*", "--include", "lost.*", "--exclude", "head", "--exclude", "Nobody")
 LOST = ["--exclude 'Nobody'", "--include 'lost.*'"]
 
 
