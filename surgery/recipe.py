@@ -115,6 +115,7 @@ class Recipe(Brief):
         source: Hub id, or absolute path of a local checkpoint, or the class of a live model.
         commit: Hub commit sha; None for a local checkpoint, which its files' source_digest identify.
         key: which state_dict was taken of PyTorch files that hold several; None in an old recipe.
+        dequantize: "bf16" if float8 and mxfp4 weights were read as bfloat16.
         settings: what was asked for.
         pooled_std: the one std of scale="global", else None.
         files: the weight files; for a live model, one record without file names.
@@ -139,6 +140,7 @@ class Recipe(Brief):
     notes: tuple[str, ...] = ()
     contract: str = CONTRACT
     sha256: dict[str, str] = field(default_factory=dict, compare=False)
+    dequantize: str | None = None
 
     @property
     def tensors(self) -> tuple[TensorRecord, ...]:
@@ -172,11 +174,12 @@ class Recipe(Brief):
 
     def to_json(self) -> str:
         """Return the text of surgery.json. Each std is a hexadecimal float."""
+        chosen = {"key": self.key, "dequantize": self.dequantize}
         source = {"id": self.source, "commit": self.commit, "variant": self.variant}
         document = {
             "format": FORMAT,
             "contract": self.contract,
-            "source": source if self.key is None else source | {"key": self.key},
+            "source": source | {name: value for name, value in chosen.items() if value is not None},
             "settings": asdict(self.settings),
             "pooled_std": to_hex(self.pooled_std),
             "files": [file.to_json() for file in self.files],
@@ -207,6 +210,7 @@ class Recipe(Brief):
                 commit=optional(source["commit"], str),
                 variant=optional(source["variant"], str),
                 key=optional(source.get("key"), str),
+                dequantize=optional(source.get("dequantize"), str),
                 settings=_settings(document["settings"]),
                 pooled_std=from_hex(document["pooled_std"]),
                 files=tuple(FileRecord.from_json(file) for file in typed(document["files"], list)),

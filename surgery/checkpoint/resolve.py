@@ -32,8 +32,9 @@ class Checkpoint(Brief):
         repeating: names of tensors that stand for others, by PyTorch file, where a recipe has said which they are.
         key: which state_dict to take of PyTorch files that hold several.
         links: where those that are links out of the folder lead, by name.
+        dequantize: "bf16": float8 and mxfp4 weights are read as bfloat16.
     Raises:
-        SettingError: a key, and no PyTorch file.
+        SettingError: a key, and no PyTorch file; dequantize, and no safetensors or another dtype.
     """
 
     id: str
@@ -44,8 +45,15 @@ class Checkpoint(Brief):
     repeating: Mapping[str, Collection[str]] = field(default_factory=dict)
     key: str | None = None
     links: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    dequantize: str | None = None
 
     def __post_init__(self) -> None:
+        if self.dequantize not in (None, "bf16"):
+            raise SettingError(f"`dequantize`: expected bf16, got {self.dequantize}.")
+        if self.dequantize and any(weight_set.is_pickle for weight_set in self.layout.weights):
+            raise SettingError(
+                f"`dequantize`: expected safetensors with it, got the PyTorch files of {self.id}. Leave it out."
+            )
         if self.key is not None and not any(weight_set.is_pickle for weight_set in self.layout.weights):
             raise SettingError(
                 f"`key`: expected PyTorch files with it, got the safetensors of {self.id}. Leave it out."
@@ -80,6 +88,7 @@ def resolve(
     revision: str | None = None,
     variant: str | None = None,
     key: str | None = None,
+    dequantize: str | None = None,
     token: str | None = None,
 ) -> Checkpoint:
     """Find a checkpoint, fetching it from the Hub if it is an id, and check that it is complete and safe to read.
@@ -89,12 +98,14 @@ def resolve(
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained.
         key: which state_dict to take of PyTorch files that hold several.
+        dequantize: "bf16": read float8 and mxfp4 weights as bfloat16.
         token: Hub token; default: the one `hf auth login` stored, or HF_TOKEN.
     Raises:
-        SettingError: a revision for a local checkpoint, or two of them; a key for safetensors.
+        SettingError: a revision for a local checkpoint, or two of them; a key for safetensors; `dequantize` for
+            PyTorch files.
         SourceError: not found, unsafe or incomplete.
     """
-    return replace(_find(source, revision, variant, token), key=key)
+    return replace(_find(source, revision, variant, token), key=key, dequantize=dequantize)
 
 
 def _find(source: str | Path, revision: str | None, variant: str | None, token: str | None) -> Checkpoint:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from surgery.checkpoint.config_files import block_size
 from surgery.checkpoint.descriptors import Descriptor
 from surgery.checkpoint.digests import algorithm_of, digest_of_list, digests_of_all
 from surgery.checkpoint.layout import METADATA
@@ -45,7 +46,11 @@ def open_weights(checkpoint: Checkpoint, name: str) -> WeightFile:
     try:
         checkpoint.refuse_changed(name)
         paths = [checkpoint.path(part) for part in checkpoint.parts(name)]
-        file = _open(paths, checkpoint.key, checkpoint.repeating.get(name, ()))
+        file = (
+            _open_dequantized(checkpoint, name)
+            if checkpoint.dequantize
+            else _open(paths, checkpoint.key, checkpoint.repeating.get(name, ()))
+        )
     except OSError as error:
         raise SourceError(
             f"{error.filename or path}: expected a file to read, got {cause(error)}. {advice(error)}"
@@ -73,6 +78,14 @@ def _open(paths: Sequence[Path], key: str | None, repeating: Collection[str]) ->
     from surgery.checkpoint.pickles import PickleFile  # takes torch
 
     return PickleFile(path, label=str(path), key=key, repeating=repeating)
+
+
+def _open_dequantized(checkpoint: Checkpoint, name: str) -> WeightFile:
+    from surgery.checkpoint.dequantized import DequantizedFile
+
+    weight_set = next(one for one in checkpoint.layout.weights if name in one.files)
+    others = [checkpoint.path(file) for file in weight_set.files if file != name]
+    return DequantizedFile(checkpoint.path(name), others, block=block_size(checkpoint, weight_set.folder))
 
 
 def digests_of_sources(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> dict[str, str]:

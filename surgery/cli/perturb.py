@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @options.revision
 @options.variant()
 @options.key
+@click.option("--dequantize", type=click.Choice(["bf16"]), help="Write float8 in blocks, and mxfp4, in this dtype.")
 @options.token
 @options.workers("three per core")
 @options.overwrite
@@ -64,6 +65,7 @@ def perturb(
     revision: str | None,
     variant: str | None,
     key: str | None,
+    dequantize: str | None,
     token: str | None,
     workers: int | None,
     overwrite: bool,
@@ -120,6 +122,7 @@ def perturb(
             revision=revision,
             variant=variant,
             key=key,
+            dequantize=dequantize,
             token=token,
             recipe_only=recipe_only,
         )

@@ -50,7 +50,7 @@ def compare(a: Checkpoint, b: Checkpoint, *, workers: int | None = None) -> Comp
     from surgery.inspect.agreement import check_agreement
     from surgery.threads import computing_workers
 
-    sides = [_with_key(a, b), _with_key(b, a)]
+    sides = [_as_source_of(a, b), _as_source_of(b, a)]
     with ExitStack() as stack:
         indexes = [TensorIndex(side, stack.enter_context(open_all(side))) for side in sides]
         tensors = _compare(list(_match(*indexes)), workers or computing_workers())
@@ -59,14 +59,14 @@ def compare(a: Checkpoint, b: Checkpoint, *, workers: int | None = None) -> Comp
     return Comparison(sides[0], sides[1], tuple(tensors), check_agreement(sides[0], sides[1], tensors))
 
 
-def _with_key(source: Checkpoint, made: Checkpoint) -> Checkpoint:
-    """Take of a file with several state_dicts the one that the other checkpoint was made from, as its recipe says."""
+def _as_source_of(source: Checkpoint, made: Checkpoint) -> Checkpoint:
+    """Read a checkpoint as the other one's recipe says that it was read: of several state_dicts one, or dequantized."""
     from surgery.inspect.agreement import is_source
 
     recipe = read_recipe(made)
-    if recipe is None or recipe.key is None or not is_source(source, recipe):
+    if recipe is None or (recipe.key, recipe.dequantize) == (None, None) or not is_source(source, recipe):
         return source
-    return replace(source, key=recipe.key)
+    return replace(source, key=recipe.key, dequantize=recipe.dequantize)
 
 
 _Located = tuple[WeightFile, Tensor]

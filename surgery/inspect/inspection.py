@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.checkpoint.config_files import quantized
+from surgery.checkpoint.config_files import DEQUANTIZED, quantized
 from surgery.checkpoint.layout import RECIPE
 from surgery.checkpoint.resolve import Checkpoint, locate, resolve
 from surgery.checkpoint.roles import find_roles, read_model_type
@@ -221,10 +221,15 @@ def _describe(checkpoint: Checkpoint, shards: list[ShardPlan]) -> Inspection:
         for tensor in shard.header.tensors
     )
     methods = quantized(checkpoint)
-    why = next((f"quantization_config ({method}) in {config}" for config, method in methods.items()), None)
+    why = next((_say_quantized(config, settings["quant_method"]) for config, settings in methods.items()), None)
     if packed := next((info for info in tensors if info.why == PACKED), None):
         why = why or f"{packed.tensor.dtype} ({packed.name})"
     return Inspection(checkpoint, tensors, _by_folder(shards), why, read_recipe(checkpoint))
+
+
+def _say_quantized(config: str, method: str) -> str:
+    missing = ", and no --dequantize bf16" if method in DEQUANTIZED else ""
+    return f"quantization_config ({method}) in {config}{missing}"
 
 
 def read_recipe(checkpoint: Checkpoint) -> Recipe | None:

@@ -44,6 +44,7 @@ def perturb_checkpoint(
     revision: str | None = None,
     variant: str | None = None,
     key: str | None = None,
+    dequantize: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -62,6 +63,7 @@ def perturb_checkpoint(
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained, such as "fp16".
         key: which state_dict to take of a PyTorch file that holds several.
+        dequantize: "bf16": write float8 in blocks (DeepSeek, Qwen) and mxfp4 (gpt-oss) as bfloat16.
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
         workers: threads; default: three per core, at most 16. The bytes written do not depend on it.
@@ -76,7 +78,15 @@ def perturb_checkpoint(
     refuse_windows("perturb")
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     plan = make_plan(
-        source, out, settings, revision=revision, variant=variant, key=key, token=token, recipe_only=recipe_only
+        source,
+        out,
+        settings,
+        revision=revision,
+        variant=variant,
+        key=key,
+        dequantize=dequantize,
+        token=token,
+        recipe_only=recipe_only,
     )
     recipe = execute(plan, overwrite=overwrite, workers=workers)
     warn_of_vanished(recipe)
@@ -124,9 +134,10 @@ def _job(plan: Plan) -> dict[str, Any]:
             stat = checkpoint.path(name).stat()
             files[name] = [stat.st_size, stat.st_mtime_ns]
     source = {"id": checkpoint.id, "commit": checkpoint.commit, "variant": plan.variant, "files": files}
+    chosen = {"key": checkpoint.key, "dequantize": checkpoint.dequantize}
     job = {
         "contract": CONTRACT,
-        "source": source | ({} if checkpoint.key is None else {"key": checkpoint.key}),
+        "source": source | {name: value for name, value in chosen.items() if value is not None},
         "settings": asdict(plan.settings),
     }
     return job | {"recipe_only": True} if plan.is_recipe_only else job
@@ -175,9 +186,11 @@ def _refuse(faults: list[str], folder: OutputFolder) -> None:
 
 
 def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
-    """Copy every companion and write the indexes; return their digests, by name."""
+    """Copy every companion, and write the indexes and configs of our own; return their digests, by name."""
     digests = {}
     for name in plan.companions:
+        if name in plan.configs:
+            continue
         plan.checkpoint.refuse_changed(name)
         digest = new_digest(plan.algorithm(name))
         part = folder.open_part(name)
@@ -189,8 +202,8 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
         plan.checkpoint.refuse_changed(name)
         folder.finish_part(name, part)
         digests[name] = digest.text()
-    for name, data in plan.indexes.items():
-        if not plan.is_recipe_only:
+    for name, data in {**plan.configs, **plan.indexes}.items():
+        if name in plan.configs or not plan.is_recipe_only:
             folder.write(name, data)
         digests[name] = digest_of_bytes(data, plan.algorithm(name))
     return digests
@@ -213,6 +226,7 @@ def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled
         commit=plan.checkpoint.commit,
         variant=plan.variant,
         key=plan.checkpoint.key,
+        dequantize=plan.checkpoint.dequantize,
         settings=plan.settings,
         pooled_std=pooled.std if pooled else None,
         files=files,
@@ -236,8 +250,9 @@ def _already_done(plan: Plan) -> Recipe | None:
     if not is_finished(plan.out):
         return None
     recipe = Recipe.read(plan.out / RECIPE)
-    mine = (plan.checkpoint.id, plan.checkpoint.commit, plan.variant, plan.checkpoint.key, plan.settings)
-    if (recipe.source, recipe.commit, recipe.variant, recipe.key, recipe.settings) != mine:
+    source = plan.checkpoint
+    mine = (source.id, source.commit, plan.variant, source.key, source.dequantize, plan.settings)
+    if (recipe.source, recipe.commit, recipe.variant, recipe.key, recipe.dequantize, recipe.settings) != mine:
         return None
     if [file.name for file in recipe.files] != [shard.name for shard in plan.shards]:
         return None

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from surgery.checkpoint.config_files import is_untied
 from surgery.checkpoint.layout import WeightSet
+from surgery.checkpoint.packed_names import plain_names
 from surgery.checkpoint.resolve import Checkpoint, read_weight_map
 from surgery.checkpoint.roles import read_model_type
 from surgery.checkpoint.tied_names import may_be_dropped
@@ -30,7 +31,7 @@ def plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[Shar
     index = checkpoint.path(weight_set.index)
     weight_map = read_weight_map(index)
     tied = {name for shard in members for name in shard.tied}
-    for name, file in weight_map.items():
+    for name, file in _expected(weight_map, checkpoint).items():
         found = where.get(name)
         if found is None and _may_be_dropped(checkpoint, weight_set.folder, name, where):
             continue  # older versions of transformers listed what they then did not save
@@ -38,12 +39,22 @@ def plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[Shar
             raise SourceError(
                 f"{index}: expected tensor {name!r} in {file}, got no such tensor. Fetch the checkpoint again."
             )
-    if not weight_set.is_pickle:
+    if not (weight_set.is_pickle or checkpoint.dequantize):
         return {weight_set.index: read_file(index)}
     document = json.loads(read_file(index))
     document["weight_map"] = {name: shard.name.rpartition("/")[2] for name, shard in sorted(where.items())}
+    if checkpoint.dequantize:
+        nbytes = sum(tensor.nbytes for shard in members for tensor in shard.header.tensors)
+        document["metadata"] = document.get("metadata", {}) | {"total_size": nbytes}
     name = re.sub(r"pytorch_model(.*)\.bin\.index", r"model\1.safetensors.index", weight_set.index)
     return {name: (json.dumps(document, indent=2) + "\n").encode()}
+
+
+def _expected(weight_map: Mapping[str, str], checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Return what an index says of the tensors that are there once weights have been dequantized, if they are."""
+    if not checkpoint.dequantize:
+        return weight_map
+    return {plain: weight_map[name] for name, plain in plain_names(weight_map).items()}
 
 
 def _may_be_dropped(checkpoint: Checkpoint, folder: str, name: str, stored: Collection[str]) -> bool:

@@ -3,11 +3,11 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from surgery.checkpoint.config_files import refuse_quantized
+from surgery.checkpoint.config_files import refuse_quantized, without_quantization
 from surgery.checkpoint.digests import BLAKE3, SHA256, algorithm_of
 from surgery.checkpoint.layout import CARD, WeightSet
 from surgery.checkpoint.resolve import Checkpoint, resolve
@@ -31,6 +31,7 @@ class Plan:
 
     Args:
         indexes: to write, by name.
+        configs: to write in the place of the source's, by name: weights that were dequantized are not quantized.
         command: the shell command that does this.
         recorded: the recipe that the run repeats, if it does; what it writes must be what that says.
         is_recipe_only: the weights and their indexes are computed, for the recipe, and not written.
@@ -45,6 +46,7 @@ class Plan:
     command: str
     recorded: Recipe | None = None
     is_recipe_only: bool = False
+    configs: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def companions(self) -> tuple[str, ...]:
@@ -65,7 +67,8 @@ class Plan:
         sizes |= {name: len(data) for name, data in self.indexes.items()}
         if self.is_recipe_only:
             sizes = {}
-        return sizes | {name: self.checkpoint.path(name).stat().st_size for name in self.companions}
+        sizes |= {name: self.checkpoint.path(name).stat().st_size for name in self.companions}
+        return sizes | {name: len(data) for name, data in self.configs.items()}
 
     def algorithm(self, name: str) -> str:
         """Return the algorithm of a written file's digest: BLAKE3, or that of the recipe that the run repeats."""
@@ -88,6 +91,7 @@ def perturb_command(
     commit: str | None,
     variant: str | None,
     key: str | None = None,
+    dequantize: str | None = None,
     out: Path | None = None,
 ) -> str:
     """Return the shell command that perturbs a source."""
@@ -97,6 +101,7 @@ def perturb_command(
     words += ["--revision", commit] if commit else []
     words += ["--variant", variant] if variant else []
     words += [] if key is None else ["--key", key]
+    words += [] if dequantize is None else ["--dequantize", dequantize]
     for option, value, default in (
         ("--noise", s.noise, "uniform"),
         ("--scale", s.scale, "matrix"),
@@ -116,6 +121,7 @@ def make_plan(
     revision: str | None = None,
     variant: str | None = None,
     key: str | None = None,
+    dequantize: str | None = None,
     token: str | None = None,
     recipe_only: bool = False,
 ) -> Plan:
@@ -124,7 +130,7 @@ def make_plan(
     Raises:
         SettingError, SourceError, OutputError: as perturb_checkpoint.
     """
-    checkpoint = resolve(source, revision=revision, variant=variant, key=key, token=token)
+    checkpoint = resolve(source, revision=revision, variant=variant, key=key, dequantize=dequantize, token=token)
     out = choose_out(out, checkpoint, settings, name=checkpoint.short_name)
     plan = plan_checkpoint(checkpoint, out, settings, variant=variant)
     return replace(plan, is_recipe_only=True, command=f"{plan.command} --recipe-only") if recipe_only else plan
@@ -153,6 +159,7 @@ def plan_checkpoint(
         SettingError, SourceError: as perturb_checkpoint.
     """
     refuse_quantized(checkpoint)
+    configs = _plan_configs(checkpoint)
     shards: list[ShardPlan] = []
     indexes: dict[str, bytes] = {}
     for weight_set in checkpoint.layout.weights:
@@ -172,9 +179,28 @@ def plan_checkpoint(
             "Correct `include` and `exclude`."
         )
     command = perturb_command(
-        checkpoint.id, settings, commit=checkpoint.commit, variant=variant, key=checkpoint.key, out=out
+        checkpoint.id,
+        settings,
+        commit=checkpoint.commit,
+        variant=variant,
+        key=checkpoint.key,
+        dequantize=checkpoint.dequantize,
+        out=out,
     )
-    return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command, recorded)
+    return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command, recorded, configs=configs)
+
+
+def _plan_configs(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return the configs to write in the place of the source's, which say that its weights are quantized."""
+    if not checkpoint.dequantize:
+        return {}
+    configs = without_quantization(checkpoint)
+    if not configs:
+        raise SettingError(
+            f"`dequantize`: expected a config.json with a quantization_config, got none in {checkpoint.id}. "
+            "Leave it out, or fetch that file too."
+        )
+    return {name: data for name, data in configs.items() if name in checkpoint.layout.companions}
 
 
 def _plan_set(

@@ -77,7 +77,7 @@ def find_source(recipe: Recipe, what: str, *, source: str | Path | None, token: 
                 f"{what}: expected its source, {recipe.source}, on this machine, got no such path. "
                 "Say with `source` where it is."
             )
-    return resolve(source, variant=recipe.variant, key=recipe.key, token=token)
+    return resolve(source, variant=recipe.variant, key=recipe.key, dequantize=recipe.dequantize, token=token)
 
 
 def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
@@ -119,8 +119,8 @@ def _refuse_other_files(plan: Plan, recorded: Mapping[str, str]) -> None:
 def _refuse_other_companions(plan: Plan, recorded: Mapping[str, str]) -> None:
     for name, digest in recorded.items():
         path = plan.checkpoint.path(name)
-        if name in plan.indexes:
-            refuse_other_source(path, digest_of_bytes(plan.indexes[name], algorithm_of(digest)), digest)
+        if made := plan.indexes.get(name) or plan.configs.get(name):
+            refuse_other_source(path, digest_of_bytes(made, algorithm_of(digest)), digest)
         elif name in plan.companions:
             refuse_other_source(path, digest_of(path, algorithm_of(digest)), digest)
         else:

@@ -88,8 +88,10 @@ def _notes(recipe: Recipe, plan: Plan) -> list[str]:
     notes = list(recipe.notes)
     if recipe.settings.rounding == "stochastic" and not any(t.dtype in ("F16", "BF16") for t in perturbed):
         notes.append("--rounding stochastic had nothing to do: no 16-bit tensor was perturbed")
+    if recipe.dequantize:
+        notes.append(f"weights of small floats in blocks were read as {recipe.dequantize}, and their scales left out")
     if recipe.settings.lam == 0:
-        notes.append("lam is 0: the copy equals the source")
+        notes.append(f"lam is 0: the copy equals the source{', dequantized' if recipe.dequantize else ''}")
     if plan.checkpoint.path(RECIPE).is_file():
         notes.append(PERTURBED)
     return notes

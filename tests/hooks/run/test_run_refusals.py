@@ -20,7 +20,15 @@ def outcome_of(ran: Run) -> Outcome:
     return judge([Record(**record) for record in ran.records], RDROP, has_failed=ran.code != 0)
 
 
-@pytest.mark.parametrize("way", ["swallow", "vanish", "thread", "spawn", "fork", "then well"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "swallow",
+        "fork",
+        "then well",
+        *(pytest.param(way, marks=pytest.mark.sweep) for way in ("vanish", "thread", "spawn")),
+    ],
+)
 def test_a_refusal_that_the_script_catches_is_one(way: str, tmp_path: Path) -> None:
     ran = run(tmp_path, "refused.py", *byhand.RDROP, args=(way,))
     assert ran.code == 0, ran.err
