@@ -173,12 +173,13 @@ class MixedWeight(Shadow):
                 return func(*args, **kwargs)
             with saved_tensors_hooks(_Pack({_place(one): one.again for one in mixed}), _unpack):
                 made = func(*args, **kwargs)
-            is_view = (
-                type(made) is torch.Tensor and made.numel() == mixed[0].numel() and _place(made) == _place(mixed[0])
-            )
-            return (
-                cls.of(made, mixed[0].again, made) if is_view else made
-            )  # experts are transposed before they are read
+            # experts are transposed before they are read
+            return cls.of(made, mixed[0].again, made) if _is_whole_view(made, mixed[0]) else made
+
+
+def _is_whole_view(made: Any, of: torch.Tensor) -> bool:
+    """Tell whether a function has made another view of all of a tensor's elements."""
+    return type(made) is torch.Tensor and made.numel() == of.numel() and _place(made) == _place(of)
 
 
 @dataclass(frozen=True)

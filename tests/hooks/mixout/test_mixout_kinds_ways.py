@@ -14,6 +14,7 @@ from kinds import KINDS, Holder, Kind, build, draw, filled, gpt_oss, mixtral, ro
 from torch import nn
 
 from surgery import SourceError, describe, patch_model, unpatch_model
+from surgery.hooks.marks import PATCH
 
 P = 0.5
 EVERY = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -164,10 +165,36 @@ def test_compiled_layer_computes_with_w_pre_where_p_is_1(name: str) -> None:
     assert describe(model).uncalled == ()
 
 
+class Headed(nn.Module):
+    """An RNN between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_rnn_leaves_the_forward_of_its_model_to_the_compiler() -> None:
+    model = patch_model(Headed(), mixout=P).train()
+    torch.compile(model, backend="eager")(torch.ones(3, 2, 4)).sum().backward()
+    forwards = model.__dict__[PATCH].forwards
+    assert (forwards.eager, int(forwards.traced)) == (0, 1)
+    assert describe(model).uncalled == ()
+
+
 # -- memory --------------------------------------------------------------------------------------------------------
 
 WIDE = {
     "attention": (lambda: nn.MultiheadAttention(64, 2, bias=False), lambda: (draw(1, 2, 64).float(),) * 3, False),
+    "attention of other sizes": (
+        lambda: nn.MultiheadAttention(64, 2, kdim=32, vdim=32, bias=False),
+        lambda: (draw(1, 2, 64).float(), *draw(2, 1, 2, 32).float()),
+        False,
+    ),
     "cell": (lambda: nn.LSTMCell(64, 64), lambda: (draw(1, 64).float(),), False),
     "grouped experts": (
         lambda: mixtral("grouped_mm", hidden=64, inner=32),
@@ -192,6 +219,23 @@ def test_w_mix_waits_for_the_backward_pass_in_an_rnn_alone(
     assert (alive > size) is is_kept
     assert alive < size / 2 or is_kept
     assert sum(made for _, made in census.made.values()) > size
+
+
+class Counting(nn.GRU):
+    """Counts how often its weights are joined, which on a GPU moves all of them to other memory."""
+
+    count = 0
+
+    def flatten_parameters(self) -> None:
+        self.count += 1
+
+
+def test_weights_of_an_rnn_are_not_joined_at_each_forward() -> None:
+    model = patch_model(Holder(Counting(4, 5).double()), mixout=P).train()
+    before = model.layer.count
+    for _ in range(3):
+        model(draw(3, 2, 4)).sum().backward()
+    assert model.layer.count == before
 
 
 def test_change_in_place_before_backward_raises() -> None:
