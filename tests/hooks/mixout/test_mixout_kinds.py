@@ -1,5 +1,6 @@
 """Weights that are not called `weight`: attention's, RNNs', experts', XLNet's, against float64 loops by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from kinds import EXPERTS, HIDDEN, KINDS, OTHER_EXPERTS, Holder, Kind, build, mi
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from surgery import Mixout, SourceError, describe, patch_model, perturb_model, stats, unpatch_model
 from surgery.hooks.weights.layers import mask_shape
@@ -275,6 +277,23 @@ def test_experts_of_which_there_are_none_are_no_fault() -> None:
     layer = KINDS["attention"].make()
     layer.register_parameter("in_proj_weight", None)  # as LongCat does where no expert is routed to
     assert describe(patch_model(Holder(layer), mixout=P)).mixed == ("layer.out_proj.weight",)
+
+
+def test_experts_of_a_model_are_mixed_toward_a_state_dict_but_not_a_folder(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 20}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    model = MixtralForCausalLM.from_pretrained(tmp_path)
+    experts = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    with pytest.raises(SourceError, match=rf"^w_pre: {experts[0]}: expected shape .*, got one that transformers makes"):
+        patch_model(model, mixout=P, w_pre=tmp_path)
+    patch_model(model, mixout=P, w_pre=model.state_dict()).train()
+    assert set(experts) <= set(describe(model).mixed)
+    ids = torch.randint(20, (2, 5))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert describe(model).uncalled == ()
+    assert describe(patch_model(unpatch_model(model), w_pre=tmp_path, exclude="**.experts")).mixed
 
 
 @pytest.mark.sweep
