@@ -78,6 +78,7 @@ class FileRecord(Brief):
         source: the file it was made from, relative to the source.
         tied: names that repeat another tensor, whose noise they share, and that tensor's name. Those of a pickle are
             not written again.
+        source_version: what the store calls the object that it was made from, such as its ETag; None of a file.
     """
 
     name: str
@@ -86,17 +87,20 @@ class FileRecord(Brief):
     source_digest: str
     tensors: tuple[TensorRecord, ...]
     tied: dict[str, str] = field(default_factory=dict)
+    source_version: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         tensors = [tensor.to_json() for tensor in self.tensors]
-        return {name: getattr(self, name) for name in _FILE_FIELDS} | {"tensors": tensors}
+        version = {"source_version": self.source_version} if self.source_version else {}
+        return {name: getattr(self, name) for name in _FILE_FIELDS} | version | {"tensors": tensors}
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "FileRecord":
         tensors = tuple(TensorRecord.from_json(tensor) for tensor in typed(entry["tensors"], list))
         name, source, tied = typed(entry["name"], str), typed(entry["source"], str), texts(entry["tied"])
         digest, source_digest = (_digest(entry[key]) if name else "" for key in ("digest", "source_digest"))
-        return cls(name, digest, source, source_digest, tensors, tied)
+        version = optional(entry.get("source_version"), str)
+        return cls(name, digest, source, source_digest, tensors, tied, version)
 
     @classmethod
     def from_journal(cls, entry: Any) -> "FileRecord | None":
@@ -112,7 +116,7 @@ class Recipe(Brief):
     """What one run of NoisyTune did.
 
     Args:
-        source: Hub id, or absolute path of a local checkpoint, or the class of a live model.
+        source: Hub id, absolute path or URL of a checkpoint, or the class of a live model.
         commit: Hub commit sha; None for a local checkpoint, which its files' source_digest identify.
         key: which state_dict was taken of PyTorch files that hold several; None in an old recipe.
         dequantize: "bf16" if float8 and mxfp4 weights were read as bfloat16.

@@ -1,7 +1,7 @@
 """What the config.json beside weights says of them: whether they are quantized, and whether embeddings are tied."""
 
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from surgery.checkpoint.resolve import Checkpoint
@@ -24,7 +24,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             advice = "Perturb the original checkpoint and quantize the result"
             advice += ", or have bfloat16 written with `dequantize`." if method in DEQUANTIZED else "."
             raise SourceError(
-                f"{checkpoint.path(config)}: expected unquantized weights, got quantization_config ({method}). {advice}"
+                f"{checkpoint.label(config)}: expected unquantized weights, got quantization_config ({method}). "
+                f"{advice}"
             )
 
 
@@ -36,7 +37,7 @@ def quantized(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     found = {}
     for folder in sorted({weight_set.folder for weight_set in checkpoint.layout.weights}):
         name = _config_of(folder)
-        if checkpoint.path(name).is_file() and (settings := _quantization_of(_read_json(checkpoint.path(name)))):
+        if checkpoint.path(name).is_file() and (settings := _quantization_of(_read_json(checkpoint, name))):
             found[name] = settings
     return found
 
@@ -52,7 +53,7 @@ def without_quantization(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return the configs that say that weights are quantized, by name, as they are without that."""
     plain = {}
     for name in quantized(checkpoint):
-        config = _read_json(checkpoint.path(name))
+        config = _read_json(checkpoint, name)
         for part in [config, *config.values()]:
             if isinstance(part, dict):
                 part.pop("quantization_config", None)
@@ -72,11 +73,13 @@ def _config_of(folder: str) -> str:
     return (PurePosixPath(folder) / "config.json").as_posix()
 
 
-def _read_json(config: Path) -> Any:
+def _read_json(checkpoint: Checkpoint, config: str) -> Any:
     try:
-        return json.loads(read_file(config))
+        return json.loads(read_file(checkpoint.path(config)))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{config}: expected JSON, got another or a damaged file. Repair it.") from error
+        raise SourceError(
+            f"{checkpoint.label(config)}: expected JSON, got another or a damaged file. Repair it."
+        ) from error
 
 
 def _quantization_of(config: Any) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.resolve import Checkpoint, resolve
 from surgery.checkpoint.tensorfile import Tensor
-from surgery.checkpoint.weight_file import WeightFile
+from surgery.checkpoint.weight_file import WeightFile, reading_workers
 from surgery.errors import SourceError
 from surgery.inspect.comparison import EQUAL, Comparison, TensorComparison
 from surgery.inspect.inspection import components, open_all, read_recipe
@@ -31,7 +31,7 @@ def diff_checkpoints(
     """Compare two checkpoints, tensor by tensor, however each is split into files.
 
     Args:
-        a, b: Hub ids, perhaps with `@revision`, folders, or .safetensors or PyTorch files.
+        a, b: Hub ids, perhaps with `@revision`, folders, URLs, or .safetensors or PyTorch files.
         variant: as in from_pretrained, such as "fp16"; of both.
         token: Hub token; default: the one stored on this machine.
         workers: threads; default: one per core, at most 16.
@@ -53,7 +53,7 @@ def compare(a: Checkpoint, b: Checkpoint, *, workers: int | None = None) -> Comp
     sides = [_as_source_of(a, b), _as_source_of(b, a)]
     with ExitStack() as stack:
         indexes = [TensorIndex(side, stack.enter_context(open_all(side))) for side in sides]
-        tensors = _compare(list(_match(*indexes)), workers or computing_workers())
+        tensors = _compare(list(_match(*indexes)), workers or reading_workers(computing_workers(), *sides))
     tensors.sort(key=lambda tensor: tensor.name)  # for those that are equally bad
     tensors.sort(key=_badness, reverse=True)
     return Comparison(sides[0], sides[1], tuple(tensors), check_agreement(sides[0], sides[1], tensors))
@@ -91,7 +91,7 @@ class TensorIndex:
             for tensor in source.header.tensors:
                 if (component, tensor.name) in self.stored:
                     raise SourceError(
-                        f"{checkpoint.path(file)}: expected each tensor in one shard, got {tensor.name!r} also in "
+                        f"{checkpoint.label(file)}: expected each tensor in one shard, got {tensor.name!r} also in "
                         "another. Remove the stale one."
                     )
                 self.stored[component, tensor.name] = source, tensor

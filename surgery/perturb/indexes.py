@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from surgery.checkpoint.config_files import is_untied
 from surgery.checkpoint.layout import WeightSet
 from surgery.checkpoint.packed_names import plain_names
-from surgery.checkpoint.resolve import Checkpoint, read_weight_map
+from surgery.checkpoint.resolve import Checkpoint
 from surgery.checkpoint.roles import read_model_type
+from surgery.checkpoint.shards import read_weight_map
 from surgery.checkpoint.tied_names import may_be_dropped
 from surgery.errors import SourceError
 from surgery.files import read_file
@@ -22,7 +23,7 @@ def plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[Shar
         for tensor in shard.header.tensors:
             if other := where.get(tensor.name):
                 raise SourceError(
-                    f"{checkpoint.path(shard.source)}: expected each tensor in one shard, got {tensor.name!r} also in "
+                    f"{checkpoint.label(shard.source)}: expected each tensor in one shard, got {tensor.name!r} also in "
                     f"{other.source}. Remove the stale one."
                 )
             where[tensor.name] = shard
@@ -37,7 +38,8 @@ def plan_index(checkpoint: Checkpoint, weight_set: WeightSet, members: list[Shar
             continue  # older versions of transformers listed what they then did not save
         if name not in tied and (found is None or found.source.rpartition("/")[2] != file.rpartition("/")[2]):
             raise SourceError(
-                f"{index}: expected tensor {name!r} in {file}, got no such tensor. Fetch the checkpoint again."
+                f"{checkpoint.label(weight_set.index)}: expected tensor {name!r} in {file}, got no such tensor. "
+                "Fetch the checkpoint again."
             )
     if not (weight_set.is_pickle or checkpoint.dequantize):
         return {weight_set.index: read_file(index)}

@@ -1,6 +1,5 @@
 """Plan: which tensor of which shard is perturbed or copied, and every file to write, settled from headers alone."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,11 +17,13 @@ from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError, SourceError
 from surgery.escapes import shell_join
 from surgery.noisytune import NoisyTune
+from surgery.perturb.claims import refuse_url
 from surgery.perturb.indexes import plan_index
 from surgery.perturb.output import refuse_output
 from surgery.perturb.shard_plan import ShardPlan, floats, is_packed
 from surgery.recipe import Recipe
 from surgery.roles import Role
+from surgery.storage.url import Url, as_path, find_url
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Plan:
 
     checkpoint: Checkpoint
     settings: NoisyTune
-    out: Path
+    out: Path | Url
     shards: tuple[ShardPlan, ...]
     indexes: dict[str, bytes]
     variant: str | None
@@ -67,7 +68,7 @@ class Plan:
         sizes |= {name: len(data) for name, data in self.indexes.items()}
         if self.is_recipe_only:
             sizes = {}
-        sizes |= {name: self.checkpoint.path(name).stat().st_size for name in self.companions}
+        sizes |= {name: self.checkpoint.size(name) for name in self.companions}
         return sizes | {name: len(data) for name, data in self.configs.items()}
 
     def algorithm(self, name: str) -> str:
@@ -83,6 +84,12 @@ class Plan:
             return algorithm_of(self.recorded.source_digests[name])
         return SHA256 if self.checkpoint.commit else BLAKE3
 
+    def source_version(self, name: str) -> str | None:
+        """Return what the store calls a source's object: the recipe's word, where the run repeats one."""
+        if self.recorded:
+            return next((file.source_version for file in self.recorded.files if file.source == name), None)
+        return self.checkpoint.version(name)
+
 
 def perturb_command(
     source: str,
@@ -92,7 +99,7 @@ def perturb_command(
     variant: str | None,
     key: str | None = None,
     dequantize: str | None = None,
-    out: Path | None = None,
+    out: Path | Url | None = None,
 ) -> str:
     """Return the shell command that perturbs a source."""
     s = settings
@@ -131,25 +138,27 @@ def make_plan(
         SettingError, SourceError, OutputError: as perturb_checkpoint.
     """
     checkpoint = resolve(source, revision=revision, variant=variant, key=key, dequantize=dequantize, token=token)
-    out = choose_out(out, checkpoint, settings, name=checkpoint.short_name)
-    plan = plan_checkpoint(checkpoint, out, settings, variant=variant)
+    place = choose_out(out, checkpoint, settings, name=checkpoint.short_name)
+    plan = plan_checkpoint(checkpoint, place, settings, variant=variant)
     return replace(plan, is_recipe_only=True, command=f"{plan.command} --recipe-only") if recipe_only else plan
 
 
-def choose_out(out: str | Path | None, checkpoint: Checkpoint, settings: NoisyTune, *, name: str) -> Path:
-    """Return the folder to write, by default one named after the source, lam and seed.
+def choose_out(out: str | Path | None, checkpoint: Checkpoint, settings: NoisyTune, *, name: str) -> Path | Url:
+    """Return the folder or URL to write, by default a folder named after the source, lam and seed.
 
     Raises:
         OutputError: it may not be written to.
     """
-    named = out or f"{name}-noisytune-lam{settings.lam:g}-seed{settings.seed}"
-    out = Path(os.path.expanduser(named))  # noqa: PTH111  (Path fails for an unknown ~user)
+    if out and (url := find_url(out)):
+        refuse_url(url, find_url(checkpoint.id))
+        return url
+    out = as_path(out or f"{name}-noisytune-lam{settings.lam:g}-seed{settings.seed}")
     refuse_output(out, Path(checkpoint.id) if Path(checkpoint.id).is_file() else checkpoint.root)
     return out.absolute()
 
 
 def plan_checkpoint(
-    checkpoint: Checkpoint, out: Path, settings: NoisyTune, *, variant: str | None, recorded: Recipe | None = None
+    checkpoint: Checkpoint, out: Path | Url, settings: NoisyTune, *, variant: str | None, recorded: Recipe | None = None
 ) -> Plan:
     """Settle what happens to every tensor of a checkpoint.
 
@@ -221,7 +230,7 @@ def _plan_set(
     for name, (header, tied) in files.items():
         of_shard = {t.name: roles[t.name] for t in header.tensors} | {t.name: t.role for t in records.get(name, ())}
         if not recorded:  # else it was perturbed before this was known
-            _refuse_packed(checkpoint.path(name), header)
+            _refuse_packed(checkpoint.label(name), header)
         copied = _reasons_to_copy(header, settings, of_shard)
         shards.append(ShardPlan(name, _output_name(weight_set, name), header, copied, tied, of_shard, class_ties))
     return shards
@@ -234,11 +243,11 @@ def _read_header(checkpoint: Checkpoint, name: str) -> tuple[Header, dict[str, s
     return source.header, source.tied
 
 
-def _refuse_packed(path: Path, header: Header) -> None:
+def _refuse_packed(file: str, header: Header) -> None:
     for tensor in header.tensors:
         if is_packed(tensor):
             raise SourceError(
-                f"{path}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
+                f"{file}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
                 "Perturb the original checkpoint and quantize the result."
             )
 
