@@ -71,6 +71,9 @@ def execute_part(plan: Plan, part: Part, *, overwrite: bool = False, workers: in
     What nobody has measured yet of scale="global" it measures itself, its own shards first. A part that was killed is
     finished by running it again.
 
+    Args:
+        overwrite: replace what another run wrote, the first part alone; what this very run did is kept.
+        workers: threads; default: three per core, at most 16.
     Raises:
         SettingError, SourceError, OutputError: as perturb_checkpoint; or other parts are of another version.
     """

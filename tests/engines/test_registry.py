@@ -1,5 +1,6 @@
 """Engines that are asked for and cannot be had are one clear line."""
 
+import subprocess
 import sys
 
 import pytest
@@ -73,3 +74,15 @@ def test_the_command_names_the_engines(run_here, command):
     ran = run_here(*command, "--engine", "pbs", *(_COMMAND if command is _STUDY else ()))
     assert ran.code == 2
     assert all(f"'{name}'" in ran.err for name in ENGINES)
+
+
+@pytest.mark.parametrize(("engine", "is_imported"), [("local", False), ("ray", True)])
+def test_nothing_of_engines_is_imported_without_the_option(source, tmp_path, engine, is_imported):
+    code = (
+        "import sys\nfrom surgery import perturb_checkpoint\nfrom surgery.errors import SettingError\n"
+        f"sys.modules['ray'] = None\ntry: perturb_checkpoint({str(source)!r}, 'out', engine={engine!r})\n"
+        "except SettingError: pass\n"
+        "print([name for name in sys.modules if name.startswith('surgery.engines.') or 'hand_out' in name])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout != "[]\n") is is_imported
