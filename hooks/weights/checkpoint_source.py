@@ -16,7 +16,7 @@ from surgery.live.names import Names, find_names, own_weights
 from surgery.live.parts import NEW
 from surgery.progress import bar
 
-from .selection import Target
+from .target import Target
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 
@@ -28,10 +28,10 @@ class Files:
 
     def __init__(self, model: nn.Module, source: str | Path) -> None:
         checkpoint = resolve(source)
-        for config, method in quantized(checkpoint).items():
+        for config, settings in quantized(checkpoint).items():
             raise SourceError(
-                f"w_pre: {checkpoint.label(config)}: expected unquantized weights, got quantization_config ({method}). "
-                "Give the checkpoint it was made from."
+                f"w_pre: {checkpoint.label(config)}: expected unquantized weights, got quantization_config "
+                f"({settings['quant_method']}). Give the checkpoint it was made from."
             )
         self.label = checkpoint.id
         self._checkpoint = checkpoint

@@ -12,7 +12,7 @@ from surgery.escapes import get_logger
 from surgery.live.parts import pretrained_parts
 
 from .peft_layers import find_copies
-from .selection import Target
+from .target import Target
 from .tracked import Tracked
 
 _log = get_logger(__name__)
