@@ -270,6 +270,18 @@ def test_a_source_that_is_written_meanwhile_is_refused(s3, bucket, commands, roo
     assert "expected the source as it was when this run began, got one that has changed since." in err
 
 
+def test_materialize_refuses_a_source_that_was_written_since_before_it_writes(s3, bucket, commands, root):
+    s3.upload(bucket, root / "model", "model")
+    assert commands.run("perturb", f"s3://{bucket}/model", "-o", f"s3://{bucket}/out", "--recipe-only") == (0, "")
+    data = bytearray((root / "model" / SHARDS[0]).read_bytes())
+    data[-1] ^= 1
+    s3.client.put_object(Bucket=bucket, Key=f"model/{SHARDS[0]}", Body=bytes(data))
+    code, err = commands.run("materialize", f"s3://{bucket}/out", "-o", f"s3://{bucket}/again")
+    assert code == 1
+    assert err.startswith(f"error: s3://{bucket}/model/{SHARDS[0]}: expected the recipe's source (blake3 ")
+    assert s3.keys(bucket, "again") == []
+
+
 def test_materialize_does_not_read_a_source_twice_that_is_at_rest(s3, bucket, commands, tmp_path):
     assert commands.run("perturb", MODEL, "-o", f"s3://{bucket}/out") == (0, "")
     commands.env["XDG_CACHE_HOME"] = str(tmp_path / "another")
