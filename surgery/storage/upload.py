@@ -67,10 +67,12 @@ class _Multipart:
         self._id: str | None = None
         self._tags: dict[int, str] = {}
         self._count = 0
+        self._size = 0
         self._lock = threading.Lock()
 
     def append(self, data: memoryview) -> Callable[[], None]:
         due = []
+        self._size += len(data)
         while data:
             n = self._part - len(self._buffer)
             self._buffer += data[:n]
@@ -96,9 +98,18 @@ class _Multipart:
             return
         if self._buffer:
             self._take_part()()
-        parts = [{"PartNumber": number, "ETag": self._tags[number]} for number in sorted(self._tags)]
-        self._call("complete_multipart_upload", UploadId=self._id, MultipartUpload={"Parts": parts})
+        self._store.ask(self._name, self._complete)
         self._id = None
+
+    def _complete(self) -> None:
+        parts = [{"PartNumber": number, "ETag": self._tags[number]} for number in sorted(self._tags)]
+        place = {"Bucket": self._bucket, "Key": self._key, "UploadId": self._id}
+        try:
+            self._store.fs.call_s3("complete_multipart_upload", **place, MultipartUpload={"Parts": parts})
+        except FileNotFoundError:
+            found = self._store.entry(self._name)
+            if found is None or found.size != self._size:  # else it was done before, and the answer was lost
+                raise
 
     def close(self) -> None:
         id, self._id = self._id, None

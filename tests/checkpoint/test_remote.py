@@ -254,6 +254,20 @@ def test_what_changes_meanwhile_is_refused(url, tmp_path, monkeypatch, name, cha
     assert not (tmp_path / "out/surgery.json").exists()
 
 
+def test_a_small_file_that_is_written_as_it_is_copied_is_refused(url, monkeypatch):
+    cat_file = MEMORY.cat_file
+
+    def changing(path, **range):
+        data = cat_file(path, **range)
+        MEMORY.pipe_file(path, data)
+        return data
+
+    checkpoint = resolve(url)
+    monkeypatch.setattr(MEMORY, "cat_file", changing)
+    with pytest.raises(SourceError, match=r"config\.json: expected an object at rest, got one that changed"):
+        checkpoint.path("config.json")
+
+
 def test_the_hub_as_a_store(sharded, tmp_path, run_cli):
     with Hub() as hub:
         hub.add("org/name", {path.name: path.read_bytes() for path in sharded.iterdir() if path.is_file()})

@@ -24,8 +24,8 @@ import boto3.session
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-DROPPED = "dropped"
-"""A fault: half of the answer is sent, and the connection ends."""
+DROPPED, LOST = "dropped", "lost"
+"""Faults: half of the answer is sent, or what was asked is done and nothing is sent, and the connection ends."""
 _SLOW_DOWN = (
     b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>SlowDown</Code>'
     b"<Message>Please reduce your request rate.</Message></Error>"
@@ -38,7 +38,7 @@ SECRET = "s3cr3tS3cr3tS3cr3tS3cr3tS3cr3tS3cr3tS3cr"
 
 @dataclass
 class Fault:
-    """What befalls requests of a method whose path and query hold `part`: a status, DROPPED, or a call before them."""
+    """What befalls requests of a method whose path and query hold `part`: a status, DROPPED, LOST, or a call."""
 
     method: str
     part: str
@@ -126,6 +126,9 @@ class S3:
             fault = self._fault(environ["REQUEST_METHOD"], path)
         if fault and callable(fault.kind):
             fault.kind()
+        elif fault and fault.kind == LOST:
+            b"".join(self._app(environ, lambda *_: None))
+            raise ConnectionAbortedError
         elif fault and fault.kind != DROPPED:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             body = _SLOW_DOWN if fault.kind == 503 else _DENIED

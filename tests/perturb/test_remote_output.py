@@ -343,6 +343,17 @@ def test_what_is_on_a_store_is_not_pushed(source, out):
     )
 
 
+@pytest.mark.parametrize(("option", "value"), [("--array", "0/2"), ("--engine", "ray")], ids=["array", "engine"])
+def test_what_several_machines_write_is_on_a_disk(source, out, option, value):
+    done = CliRunner().invoke(main, ["perturb", str(source), "-o", out, option, value])
+    assert done.exit_code == 1
+    assert done.stderr == (
+        f"error: {option}: expected -o on a disk that all machines see, got {out}. Write it there, or leave {option} "
+        "out.\n"
+    )
+    assert names(out) == set()
+
+
 def test_a_url_with_a_password_is_refused(source):
     with pytest.raises(SettingError, match="expected a URL without a password") as refused:
         perturb_checkpoint(source, "s3://me:s3cret@bucket/out")
