@@ -50,7 +50,7 @@ HOOKS = (
     METHODS,
     ("step_methods",),
     ("steps",),
-    ("regularizer",),
+    ("regularizer", "stepped"),
     ("weights",),
     ("marks", "compiling", "imports", "active_calls", "refusals"),
 )

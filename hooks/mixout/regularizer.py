@@ -13,7 +13,8 @@ from surgery.escapes import get_logger
 from ..compiling import guard_hooks
 from ..marks import PATCH
 from ..regularizer import Handle, Settings
-from ..steps import Activity, AuditedRegularizer, about_to_change
+from ..stepped import Stepped, about_to_change
+from ..steps import Activity, AuditedRegularizer
 from ..weights.chosen import ChosenWeights
 from ..weights.selection import ADAPTER
 from .dropout import Rate, find_rates, replace_rate
@@ -140,7 +141,7 @@ class MixoutRegularizer(AuditedRegularizer):
         traced = self._forwards.traced
         return Activity((self.passes.uses, eager, id(traced), traced._version))
 
-    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    def held(self, optimizer: Optimizer) -> Iterator[Stepped]:
         return about_to_change(optimizer, (w for one in self.mixed for w in one.parameters))
 
     # -- what came of it ------------------------------------------------------------------------------------------

@@ -10,6 +10,11 @@ def is_fsdp1(module: Any) -> bool:
     return type(module).__name__ == "FullyShardedDataParallel"
 
 
+def is_engine(module: Any) -> bool:
+    """Tell whether this is DeepSpeed's wrapper, DeepSpeedEngine."""
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(module).__mro__)
+
+
 def is_flat(tensor: Any) -> bool:
     """Tell whether FSDP 1 has flattened weights into this parameter, or made it a view of such a one."""
     return type(tensor).__name__ == "FlatParameter" or hasattr(tensor, "_is_flat_param")

@@ -13,12 +13,14 @@ from filelock import FileLock
 
 HELPERS = Path(__file__).parent
 ROOT = HELPERS.parents[1]
+SCRIPTS = HELPERS.parent / "scripts"
 Found = dict[str, dict[str, Any]]
 
 
 def launch(folder: Path, names: list[str], *, module: str = "ranks") -> list[Found]:
     """Run cases of a module in two processes, and return what each has measured."""
-    environment = clean_env(PYTHONPATH=os.pathsep.join([str(ROOT), str(HELPERS), os.environ.get("PYTHONPATH", "")]))
+    paths = [str(ROOT), str(HELPERS), str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
+    environment = clean_env(PYTHONPATH=os.pathsep.join(paths))
     environment |= {"GLOO_SOCKET_IFNAME": "lo"}
     folder.mkdir()
     ranks = []

@@ -1,0 +1,38 @@
+"""Two processes that train a patched model with DeepSpeed do what one does with torch's optimizer, in float64."""
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: make test-deepspeed")
+
+from ranks import STEPS
+from ranks_zero import CASES, PAIRED, TRAINED
+from two_ranks import Found, launched, measured
+
+TOLERANCE = 1e-12
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    return launched(tmp_path_factory, "ranks_zero", list(CASES))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_equals_one_process(found: list[Found], name: str) -> None:
+    anchored, recalled = (STEPS if method in name else 0 for method in ("anchor", "recadam"))
+    for rank in measured(found, name):
+        assert rank["losses"] <= TOLERANCE
+        assert rank["parameters"] <= TOLERANCE
+        assert rank["distance"] <= TOLERANCE
+        assert rank["moved"] > 0.1
+        assert rank["steps"] == [STEPS, anchored, recalled, recalled]
+        assert rank["unmixed"] == 0
+        assert rank["share"] == 1
+        assert rank["left"] == []
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_both_passes_are_those_of_each_rank(found: list[Found], name: str) -> None:
+    for rank in measured(found, name):
+        assert rank["losses"] <= TOLERANCE
+        assert rank["parameters"] <= TOLERANCE
+        assert rank["fired"] == (STEPS if name.endswith("1") else STEPS // 2)
