@@ -14,6 +14,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from surgery.live.foreign import is_zero3_shard
+from surgery.live.zero3 import size_of
 
 from .weights.pretrained import Pretrained, is_distributed, local
 
@@ -45,7 +46,7 @@ class Stepped:
     flat: torch.Tensor | None = None
     start: int = 0
 
-    def share_of(self, whole: torch.Tensor) -> torch.Tensor:
+    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Return what belongs to the values, of a tensor that is like the part of `w` on this rank."""
         if self.flat is None:
             return whole
@@ -53,12 +54,16 @@ class Stepped:
 
     def w_pre(self, pretrained: Pretrained) -> torch.Tensor:
         """Return the pretrained values that belong to the values."""
-        return self.share_of(pretrained.part(self.w)) if self.values.numel() else self.values
+        return self.slice_of(pretrained.part(self.w)) if self.values.numel() else self.values
 
     @property
     def is_reached(self) -> bool:
-        """A backward pass has come to it, as far as is known: in a flat tensor the others have zeros."""
-        return self.flat is None or self.grad is None or not self.grad.numel() or bool(self.grad.any())
+        """A backward pass has come to it, as far as is known.
+
+        In a flat tensor it has zeros if none has; a share may have zeros anyway, as unused rows of an embedding do.
+        """
+        is_told = self.flat is not None and self.grad is not None and self.grad.numel() == size_of(self.w)
+        return not is_told or bool(self.grad.any())  # type: ignore[union-attr]
 
 
 def find_stepped(optimizer: Optimizer, *, is_closure: bool = False) -> Iterator[Stepped]:
@@ -113,7 +118,7 @@ def _slices(flat: torch.Tensor, group: dict[str, Any], held: Iterable[Any]) -> I
         if is_zero3_shard(w):
             first, start = end, 0
             end += w.ds_tensor.ds_numel
-            count = min(w.ds_tensor.ds_numel, max(0, w.ds_numel - w.ds_tensor.ds_numel * w.ds_zero_partition_rank))
+            count = local(w).numel()
         elif w._hp_mapping is None:  # all of it is on other ranks
             first = start = count = 0
         else:

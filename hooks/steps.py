@@ -190,7 +190,7 @@ class StepWatch:
             steps: those of optimizers that hold it, so far.
         """
         # w.data has a version of its own; a sum costs a synchronization, so no longer than until the first step
-        values = "" if steps else str(float(local(w.detach()).sum()))
+        values = "" if steps else str(float(local(w).detach().sum()))
         seen = steps, (w._version, values)
         if self._seen is not None and seen[1] != self._seen[1]:
             self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0

@@ -38,5 +38,5 @@ def decay(lora: LoraWeight, rates: Mapping[Stepped, float]) -> None:
 
 def _move(stepped: Stepped, slope: torch.Tensor, rate: float) -> None:
     part = local(distributed_like(stepped.w, slope)) if is_distributed(stepped.w) else slope
-    part = stepped.share_of(part)
+    part = stepped.slice_of(part)
     stepped.values.copy_(stepped.values.to(part.dtype).sub(part, alpha=rate))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from surgery.errors import SourceError
+from surgery.live.zero3 import size_of
 
 from ..marks import Mark, put
 from ..regularizer import Handle
@@ -100,7 +101,7 @@ class MixedWeight(Shadowed):
     @property
     def elements(self) -> int:
         """How many of the model's trainable elements are mixed in it."""
-        return self.weight.numel()
+        return size_of(self.weight)
 
     @property
     def parameters(self) -> list[torch.Tensor | None]:

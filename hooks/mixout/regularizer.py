@@ -9,6 +9,7 @@ from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SourceError, some
 from surgery.escapes import get_logger
+from surgery.live.zero3 import size_of
 
 from ..compiling import guard_hooks
 from ..marks import PATCH
@@ -202,5 +203,5 @@ class MixoutRegularizer(AuditedRegularizer):
         """Return the share of the model's trainable elements that are mixed."""
         if not self.settings.is_mixing:
             return {}
-        trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
+        trainable = sum(size_of(parameter) for parameter in root.parameters() if parameter.requires_grad)
         return {"mixed_share": sum(one.elements for one in self.mixed if one.is_trainable) / trainable}

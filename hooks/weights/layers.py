@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from surgery.live.foreign import packed_class
+from surgery.live.zero3 import shape_of
 
 Shape = tuple[int, ...]
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -21,7 +22,7 @@ def mask_shape(module: nn.Module) -> tuple[Shape, int] | None:
             nn.Embedding (in, out).
     """
     weight = module._parameters.get("weight")
-    shape = tuple(weight.shape) if weight is not None and _is_known(module) else ()
+    shape = tuple(shape_of(weight)) if weight is not None and _is_known(module) else ()
     if not shape:
         return None
     if isinstance(module, nn.Linear):

@@ -12,6 +12,7 @@ from torch import nn
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
 from surgery.live.foreign import is_flat
+from surgery.live.zero3 import shape_of
 
 from .layers import (
     CONVOLUTIONS,
@@ -25,7 +26,6 @@ from .layers import (
 )
 from .lora import LoraWeight, find_lora
 from .peft_layers import adapter_names, is_wrapper
-from .unready import refuse_sharded
 
 Scope = Literal["layers", "parameters"]
 """The weights of linear, convolution and embedding layers, or every parameter."""
@@ -125,7 +125,6 @@ def select(
         SourceError: a weight to mix is already swapped by another tool, or is not in memory.
     """
     groups = _tied(model)
-    refuse_sharded((name, w) for name, w in model.named_parameters() if not excluded([name], include, exclude))
     _check_globs([name for names in groups.values() for name, _ in names], include=include, exclude=exclude)
     adapters = dict.fromkeys(adapter_names(model), ADAPTER)
     selection = Selection([], {scope: {} for scope in scopes}, [])
@@ -229,7 +228,7 @@ def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tu
     linear = [(module, shape) for module, shape in shapes if not isinstance(module, nn.Embedding)]
     if not shapes:
         name, module = members[0]
-        is_vector = module._parameters[name.rpartition(".")[2]].dim() < 2  # type: ignore[union-attr]
+        is_vector = len(shape_of(module._parameters[name.rpartition(".")[2]])) < 2
         return _NOT_A_WEIGHT if is_vector else _UNKNOWN.format(type(module).__name__)
     module, shape = (linear or shapes)[0]
     weight = module._parameters["weight"]

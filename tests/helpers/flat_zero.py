@@ -69,3 +69,39 @@ def gather(ranks: Sequence[FlatZero]) -> None:
 
 def _flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([one.detach().reshape(-1) for one in tensors])
+
+
+def split(w: Any, rank: int) -> None:
+    """Leave of a parameter what DeepSpeed's ZeRO-3 leaves on one of two ranks: a share, the last one padded."""
+    size = -(-w.numel() // 2)
+    padded = nn.functional.pad(w.detach().reshape(-1), (0, 2 * size - w.numel()), value=torch.nan)
+    w.ds_shape, w.ds_numel, w.ds_zero_partition_rank = w.shape, w.numel(), rank
+    w.ds_tensor = padded.split(size)[rank].clone()
+    w.ds_tensor.ds_numel = size
+    w.data = torch.empty(0, dtype=w.dtype)
+
+
+class FlatZero3:
+    """One rank's optimizer, with the attributes of DeepSpeedZeroOptimizer_Stage3, of parameters that `split` has split.
+
+    Args:
+        optimizer: of torch, whose only group is taken over.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        (group,) = optimizer.param_groups
+        self.fp16_groups: list[list[Any]] = [list(group["params"])]
+        flat = torch.cat([w.ds_tensor for w in self.fp16_groups[0]])
+        self.fp32_partitioned_groups_flat = [flat.requires_grad_()]
+        group["params"] = [flat]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (flat,) = self.fp32_partitioned_groups_flat
+        flat.grad = torch.zeros_like(flat)
+        self.optimizer.step()
+        flat.grad = None
+        shares = flat.split([w.ds_tensor.ds_numel for w in self.fp16_groups[0]])
+        for w, share in zip(self.fp16_groups[0], shares, strict=True):
+            w.ds_tensor.copy_(share)

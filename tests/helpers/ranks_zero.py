@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import ranks_rdrop
+import seeded
 import torch
 import torch.distributed as dist
-import zero
-from ranks import STEPS, build, main, own, rows
+from ranks import SIZE, STEPS, build, main, own, rows
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from surgery import Mixout, RDrop, RecAdam, describe, patch_model, stats, unpatch_model
+from surgery import Mixout, RDrop, RecAdam, describe, patch_model, perturb_model, stats, unpatch_model
 
 LR, DECAY = 1e-2, 0.1
 
@@ -32,16 +32,25 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, LR, weight_decay=DECAY)
 
 
+def config_of(stage: int) -> dict[str, Any]:
+    from zero import config  # of tests/scripts
+
+    settings: dict[str, Any] = config(stage, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
+    return settings
+
+
 def engine_of(model: nn.Module, stage: int) -> Any:
     import deepspeed
 
-    config = zero.config(stage, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
-    return deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config_of(stage))[0]
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return all parameters, gathered."""
-    return {name: w.detach().clone() for name, w in model.named_parameters()}
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: w.detach().clone() for name, w in model.named_parameters()}
 
 
 def difference(engine: Any, reference: nn.Module) -> float:
@@ -94,8 +103,15 @@ def loss_of_all_rows(model: nn.Module, step: int, rank: int) -> torch.Tensor:  #
     return (model(x) - y).square().mean()
 
 
-def case(stage: int, *, is_first: bool, options: dict[str, bool] | None = None, **settings: Any) -> Any:
-    reference, model = patch_model(build(**(options or {})), **settings), build(**(options or {}))
+def odd() -> nn.Module:
+    """Make a network of which ZeRO-3 pads a weight and two biases to split them."""
+    torch.manual_seed(0)
+    layers = nn.Linear(SIZE, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, SIZE)
+    return nn.Sequential(*layers).double()
+
+
+def case(stage: int, *, is_first: bool, net: Callable[[], nn.Module] = odd, **settings: Any) -> Any:
+    reference, model = patch_model(net(), **settings), net()
     if is_first:
         patch_model(model, **settings)
     engine = engine_of(model, stage)
@@ -150,13 +166,58 @@ def rdrop(stage: int, *, is_first: bool, is_inside: bool, every: int) -> Any:
     }
 
 
+def classifier(folder: Path) -> Any:
+    """Load a BERT in float32, which zero.Init takes."""
+    if dist.get_rank() == 0 and not folder.exists():
+        seeded.bert_folder(folder)
+    dist.barrier()
+    return seeded.BertForSequenceClassification.from_pretrained(folder)
+
+
+def noise_of(folder: Path, stage: int, *, is_first: bool) -> Any:
+    """Perturb before DeepSpeed's engine is made, at stage 3 weights that zero.Init has split, or after it.
+
+    A step with an lr of 0 then takes the weights from the copies that the optimizer has.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    reference = classifier(folder)
+    splits = HfDeepSpeedConfig(config_of(stage)) if stage == 3 else None  # as long as it lives
+    model = classifier(folder)
+    head = model.get_parameter("classifier.weight")
+    is_split = not head.numel()
+    wanted = perturb_model(reference, lam=0.15)
+    if is_first:
+        recipe = perturb_model(model, lam=0.15)
+    engine = engine_of(model, stage)
+    if not is_first:
+        recipe = perturb_model(engine, lam=0.15)
+    del splits
+    names = [tensor.name for tensor in recipe.tensors if tensor.copied is None]
+    found = {"split": is_split, "perturbed": len(names), "equal": [_is_equal(engine.module, reference)]}
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    batch = seeded.batch(2, seed=dist.get_rank())
+    engine.backward(engine(**batch).loss)
+    engine.step()
+    found["equal"].append(_is_equal(engine.module, reference))
+    found["stds"] = [tensor.std for tensor in recipe.tensors] == [tensor.std for tensor in wanted.tensors]
+    found["again"] = perturb_model(engine, lam=0.15).notes[-1]
+    return found
+
+
+def _is_equal(model: nn.Module, reference: nn.Module) -> bool:
+    got, wanted = whole(model), dict(reference.named_parameters())
+    return all(torch.equal(got[name], w) for name, w in wanted.items() if not name.startswith("classifier"))
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "mixout": {"mixout": Mixout(0.5)},
     "anchor": {"anchor": 2.0},
     "recadam": {"recadam": RecAdam(gamma=20.0, k=1.0, t0=2)},
     "element and anchor": {"mixout": Mixout(0.5, granularity="element"), "anchor": 2.0},
 }
-STAGES, ORDERS = (1, 2), ("before", "after")
+STAGES, ORDERS = (1, 2, 3), ("before", "after")
 TRAINED: dict[str, Callable[[], Any]] = {
     f"zero {stage} {order} {name}": lambda stage=stage, order=order, settings=settings: case(  # type: ignore[misc]
         stage, is_first=order == "before", **settings
@@ -165,6 +226,10 @@ TRAINED: dict[str, Callable[[], Any]] = {
     for order in ORDERS
     for name, settings in METHODS.items()
 }
+for option in ("is_tied", "is_checkpointed"):
+    TRAINED[f"zero 3 before mixout {option} element and anchor"] = lambda option=option: case(  # type: ignore[misc]
+        3, is_first=True, net=lambda: build(**{option: True}), **METHODS["element and anchor"]
+    )
 PAIRED: dict[str, Callable[[], Any]] = {
     f"zero {stage} {order} rdrop every {every}": lambda stage=stage, order=order, every=every: rdrop(  # type: ignore[misc]
         stage, is_first=order == "before", is_inside=every == 1, every=every
@@ -173,10 +238,19 @@ PAIRED: dict[str, Callable[[], Any]] = {
     for order in ORDERS
     for every in (1, 2)
 }
-CASES = TRAINED | PAIRED
+NOISY: dict[str, Callable[[], Any]] = {
+    f"zero {stage} noise {order}": lambda stage=stage, order=order: noise_of(  # type: ignore[misc]
+        Path(sys.argv[2]) / "bert", stage, is_first=order == "before"
+    )
+    for stage in STAGES
+    for order in ORDERS
+}
+CASES = TRAINED | PAIRED | NOISY
 
 
 if __name__ == "__main__":
     os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": "2"}
-    zero.start()
+    from zero import start
+
+    start()
     main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:], CASES)

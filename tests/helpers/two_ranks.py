@@ -29,7 +29,7 @@ def launch(folder: Path, names: list[str], *, module: str = "ranks") -> list[Fou
             command = [sys.executable, "-m", module, rank, str(folder), *names]
             with (folder / f"{rank}.log").open("w") as log:
                 ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
-        codes = [process.wait(timeout=120) for process in ranks]
+        codes = [process.wait(timeout=300) for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from flat_zero import FlatZero, gather
+from flat_zero import FlatZero, FlatZero3, gather, split
 from torch import nn
 
 from surgery import Mixout, RDrop, RecAdam, SourceError, describe, patch_model, stats
@@ -80,6 +80,26 @@ def test_anchor_by_hand() -> None:
     found = train_flat(torch.optim.SGD, anchor=weight)
     assert_equal(found, model)
     assert [describe(one).anchored for one in found] == [STEPS, STEPS]
+
+
+def test_anchor_on_shares_by_hand() -> None:
+    """Of an odd number of elements the second rank's share is padded, with NaN here, of which nothing may be seen."""
+    torch.manual_seed(0)
+    w_pre, moved = torch.randn(2, 3, 5, dtype=torch.float64)
+    found = []
+    for rank in range(2):
+        layer = nn.Linear(5, 3, bias=False).double()
+        layer.weight.data = moved.clone()
+        split(layer.weight, rank)
+        patch_model(layer, anchor=3.0, w_pre={"weight": w_pre})
+        zero = FlatZero3(torch.optim.SGD([layer.weight], lr=LR))
+        for _ in range(STEPS):
+            zero.step()
+        found.append(layer.weight.ds_tensor[: 8 - rank])  # type: ignore[index]
+        assert describe(layer).anchored == STEPS
+    for _ in range(STEPS):
+        moved -= LR * 3.0 * (moved - w_pre)
+    assert torch.allclose(torch.cat(found), moved.reshape(-1), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+STAGE3 = {"param_persistence_threshold": 0, "gather_16bit_weights_on_model_save": True}
 CONFIG = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -31,5 +32,5 @@ def start():
 
 def config(stage, **others):
     """Return a configuration in which no weight is too small to be split."""
-    stage3 = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    stage3 = {f"stage3_{name}": value for name, value in STAGE3.items()} if stage == 3 else {}
     return CONFIG | {"zero_optimization": {"stage": stage, "reduce_scatter": False, **stage3}} | others

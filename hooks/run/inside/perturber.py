@@ -133,7 +133,8 @@ class Perturber:
         if self._noise is None or marked.issuperset(map(id, optimizer.param_groups)):
             return
         for group, parameters in parameters_of(optimizer):
-            marked.add(id(group))
+            if parameters:  # else it is a group that ZeRO steps later
+                marked.add(id(group))
             if LAM not in group and self._noise.has_any(parameters):
                 group.update(self._marks)
 
