@@ -3,6 +3,7 @@
 # make test-all  the same, with the sweeps over every model type of transformers, and more mutated files
 # make test-engines  install Ray and submitit as well, and run the tests of engines; those of Slurm need Debian's slurm-wlm
 # make test-deepspeed  build DeepSpeed, which takes a minute, and run its tests
+# make test-storage  install s3fs and moto's S3 server as well, and run the tests of object stores
 # make test-transformers-4  run those that are about transformers or the Hub's client with transformers 4
 # make check  install, and run formatter, linter and type checker
 # make bench  install, and run the benchmarks
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 VENV_4 := .venv-transformers-4
 SITE := from site import getsitepackages; print(getsitepackages()[0])
 
-.PHONY: demo test test-all test-engines test-deepspeed test-transformers-4 check bench study study-tables model-types clean
+.PHONY: demo test test-all test-engines test-storage test-deepspeed test-transformers-4 check bench study study-tables model-types clean
 
 demo: $(VENV)/.installed
 	rm -rf demo-out
@@ -32,6 +33,10 @@ test-all: $(VENV)/.installed
 test-engines: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray,slurm]'
 	$(BIN)/python -m pytest tests/engines
+
+test-storage: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[s3]' 'moto[server]'
+	$(BIN)/python -m pytest tests/storage
 
 test-deepspeed: $(VENV)/.installed
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt deepspeed

@@ -46,7 +46,7 @@ class Settings(ABC):
         number: the field that a bare number fills.
         paper: its arXiv id.
         help: what --help says of the flag.
-        acts_on: the weights that it wants with their w_pre, "layers" for those of linear layers and convolutions,
+        acts_on: the weights that it wants with their w_pre, "layers" for those of layers that can be mixed,
             "parameters" for all; None: it acts on none, and w_pre and include are idle.
         verb: what it does to these weights, as in "37 weights mixed".
         flags: what `surgery run` adds for it.

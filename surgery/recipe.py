@@ -78,6 +78,7 @@ class FileRecord(Brief):
         source: the file it was made from, relative to the source.
         tied: names that repeat another tensor, whose noise they share, and that tensor's name. Those of a pickle are
             not written again.
+        source_version: what the store calls the object that it was made from, such as its ETag; None of a file.
     """
 
     name: str
@@ -86,17 +87,20 @@ class FileRecord(Brief):
     source_digest: str
     tensors: tuple[TensorRecord, ...]
     tied: dict[str, str] = field(default_factory=dict)
+    source_version: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         tensors = [tensor.to_json() for tensor in self.tensors]
-        return {name: getattr(self, name) for name in _FILE_FIELDS} | {"tensors": tensors}
+        version = {"source_version": self.source_version} if self.source_version else {}
+        return {name: getattr(self, name) for name in _FILE_FIELDS} | version | {"tensors": tensors}
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "FileRecord":
         tensors = tuple(TensorRecord.from_json(tensor) for tensor in typed(entry["tensors"], list))
         name, source, tied = typed(entry["name"], str), typed(entry["source"], str), texts(entry["tied"])
         digest, source_digest = (_digest(entry[key]) if name else "" for key in ("digest", "source_digest"))
-        return cls(name, digest, source, source_digest, tensors, tied)
+        version = optional(entry.get("source_version"), str)
+        return cls(name, digest, source, source_digest, tensors, tied, version)
 
     @classmethod
     def from_journal(cls, entry: Any) -> "FileRecord | None":
@@ -112,9 +116,10 @@ class Recipe(Brief):
     """What one run of NoisyTune did.
 
     Args:
-        source: Hub id, or absolute path of a local checkpoint, or the class of a live model.
+        source: Hub id, absolute path or URL of a checkpoint, or the class of a live model.
         commit: Hub commit sha; None for a local checkpoint, which its files' source_digest identify.
         key: which state_dict was taken of PyTorch files that hold several; None in an old recipe.
+        dequantize: "bf16" if float8 and mxfp4 weights were read as bfloat16.
         settings: what was asked for.
         pooled_std: the one std of scale="global", else None.
         files: the weight files; for a live model, one record without file names.
@@ -139,6 +144,7 @@ class Recipe(Brief):
     notes: tuple[str, ...] = ()
     contract: str = CONTRACT
     sha256: dict[str, str] = field(default_factory=dict, compare=False)
+    dequantize: str | None = None
 
     @property
     def tensors(self) -> tuple[TensorRecord, ...]:
@@ -172,11 +178,12 @@ class Recipe(Brief):
 
     def to_json(self) -> str:
         """Return the text of surgery.json. Each std is a hexadecimal float."""
+        chosen = {"key": self.key, "dequantize": self.dequantize}
         source = {"id": self.source, "commit": self.commit, "variant": self.variant}
         document = {
             "format": FORMAT,
             "contract": self.contract,
-            "source": source if self.key is None else source | {"key": self.key},
+            "source": source | {name: value for name, value in chosen.items() if value is not None},
             "settings": asdict(self.settings),
             "pooled_std": to_hex(self.pooled_std),
             "files": [file.to_json() for file in self.files],
@@ -207,6 +214,7 @@ class Recipe(Brief):
                 commit=optional(source["commit"], str),
                 variant=optional(source["variant"], str),
                 key=optional(source.get("key"), str),
+                dequantize=optional(source.get("dequantize"), str),
                 settings=_settings(document["settings"]),
                 pooled_std=from_hex(document["pooled_std"]),
                 files=tuple(FileRecord.from_json(file) for file in typed(document["files"], list)),

@@ -20,6 +20,7 @@ SURGERY = (
     ("perturb", "push", "live"),
     ("recipe",),
     ("noisytune", "checkpoint", "kernels", "interrupts", "lock", "engines"),
+    ("storage",),
     (
         "noise",
         "errors",

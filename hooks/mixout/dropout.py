@@ -10,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from surgery.live.zero3 import shape_of
 
 from ..marks import Mark, Marked, put
+from ..weights.layers import feature_axes
 from ..weights.selection import EXCLUDED, NEW, NOT_INCLUDED
 
 
@@ -51,9 +52,10 @@ def find_rates(model: nn.Module, mixed: Collection[str], left: Mapping[str, str]
     """Find the dropout to replace, which is that of the layers that are mixed, and the dropout to keep.
 
     A nn.Dropout works on what the next layer reads: the first one after it among its siblings decides; where none
-    comes after, the last one before; where there is none, those beside its parent. A rate that is a number, such as
-    BART's, belongs to the module that holds it, and is replaced if a layer of its own is mixed, or, if all it has are
-    lists of blocks, the first one in there. Layers that are never mixed, such as embeddings, decide nothing.
+    comes after, the last one before; where there is none, the weights that its parent holds itself, as XLNet's
+    attention does, and then those beside its parent. A rate that is a number, such as BART's, belongs to the module
+    that holds it, and is replaced if a layer of its own is mixed, or, if all it has are lists of blocks, the first one
+    in there. Layers that are never mixed, such as embeddings, decide nothing.
 
     Args:
         mixed: names of the weights that are mixed.
@@ -80,15 +82,18 @@ def find_rates(model: nn.Module, mixed: Collection[str], left: Mapping[str, str]
 
 
 def _beside(model: nn.Module, path: str, is_mixed: Mapping[str, bool]) -> Iterator[bool]:
-    """Yield whether each layer after a module is mixed, then those before it, nearest first; then beside its parent."""
+    """Yield whether each layer after a module is mixed, then those before it, nearest first; then of its parent."""
     while path:
         path, _, name = path.rpartition(".")
-        siblings = list(model.get_submodule(path)._modules)
+        parent = model.get_submodule(path)
+        siblings = list(parent._modules)
         index = siblings.index(name)
         for after in siblings[index + 1 :]:
             yield from _within(f"{path}.{after}", is_mixed)
         for before in reversed(siblings[:index]):
             yield from reversed(_within(f"{path}.{before}", is_mixed))
+        own = (f"{path}.{attribute}".lstrip(".") for attribute in feature_axes(parent))
+        yield from (is_mixed[one] for one in own if one in is_mixed)
 
 
 def _is_mixed_in(rate: Rate, is_mixed: Mapping[str, bool]) -> bool:

@@ -14,11 +14,12 @@ from surgery.live.zero3 import size_of
 from ..marks import put
 from ..regularizer import Handle
 from ..weights.lora import LoraWeight
-from ..weights.selection import own_weight
+from ..weights.target import own_weight
 from .masks import Chance, draw_mask
-from .mixed_weight import MIXED, Passes, Shadowed, put_before, refuse_copy, reveal_weight
+from .mixed_weight import Passes
 from .mixing import shadow
 from .settings import Mixout
+from .shadowing import MIXED, Shadowed, put_before, refuse_copy, reveal_left
 
 
 class MixedLora(Shadowed):
@@ -89,16 +90,14 @@ class MixedLora(Shadowed):
     def attach(self) -> list[Handle]:
         """Have the layer mixed whenever it runs in training mode."""
         module = self.lora.module
-        marks = [put(factor, Shadowed()) for factor in self.lora.modules]
+        marks = [put(factor, Shadowed("weight")) for factor in self.lora.modules]
         # first of the forward hooks: FSDP's put sharded weights back in theirs
         reveal = module.register_forward_hook(reveal_factors, prepend=True, always_call=True)
         return [put(module, self), *marks, module.register_forward_pre_hook(shadow_factors), reveal]
 
     def reveal(self) -> None:
         """Take away what an interrupted forward has left."""
-        for factor in self.lora.modules:
-            if MIXED in factor.__dict__:
-                reveal_weight(factor, None, None)
+        reveal_left(self.lora.modules)
 
     def mix(self) -> None:
         """Put A diag(m) / (1 - p) before the A of each active adapter."""
@@ -130,7 +129,7 @@ class MixedLora(Shadowed):
 
     def _put(self, factor: str, adapter: str, w: torch.Tensor, mixed: torch.Tensor) -> None:
         is_traced = torch.compiler.is_compiling()
-        put_before(getattr(self.lora.module, factor)[adapter], w, mixed if is_traced else shadow(mixed, w))
+        put_before(getattr(self.lora.module, factor)[adapter], "weight", w, mixed if is_traced else shadow(mixed, w))
 
     def _note_call(self) -> None:
         if torch.compiler.is_compiling():
@@ -171,7 +170,7 @@ def shadow_factors(module: nn.Module, args: Any) -> None:  # noqa: ARG001
         return
     if not own.is_trainable:
         return
-    refuse_copy(own)
+    refuse_copy(own, own.name)
     if torch.is_grad_enabled():
         own.lora.refuse_merged()
     own.mix()

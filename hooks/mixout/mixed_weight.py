@@ -1,6 +1,6 @@
-"""Forward hooks that put W_mix in the place of a layer's weight while it runs, and how each mask is drawn."""
+"""One weight that Mixout mixes: how a mask is drawn at each call of what reads it, and who has called."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,18 +8,14 @@ import torch
 from torch import nn
 
 from surgery.errors import SourceError
-from surgery.live.zero3 import size_of
+from surgery.live.zero3 import shape_of, size_of
 
-from ..marks import Mark, put
-from ..regularizer import Handle
-from ..weights.selection import own_weight
+from ..weights.target import Place
 from ..weights.tracked import Tracked
 from .masks import Chance, Draw, SharedSeeds, draw_mask, draw_seed
-from .mixing import Rule, Shadow, mixed_weight
+from .mixing import Rule, mixed_weight
 from .settings import Mixout
-
-MIXED = "_surgery_mixed"
-"""The attribute of a mixed module that holds its MixedWeight."""
+from .shadowing import reveal_left
 
 
 @dataclass
@@ -37,28 +33,7 @@ class Passes:
     is_hidden: bool = False
 
 
-class Shadowed(Mark):
-    """Left on a module whose weight is replaced while it runs."""
-
-    attribute = MIXED
-
-    def __init__(self) -> None:
-        self.hidden: torch.Tensor | None = None  # the weight itself, under torch.compile, meanwhile
-
-    def release(self, module: nn.Module) -> None:
-        """Take it off a module, and the W_mix that an interrupted forward has left."""
-        if module.__dict__.get(MIXED) is self:
-            reveal_weight(module, None, None)
-        super().release(module)
-
-    def restore(self, attributes: MutableMapping[str, Any]) -> None:
-        """Leave W_mix out of a module's attributes, or of a copy of them."""
-        if isinstance(attributes.get("weight"), Shadow):
-            del attributes["weight"]
-        super().restore(attributes)
-
-
-class MixedWeight(Shadowed):
+class MixedWeight:
     """One weight that is mixed, and how masks are drawn for it.
 
     Args:
@@ -68,16 +43,15 @@ class MixedWeight(Shadowed):
     """
 
     def __init__(self, tracked: Tracked, settings: Mixout, passes: Passes) -> None:
-        super().__init__()
         assert tracked.target.mask is not None
         self.tracked = tracked
         self.settings = settings
         self.is_traced = False
-        self._called = [False] * len(self.owners)
-        self._used = [False] * len(self.owners)
+        self._called = [False] * len(self.places)
+        self._used = [False] * len(self.places)
         self._mask_shape, self._repeats = tracked.target.mask
         self._passes = passes
-        self._seeds = SharedSeeds() if len(self.owners) > 1 else None
+        self._seeds = SharedSeeds() if len(self.places) > 1 else None
         self._shared: torch.Tensor | None = None
 
     @property
@@ -106,20 +80,16 @@ class MixedWeight(Shadowed):
     @property
     def parameters(self) -> list[torch.Tensor | None]:
         """What an optimizer changes. It does not raise where another tool has taken it away."""
-        return [self.owners[0]._parameters.get("weight")]
-
-    def attach(self) -> list[Handle]:
-        """Have the weight mixed wherever it is used."""
-        handles: list[Handle] = []
-        for module in self.owners:
-            handles += [put(module, self), *attach_hooks(module)]
-        return handles
+        return [self.places[0].module._parameters.get(self.places[0].attribute)]
 
     def reveal(self) -> None:
         """Take away the W_mix that an interrupted forward has left."""
-        for module in self.owners:
-            if MIXED in module.__dict__:
-                reveal_weight(module, None, None)
+        reveal_left(self.owners)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where the weight is."""
+        return self.tracked.target.places
 
     @property
     def owners(self) -> tuple[nn.Module, ...]:
@@ -155,38 +125,42 @@ class MixedWeight(Shadowed):
     @property
     def used(self) -> tuple[str, ...]:
         """Names of the layers that it was mixed in for a gradient."""
-        names = zip(self.tracked.target.owner_names, self._used, strict=True)
-        return tuple(name for name, is_used in names if is_used)
+        return tuple(place.name for place, is_used in zip(self.places, self._used, strict=True) if is_used)
 
     def _names_without(self, seen: Sequence[bool]) -> tuple[str, ...]:
-        owners = zip(self.tracked.target.owner_names, self.owners, seen, strict=True)
+        unseen = [place for place, is_seen in zip(self.places, seen, strict=True) if not is_seen]
         # T5 and BART keep their tied weight in an embedding that nothing reads
-        return tuple(name for name, module, is_seen in owners if not is_seen and not isinstance(module, nn.Embedding))
+        return tuple(place.name for place in unseen if not isinstance(place.module, nn.Embedding))
 
     @property
     def is_torn(self) -> bool:
         """In this pass, compiled and eager code have each drawn a mask for this tied weight."""
         return self._shared is not None and self._seeds is not None and self._seeds.is_drawn
 
-    def mixed(self, w: torch.Tensor, module: nn.Module) -> torch.Tensor:
-        """Return W_mix for one call of a module, with a mask of its own or that of its tied weight."""
+    def mixed(self, w: torch.Tensor, place: Place) -> torch.Tensor:
+        """Return W_mix for one call of what reads it, with a mask of its own or that of its tied weight."""
+        if w.shape != shape_of(w):
+            raise SourceError(
+                f"{self.name}: expected a weight that ZeRO-3 puts together for {type(place.reader).__name__}, which "
+                "reads it, got its share: it is another layer's. Name it in exclude."
+            )
         is_traced = torch.compiler.is_compiling()
         rule = Rule(Chance(self.settings.p), self.settings.gradient == "official")
         mask = self._draw_traced(w) if is_traced else self._draw(w)
         if is_traced:
             self.is_traced = True
-            if len(self.owners) > 1:
-                self._note_call(module, is_for_gradient=True)
+            if len(self.places) > 1:
+                self._note_call(place, is_for_gradient=True)
             if not self._passes.is_open:
                 self._passes.is_hidden = True
         else:
-            self._note_call(module, is_for_gradient=torch.is_grad_enabled())
+            self._note_call(place, is_for_gradient=torch.is_grad_enabled())
             self._passes.uses += torch.is_grad_enabled()
         return mixed_weight(w, self.tracked.ready(w), mask, rule, is_traced=is_traced)
 
-    def _note_call(self, module: nn.Module, *, is_for_gradient: bool) -> None:
-        for index, owner in enumerate(self.owners):
-            if owner is module:
+    def _note_call(self, place: Place, *, is_for_gradient: bool) -> None:
+        for index, one in enumerate(self.places):
+            if one is place:
                 self._called[index] = True
                 if is_for_gradient:
                     self._used[index] = True
@@ -213,57 +187,4 @@ class MixedWeight(Shadowed):
         return mask
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_shared": None}
-
-
-def attach_hooks(module: nn.Module) -> tuple[Any, Any]:
-    """Have a module's weight mixed whenever it runs in training mode; return the handles of the hooks."""
-    # first of the forward hooks: FSDP's put the sharded weight back in theirs
-    reveal = module.register_forward_hook(reveal_weight, prepend=True, always_call=True)
-    return module.register_forward_pre_hook(shadow_weight), reveal
-
-
-def shadow_weight(module: nn.Module, args: Any) -> None:
-    """Put W_mix before the module's weight; a forward pre-hook.
-
-    The Parameter stays where it is, in module._parameters: an attribute of the instance is found before it. torch 2.8
-    cannot compile taking that away again, so there they change places; when the compiled code is left, nothing has.
-    """
-    reveal_weight(module, args, None)  # a KeyboardInterrupt runs no hooks: the last forward may have left its W_mix
-    if not module.training:
-        return
-    own: MixedWeight = getattr(module, MIXED)
-    w = own_weight(own.name, module)
-    if not w.requires_grad:
-        return
-    refuse_copy(own)
-    put_before(module, w, own.mixed(w, module))
-
-
-def refuse_copy(own: Any) -> None:
-    """Raise in a copy of a part of a patched model."""
-    if own.is_copy:
-        raise SourceError(
-            f"{own.name}: expected a layer of a patched model, got one that was copied or loaded without it. "
-            "Call unpatch_model or patch_model on the model that it is in now."
-        )
-
-
-def put_before(module: nn.Module, w: torch.Tensor, mixed: torch.Tensor) -> None:
-    """Have a module compute with W_mix until `reveal_weight` is called."""
-    own: Shadowed = getattr(module, MIXED)
-    if torch.compiler.is_compiling():
-        own.hidden = w
-        module._parameters["weight"] = mixed  # type: ignore[assignment]
-    else:
-        module.__dict__["weight"] = mixed
-
-
-def reveal_weight(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
-    """Take W_mix away again; a forward hook that is also called when forward raises."""
-    if "weight" in module.__dict__ and "weight" in module._parameters:  # else it is what another tool made of it
-        del module.__dict__["weight"]
-    own: Shadowed = getattr(module, MIXED)
-    if own.hidden is not None:
-        module._parameters["weight"] = own.hidden  # type: ignore[assignment]
-        own.hidden = None
+        return self.__dict__ | {"_shared": None}

@@ -100,10 +100,7 @@ def mixed_weight(
     if is_traced or not torch.is_grad_enabled() or not _may_hook():
         return mixed if is_traced else shadow(mixed, w)
     _keep_in_no_linear()
-    kept = mixed.as_subclass(MixedWeight)
-    kept.again = _Again(w, w._version, pretrained, mask, rule.chance)
-    kept.own = w
-    return kept
+    return MixedWeight.of(mixed, _Again(w, w._version, pretrained, mask, rule.chance), w)
 
 
 def _keep_in_no_linear() -> None:
@@ -169,41 +166,58 @@ def _itself(weight: torch.Tensor) -> torch.Tensor:
 
 
 class MixedWeight(Shadow):
-    """One that autograd does not keep for the backward pass."""
+    """One that autograd does not keep for the backward pass.
+
+    In a list, as an RNN hands its weights on, it does: its kernel reads them again at each position.
+    """
 
     again: "_Again"
+
+    @classmethod
+    def of(cls, mixed: torch.Tensor, again: "_Again", own: torch.Tensor) -> "MixedWeight":
+        """Make one of W_mix or of a view of it, by how to make W_mix again."""
+        made = mixed.as_subclass(cls)
+        made.again, made.own = again, own
+        return made
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            mixed = next((arg for arg in args if isinstance(arg, MixedWeight)), None)
-            if mixed is None or not torch.is_grad_enabled() or not _may_hook():
-                return func(*args, **(kwargs or {}))
-            with saved_tensors_hooks(_Pack(mixed.again, mixed.device, _address(mixed)), _unpack):
-                return func(*args, **(kwargs or {}))
+            mixed = [one for one in (*args, *kwargs.values()) if isinstance(one, MixedWeight)]
+            if not mixed or not torch.is_grad_enabled() or not _may_hook():
+                return func(*args, **kwargs)
+            with saved_tensors_hooks(_Pack({_place(one): one.again for one in mixed}), _unpack):
+                made = func(*args, **kwargs)
+            # experts are transposed before they are read
+            return cls.of(made, mixed[0].again, made) if _is_whole_view(made, mixed[0]) else made
+
+
+def _is_whole_view(made: Any, of: torch.Tensor) -> bool:
+    """Tell whether a function has made another view of all of a tensor's elements."""
+    return type(made) is torch.Tensor and made.numel() == of.numel() and _place(made) == _place(of)
 
 
 @dataclass(frozen=True)
 class _Pack:
     """Replace W_mix, or a view of it, by how to make it again; leave all else as autograd would have it.
 
-    Autograd keeps this for as long as what it packed, so it knows W_mix only by the address of its memory.
+    Autograd keeps this for as long as what it packed, so it knows W_mix only by the place of its memory.
     """
 
-    again: "_Again"
-    device: torch.device
-    address: int
+    again: Mapping[tuple[torch.device, int], "_Again"]
 
     def __call__(self, saved: torch.Tensor) -> Any:
-        if saved.device == self.device and _address(saved) == self.address != 0:
-            return self.again, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
+        again = self.again.get(_place(saved))
+        if again is not None and _place(saved)[1] != 0:
+            return again, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
         return saved, saved._version
 
 
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _place(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def _unpack(packed: Any) -> torch.Tensor:

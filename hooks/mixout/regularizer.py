@@ -22,6 +22,7 @@ from .dropout import Rate, find_rates, replace_rate
 from .lora import MixedLora
 from .mixed_weight import MixedWeight, Passes
 from .settings import Mixout
+from .shadowing import attach
 
 _log = get_logger(__name__)
 
@@ -57,8 +58,9 @@ class MixoutRegularizer(AuditedRegularizer):
         handles: list[Handle] = []
         if self.settings.is_mixing:
             guard_hooks()
+            handles += attach([one for one in self.mixed if isinstance(one, MixedWeight)])
             for one in self.mixed:
-                handles += one.attach()
+                handles += one.attach() if isinstance(one, MixedLora) else ()
         if self.settings.replace_dropout:
             mixed = [name for one in self.mixed if one.is_trainable for name in one.names]
             factors = (name for one in self.mixed if isinstance(one, MixedLora) for name in one.lora.names)

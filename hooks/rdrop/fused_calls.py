@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from .fused import Pass, Scaling
+from .loss_calls import LEAVE_OUT
 
 Reduction = Literal["mean", "sum", "none", "log_probs"]
 
@@ -113,10 +114,7 @@ def _find_fault_of_trl(named: Mapping[str, Any]) -> str | None:  # noqa: ARG001
     trainer = _calling_trainer()
     if trainer is None or trainer == "sft":
         return None
-    return (
-        f"rdrop: expected a loss with a formula, got that of TRL's {trainer.upper()} trainer: R-Drop has none for DPO, "
-        "GRPO, reward and other losses of pairs or groups. Leave rdrop out; noise, Mixout and the anchor work there."
-    )
+    return f"rdrop: expected a loss with a formula, got that of TRL's {trainer.upper()} trainer: {LEAVE_OUT}"
 
 
 def _calling_trainer() -> str | None:

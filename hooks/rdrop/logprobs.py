@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 from surgery.errors import SourceError
 
 from ..compiling import eagerly
+from .loss_calls import LEAVE_OUT
 from .transparent import TransparentTensor, is_clone_in_ddp_sink
 
 _AFFINE = frozenset(
@@ -113,7 +114,7 @@ def _apply_to_unreduced_loss(func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_iter(result)):
         raise SourceError(
             "rdrop: expected a loss that is a weighted sum of its rows, or of log-probabilities, got "
-            f"{getattr(func, '__name__', func)} of them. Train without rdrop."
+            f"{getattr(func, '__name__', func)} of them: {LEAVE_OUT}"
         )
     return result
 

@@ -52,6 +52,14 @@ UNSUPPORTED = frozenset(
 )
 """Loss functions that R-Drop has no formula for."""
 
+PAIRWISE: dict[Any, str] = {F.logsigmoid: "logsigmoid", F.softplus: "softplus"}
+"""Functions that losses of pairs of outputs are made by, and seldom others, with their names."""
+
+LEAVE_OUT = (
+    "R-Drop has no formula for it, as for all losses of pairs or groups (DPO, GRPO, reward). Leave rdrop out; noise, "
+    "Mixout and the anchor work there."
+)
+
 _TwoPassLoss = Callable[["LossCall", "LossCall", Objective], RDropLoss]
 
 

@@ -14,7 +14,15 @@ from surgery.escapes import get_logger
 
 from ..compiling import eagerly
 from .fused_calls import HeadCall
-from .loss_calls import SUPPORTED, UNSUPPORTED, LossCall, any_requires_grad, read_call
+from .loss_calls import (
+    LEAVE_OUT,
+    PAIRWISE,
+    SUPPORTED,
+    UNSUPPORTED,
+    LossCall,
+    any_requires_grad,
+    read_call,
+)
 from .outputs import map_output
 from .transparent import TransparentTensor, is_clone_in_ddp_sink
 
@@ -35,6 +43,7 @@ class PairedForward:
         upstream: the forwards whose outputs this one was given, such as a hidden state.
         has_loss: a loss of R-Drop was made.
         unjoined_here: those of this forward.
+        pairwise: the function of a loss of pairs that was applied to the outputs.
     """
 
     make_loss: MakeLoss
@@ -44,6 +53,7 @@ class PairedForward:
     upstream: frozenset["PairedForward"] = frozenset()
     has_loss: bool = False
     unjoined_here: tuple[str, ...] = ()
+    pairwise: str | None = None
 
     def loss(self, first: LossCall | HeadCall | None, second: LossCall | HeadCall) -> Any:
         """Return the loss of both passes; first is None for a doubled batch."""
@@ -74,6 +84,8 @@ class PairedForward:
 
     def unknown_loss_message(self) -> str:
         """Say which losses were called, none of which has a formula."""
+        if self.pairwise and not self.unjoined_here:
+            return f"rdrop: expected a loss with a formula, got one by {self.pairwise}: {LEAVE_OUT}"
         unmet = (
             "a loss that calls none of them, or something in between that loses a pass, as an autograd function does"
         )
@@ -226,6 +238,9 @@ def _note_backward_or_unsupported(
     if func in UNSUPPORTED and any_requires_grad([*args, *kwargs.values()]):
         for forward in forwards:
             forward.note_unjoined(func.__name__)
+    if func in PAIRWISE:
+        for forward in forwards:
+            forward.pairwise = PAIRWISE[func]
     if func is torch.Tensor.backward:
         for forward in forwards:
             forward.check_gradient(args[0])

@@ -18,7 +18,7 @@ from surgery.live.zero3 import shape_of
 from surgery.progress import bar
 
 from .pretrained import local
-from .selection import Target
+from .target import Target
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 
@@ -32,7 +32,7 @@ class Files:
         checkpoint = resolve(source)
         for config, method in quantized(checkpoint).items():
             raise SourceError(
-                f"w_pre: {checkpoint.path(config)}: expected unquantized weights, got quantization_config ({method}). "
+                f"w_pre: {checkpoint.label(config)}: expected unquantized weights, got quantization_config ({method}). "
                 "Give the checkpoint it was made from."
             )
         self.label = checkpoint.id
@@ -75,7 +75,7 @@ def _stream(checkpoint: Checkpoint, wanted: Iterable[str]) -> Iterator[tuple[str
             for tensor in file.header.tensors:
                 if tensor.name in names:
                     names.remove(tensor.name)
-                    yield tensor.name, _read(file, tensor, checkpoint.path(file_name))
+                    yield tensor.name, _read(file, tensor, checkpoint.label(file_name))
             file.refuse_changed()
         finally:
             file.close()
@@ -83,7 +83,7 @@ def _stream(checkpoint: Checkpoint, wanted: Iterable[str]) -> Iterator[tuple[str
         raise SourceError(f"w_pre: {some(sorted(names))}: expected in {checkpoint.id}, got none. Fetch it again.")
 
 
-def _read(file: WeightFile, tensor: Tensor, path: Path) -> torch.Tensor:
+def _read(file: WeightFile, tensor: Tensor, path: str) -> torch.Tensor:
     if tensor.dtype not in _TORCH:
         raise SourceError(f"w_pre: {tensor.name}: expected floating point, got {tensor.dtype} in {path}. Exclude it.")
     values = torch.empty(tensor.shape, dtype=_TORCH[tensor.dtype])

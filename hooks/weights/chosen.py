@@ -18,8 +18,9 @@ from .layers import packing
 from .lora import LoraWeight
 from .offload import Offload
 from .pretrained import is_distributed, local, refuse_not_finite, values_of
-from .selection import Scope, Target, select
+from .selection import Scope, select
 from .sources import Kept, Source, open_origin
+from .target import Target
 from .tracked import Tracked
 from .unready import refuse_unready
 
@@ -51,6 +52,9 @@ class ChosenWeights:
         self.fresh = fresh
         self.label = label
         self._is_told = False
+        # torch.compile ends a graph wherever it meets an RNN
+        alone = [one for one in self.tracked if not isinstance(one.target.places[0].module, nn.RNNBase)]
+        self._first = next(iter([*alone, *self.tracked]), None)
 
     def of(self, scope: Scope) -> tuple[Tracked, ...]:
         """Return those of a scope."""
@@ -68,8 +72,8 @@ class ChosenWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where the first of the weights is."""
-        first = self.tracked[0].weight if self.tracked else self.lora[0].modules[0].weight
+        """Where one of the weights is."""
+        first = self._first.weight if self._first is not None else self.lora[0].modules[0].weight
         device: torch.device = first.device  # type: ignore[assignment]
         return device
 

@@ -24,7 +24,7 @@ REWRITING = ("olora", "pissa", "corda", "loftq", "lora_ga")
 
 _DORA = "DoRA: its norm ||W0 + s B A|| is of the whole weight, and changes with a mask of A"
 _VARIANT = "{}, a variant of LoRA that computes more than W0 + s B A"
-_KIND = "LoRA of {}, a kind of layer that is not mixed"
+_KIND = "LoRA of {}, which is not mixed"
 _NESTED = "LoRA on top of another adapter"
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 

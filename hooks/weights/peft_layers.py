@@ -8,6 +8,8 @@ from torch import nn
 _COPIES = {"modules_to_save": "original_module", "ln_tuning_layers": "base_layer"}
 """Attributes that hold a copy of a whole layer for each adapter, and where the layer that was copied is."""
 
+_SWAPPING = "MultiheadAttention", "ParamWrapper"
+
 
 def is_wrapper(module: nn.Module) -> bool:
     """Tell whether PEFT has put this in a layer's place, known by the attribute that lists what it trains."""
@@ -38,6 +40,12 @@ def find_copies(model: nn.Module) -> dict[str, str]:
             if original in names:
                 found[f"{path}.{attribute}.{name}".lstrip(".")] = original
     return found
+
+
+def find_swapped(model: nn.Module) -> set[nn.Module]:
+    """Return the layers that PEFT gives another weight at each call: for LoRA of attention, or of a bare parameter."""
+    wrappers = [one for one in model.modules() if type(one).__name__ in _SWAPPING and is_wrapper(one)]
+    return {module for wrapper in wrappers for module in wrapper.base_layer.modules()}  # type: ignore[union-attr]
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, str, Any]]:

@@ -6,29 +6,19 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 from surgery.errors import SettingError, SourceError
 from surgery.globs import matches
-from surgery.live.foreign import is_flat
-from surgery.live.zero3 import shape_of
 
-from .layers import (
-    CONVOLUTIONS,
-    Shape,
-    has_old_weight_norm,
-    is_conv1d,
-    is_part_of_weight,
-    is_read_by_attention,
-    mask_shape,
-    packing,
-)
+from .kinds import EMBEDDING, mask_of, unfit
+from .layers import Shape, feature_axes, find_readers, has_old_weight_norm, packing
 from .lora import LoraWeight, find_lora
-from .peft_layers import adapter_names, is_wrapper
+from .peft_layers import adapter_names, find_swapped, is_wrapper
+from .target import Place, Target
 
 Scope = Literal["layers", "parameters"]
-"""The weights of linear, convolution and embedding layers, or every parameter."""
+"""The weights of layers that can be mixed, or every parameter."""
 
 NEW = "new: it has no pretrained value"
 EXCLUDED = "in exclude"
@@ -38,55 +28,7 @@ _BESIDE_FROZEN = (
     "PEFT trains its adapters, and keeps the weights that they are added to frozen: of adapters, W0 + s B A of plain "
     "LoRA alone is acted on"
 )
-_NOT_A_WEIGHT = "bias, norm or another vector"
-_UNKNOWN = "of {}, a kind of layer that is not mixed"
-_EMBEDDING = "embedding: name it in include to mix it"
 NOT_INCLUDED = "not in include"
-_RENORMALIZED = "embedding with max_norm, which renormalizes its weight in place as it is used"
-_COMPLEX = "of complex numbers"
-_QUANTIZED = "quantized to {}"
-_PARAMETRIZED = "part of a weight that parametrize or weight_norm computes anew at each call"
-_IN_ATTENTION = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
-
-
-@dataclass
-class Target:
-    """One parameter that methods act on, with the modules that use it; tied ones are one target.
-
-    Args:
-        name: its first name in the model.
-        names: all of them.
-        owners: the modules that hold it, as `attribute`.
-        mask: shape of the mask per input feature, and the repeats of its rows; None: it is not a layer's weight to mix.
-        owner_names: its first name in each of the owners.
-    """
-
-    name: str
-    names: tuple[str, ...]
-    owners: tuple[nn.Module, ...]
-    mask: tuple[Shape, int] | None
-    attribute: str = "weight"
-    owner_names: tuple[str, ...] = ()
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The live parameter."""
-        return own_weight(self.name, self.owners[0], self.attribute)
-
-
-def own_weight(name: str, module: nn.Module, attribute: str = "weight") -> torch.Tensor:
-    """Return a layer's parameter, or the tensor that torch.func.functional_call puts in its place.
-
-    Raises:
-        SourceError: another tool has taken it away since the model was patched.
-    """
-    w = module._parameters.get(attribute)
-    if w is None or (not isinstance(w, nn.Parameter) and is_flat(w._base)):
-        raise SourceError(
-            f"{name}: expected the layer's own parameter, got none. DataParallel, FSDP 1 and parametrizations "
-            "take it away: use DistributedDataParallel or fully_shard, and patch after parametrizing."
-        )
-    return w
 
 
 @dataclass
@@ -125,15 +67,16 @@ def select(
         SourceError: a weight to mix is already swapped by another tool, or is not in memory.
     """
     groups = _tied(model)
-    _check_globs([name for names in groups.values() for name, _ in names], include=include, exclude=exclude)
+    _check_globs([place.name for places in groups.values() for place in places], include=include, exclude=exclude)
+    swapped = find_swapped(model)
     adapters = dict.fromkeys(adapter_names(model), ADAPTER)
     selection = Selection([], {scope: {} for scope in scopes}, [])
     if "layers" in scopes:
         selection.lora, reasons_of_lora = _select_lora(model, fresh, include, exclude)
         adapters |= {name: reasons_of_lora.get(name, why) for name, why in adapters.items()}
     of_lora = {name for one in selection.lora for name in one.names}
-    for members in groups.values():
-        names = tuple(name for name, _ in members)
+    for places in groups.values():
+        names = tuple(place.name for place in places)
         if not of_lora.isdisjoint(names):
             for left in (selection.left[scope] for scope in scopes if scope != "layers"):
                 left |= dict.fromkeys(names, ADAPTER)
@@ -143,10 +86,10 @@ def select(
             reason = next(adapters[name] for name in names if name in adapters)
         if reason is None and fresh >= set(names):
             reason = NEW
-        kind = _kind(members, is_requested=bool(include))
+        mask = mask_of(places, swapped, is_requested=bool(include))
         reasons: dict[Scope, str | None] = {
-            "layers": kind if isinstance(kind, str) else None,
-            "parameters": _unfit(members),
+            "layers": mask if isinstance(mask, str) else None,
+            "parameters": unfit(places[0]),
         }
         reasons = {scope: reason or reasons[scope] for scope in scopes}
         for scope, why in reasons.items():
@@ -154,10 +97,9 @@ def select(
                 selection.left[scope] |= dict.fromkeys(names, why)
         if None in reasons.values():
             is_layer = "layers" in scopes and reasons["layers"] is None
-            mask = kind if is_layer and not isinstance(kind, str) else None
-            selection.targets.append(_target(members, mask))
+            selection.targets.append(_target(places, mask if is_layer and not isinstance(mask, str) else None))
     if "layers" in scopes:
-        _refuse_swapped(model, include, exclude)
+        _refuse_swapped(model, swapped, include, exclude)
     _refuse_nothing(model, selection, [*include, *exclude], may_wait=may_wait and not adapters)
     return selection
 
@@ -166,7 +108,7 @@ def _select_lora(
     model: nn.Module, fresh: AbstractSet[str], include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[list[LoraWeight], dict[str, str]]:
     """Return the weights of LoRA to act on, and why the factors of others are left alone, by name."""
-    found, unfit = find_lora(model)
+    found, unknown = find_lora(model)
     chosen = []
     reasons: dict[str, str] = {}
     for one in found:
@@ -177,30 +119,31 @@ def _select_lora(
             one.refuse_merged()
             chosen.append(one)
         reasons |= dict.fromkeys(one.names, reason) if reason is not None else {}
-    for path, why in unfit.items():
+    for path, why in unknown.items():
         adapters = adapter_names(model.get_submodule(path))
         reasons |= {f"{path}.{name}".lstrip("."): f"{_OF_PEFT}{why}" for name in adapters}
     return chosen, reasons
 
 
-def _target(members: Sequence[tuple[str, nn.Module]], mask: tuple[Shape, int] | None) -> Target:
-    """Make a target of a parameter's names; of one to mix, the owners are those that call it `weight`."""
-    attribute = "weight" if mask is not None else members[0][0].rpartition(".")[2]
-    owners: dict[nn.Module, str] = {}
-    for name, module in members:
-        if name.rpartition(".")[2] == attribute:
-            owners.setdefault(module, name)
-    names = tuple(name for name, _ in members)
-    return Target(names[0], names, tuple(owners), mask, attribute, tuple(owners.values()))
+def _target(places: Sequence[Place], mask: tuple[Shape, int] | None) -> Target:
+    """Make a target of the places of a parameter; of one to mix, of those that can be, once for each layer."""
+    names = tuple(place.name for place in places)
+    kept: dict[tuple[nn.Module, str], Place] = {}
+    for place in places:
+        if mask is None or place.attribute in feature_axes(place.module):
+            kept.setdefault((place.module, place.attribute), place)
+    return Target(names[0], names, tuple(kept.values()), mask)
 
 
-def _tied(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Group the names of parameters, each with its module, by the parameter they name."""
-    groups: dict[int, list[tuple[str, nn.Module]]] = {}
+def _tied(model: nn.Module) -> dict[int, list[Place]]:
+    """Group the places of parameters by the parameter that they hold."""
+    readers = find_readers(model)
+    groups: dict[int, list[Place]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
+        for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                groups.setdefault(id(parameter), []).append((f"{path}.{name}".lstrip("."), module))
+                place = Place(f"{path}.{attribute}".lstrip("."), module, attribute, readers.get(module, module))
+                groups.setdefault(id(parameter), []).append(place)
     return groups
 
 
@@ -219,42 +162,6 @@ def is_match(glob: str, name: str) -> bool:
     return any(matches(glob, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
-def _kind(members: Sequence[tuple[str, nn.Module]], *, is_requested: bool) -> tuple[Shape, int] | str:
-    """Return the mask's shape, or why a parameter is never mixed. A linear layer's view of a tied weight goes first."""
-    if all(is_part_of_weight(module, name.rpartition(".")[2]) for name, module in members):
-        return _PARAMETRIZED
-    weights = [module for name, module in members if name.rpartition(".")[2] == "weight"]
-    shapes = [(module, shape) for module in weights if (shape := mask_shape(module))]
-    linear = [(module, shape) for module, shape in shapes if not isinstance(module, nn.Embedding)]
-    if not shapes:
-        name, module = members[0]
-        is_vector = len(shape_of(module._parameters[name.rpartition(".")[2]])) < 2
-        return _NOT_A_WEIGHT if is_vector else _UNKNOWN.format(type(module).__name__)
-    module, shape = (linear or shapes)[0]
-    weight = module._parameters["weight"]
-    assert weight is not None
-    if weight.is_complex():
-        return _COMPLEX
-    if packed := packing(weight):
-        return _QUANTIZED.format(packed)
-    if any(getattr(module, "max_norm", None) is not None for module, _ in shapes):
-        return _RENORMALIZED
-    if not linear and not is_requested:
-        return _EMBEDDING
-    return _IN_ATTENTION if is_read_by_attention(module) else shape
-
-
-def _unfit(members: Sequence[tuple[str, nn.Module]]) -> str | None:
-    """Return why no method can act on a parameter, whatever it is for."""
-    name, module = members[0]
-    weight = module._parameters[name.rpartition(".")[2]]
-    assert weight is not None
-    if weight.is_complex():
-        return _COMPLEX
-    packed = packing(weight)
-    return _QUANTIZED.format(packed) if packed else None
-
-
 def _check_globs(names: Sequence[str], **globs: Sequence[str]) -> None:
     for option, given in globs.items():
         for glob in given:
@@ -266,24 +173,29 @@ def _check_globs(names: Sequence[str], **globs: Sequence[str]) -> None:
                 )
 
 
-def _refuse_swapped(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+def _refuse_swapped(
+    model: nn.Module, swapped: AbstractSet[nn.Module], include: Sequence[str], exclude: Sequence[str]
+) -> None:
     """Refuse a layer whose weight another tool swaps: the hooks of two tools would undo each other."""
     for path, module in model.named_modules():
-        name = f"{path}.weight".lstrip(".")
-        is_linear = isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_conv1d(module)
-        if not is_linear or is_wrapper(module) or excluded([name], include, exclude):
+        if module in swapped or is_wrapper(module) or isinstance(module, nn.Embedding):
             continue
-        if hasattr(module, "parametrizations") or has_old_weight_norm(module):
-            continue  # it has parameters of its own, which are named as not mixed
-        if module._parameters.get("weight") is None:
-            fault = "one that another tool swaps in (spectral_norm, FSDP 1, pruning)"
-        elif "weight" in module.__dict__:
-            fault = "one that another tool put before it"
-        else:
-            continue
-        raise SourceError(
-            f"{name}: expected the layer's own parameter, got {fault}. Remove it first, or name {path!r} in exclude."
-        )
+        for attribute in feature_axes(module):
+            name = f"{path}.{attribute}".lstrip(".")
+            if not excluded([name], include, exclude) and (fault := _swapped_in(module, attribute)):
+                raise SourceError(
+                    f"{name}: expected the layer's own parameter, got {fault}. Remove it first, or name {path!r} in "
+                    "exclude."
+                )
+
+
+def _swapped_in(module: nn.Module, attribute: str) -> str | None:
+    """Say what another tool has put in the place of a weight."""
+    if hasattr(module, "parametrizations") or has_old_weight_norm(module, attribute):
+        return None  # it has parameters of its own, which are named as not mixed
+    if attribute not in module._parameters:
+        return "one that another tool swaps in (spectral_norm, FSDP 1, pruning)"
+    return "one that another tool put before it" if attribute in module.__dict__ else None
 
 
 def _refuse_nothing(model: nn.Module, selection: Selection, globs: Sequence[str], *, may_wait: bool) -> None:
@@ -308,9 +220,9 @@ def _remedy(model: nn.Module, left: Mapping[str, str], scope: Scope, *, is_any_f
     if any(reason is not None and reason.startswith(_OF_PEFT) for reason in trained):
         return f"{_BESIDE_FROZEN}. Leave it out, or name pretrained layers in PEFT's modules_to_save"
     ways = ["unfreeze a weight"] if is_any_frozen else []
-    if scope == "layers" and _EMBEDDING in left.values():
+    if scope == "layers" and EMBEDDING in left.values():
         ways.append("name an embedding in include")
-    if scope == "layers" and trained - {NEW, EXCLUDED, NOT_INCLUDED, _EMBEDDING}:
+    if scope == "layers" and trained - {NEW, EXCLUDED, NOT_INCLUDED, EMBEDDING}:
         ways.append("take recadam, which acts on all kinds of weights")
     said = ", or ".join(ways or ["unfreeze a weight"])
     return said[0].upper() + said[1:]

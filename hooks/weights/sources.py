@@ -14,7 +14,7 @@ from surgery.live.zero3 import shape_of
 
 from .peft_layers import find_copies
 from .pretrained import values_of
-from .selection import Target
+from .target import Target
 from .tracked import Tracked
 
 _log = get_logger(__name__)

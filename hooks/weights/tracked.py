@@ -6,7 +6,7 @@ from surgery.errors import SourceError
 
 from .offload import Offload
 from .pretrained import Pretrained, keep, values_of
-from .selection import Target
+from .target import Target
 
 
 class Tracked:

@@ -1,9 +1,9 @@
 """Download from the Hub into its own cache: the weights and companions that `layout` chooses, checked by sha256."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from inspect import signature
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -14,6 +14,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from surgery.checkpoint.digests import SHA256, digests_of_all, shorten
 from surgery.checkpoint.hub_errors import BAD_ANSWER, FETCH, HttpLibraryError, one_line
 from surgery.checkpoint.layout import RECIPE, Layout, arrange
+from surgery.checkpoint.own_names import refuse_escaping
 from surgery.errors import SourceError
 from surgery.files import list_names
 from surgery.progress import LATE, is_notebook, is_shown, notebook_settings
@@ -86,18 +87,6 @@ def commit_of(repo_id: str, info: ModelInfo) -> str:
 def another_commit(repo_id: str) -> SourceError:
     """Return the error of files that belong to another commit than the one asked for."""
     return SourceError(f"{repo_id}: expected one commit, got another while it was fetched. Run the command again.")
-
-
-def refuse_escaping(repo_id: str, names: Iterable[str]) -> None:
-    """Refuse a repository with names that lead out of its folder, or that are none.
-
-    Raises:
-        SourceError: it has one.
-    """
-    for name in names:
-        is_name = isinstance(name, str) and name
-        if not is_name or ".." in PurePosixPath(name).parts or name.startswith("/") or set("\\\0") & set(name):
-            raise SourceError(f"{repo_id}: expected files of its own, got {name!r}. Do not trust this checkpoint.")
 
 
 def _cached(repo_id: str, *, revision: str | None, variant: str | None) -> tuple[Path, str, list[str] | None]:

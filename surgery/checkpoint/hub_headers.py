@@ -12,9 +12,10 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-from surgery.checkpoint.hub import another_commit, commit_of, fetch_file, refuse_escaping
+from surgery.checkpoint.hub import another_commit, commit_of, fetch_file
 from surgery.checkpoint.hub_errors import BAD_ANSWER, FETCH, HttpLibraryError, one_line
 from surgery.checkpoint.layout import RECIPE, arrange
+from surgery.checkpoint.own_names import refuse_escaping
 from surgery.checkpoint.resolve import Checkpoint, from_listing
 from surgery.checkpoint.tensorfile import MAX_HEADER, Header, parse_header, read_header
 from surgery.errors import SourceError

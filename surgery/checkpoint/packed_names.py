@@ -1,5 +1,7 @@
 """Tensors of quantized weights, told by name and dtype: not every checkpoint has the config that says so."""
 
+from collections.abc import Collection
+
 from surgery.checkpoint.tensorfile import Tensor
 
 _NAMES = (
@@ -9,7 +11,10 @@ _NAMES = (
     (".W_q", ".q_weight", ".weight._data"),  # HQQ, EXL2, Quanto
 )
 _PACKED = tuple(name for names in _NAMES for name in names)
-_BYTES = ("_blocks", "_scales")  # MXFP4
+BLOCKS, SCALES = "_blocks", "_scales"
+"""What mxfp4 adds to the name of a weight, in bytes."""
+SCALE = "_scale_inv"
+"""What float8 in blocks adds to it."""
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 
@@ -19,6 +24,26 @@ def is_quantized(tensor: Tensor) -> bool:
     A matrix of integers under the name of a weight is one, whoever wrote it: it cannot be trained.
     """
     name = tensor.name
-    if name.endswith(_PACKED) or (tensor.dtype == "U8" and name.endswith(_BYTES)):
+    if name.endswith(_PACKED) or (tensor.dtype == "U8" and name.endswith((BLOCKS, SCALES))):
         return True
     return tensor.dtype in _INTEGERS and len(tensor.shape) > 1 and name.rpartition(".")[2] == "weight"
+
+
+def is_scale(tensor: Tensor) -> bool:
+    """Tell whether a tensor of a float8 or mxfp4 checkpoint is a scale, of a weight or of activations."""
+    return _is_scale_of_float8(tensor.name) or (tensor.dtype == "U8" and tensor.name.endswith(SCALES))
+
+
+def plain_names(names: Collection[str]) -> dict[str, str]:
+    """Return the names that the weights of a float8 or mxfp4 checkpoint have without scales, by their own names."""
+    plain = {name: name for name in names if not _is_scale_of_float8(name)}
+    for name in names:
+        weight = name.removesuffix(BLOCKS)
+        if name.endswith(BLOCKS) and weight + SCALES in plain:
+            plain[name] = weight
+            del plain[weight + SCALES]
+    return plain
+
+
+def _is_scale_of_float8(name: str) -> bool:
+    return name.endswith((SCALE, ".activation_scale"))

@@ -1,19 +1,25 @@
 """From a Hub id, folder or file to a Checkpoint: complete, safe to read, its shards those that the index names."""
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from surgery.checkpoint.at_rest import Stamp, refuse_changed
 from surgery.checkpoint.foreign_files import kind_of_file, kind_of_part, kind_of_shards
-from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
+from surgery.checkpoint.layout import Layout, WeightSet, arrange
 from surgery.checkpoint.links import find_links
+from surgery.checkpoint.shards import complete
+from surgery.checkpoint.unfinished import refuse_unfinished
 from surgery.display import Brief
 from surgery.errors import SettingError, SourceError
 from surgery.files import kind_of_mode, list_names, read_file
+from surgery.storage.url import Url, as_path, find_url
+
+if TYPE_CHECKING:
+    from surgery.checkpoint.remote import RemoteFiles
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -21,19 +27,21 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint(Brief):
-    """A checkpoint on this machine.
+    """A checkpoint on this machine, or on a store.
 
     Args:
-        id: the Hub id, or the absolute path of the folder or file.
-        commit: the Hub commit's sha, or None for a local checkpoint.
+        id: the Hub id, the absolute path of the folder or file, or its URL.
+        commit: the Hub commit's sha, or None for another checkpoint.
         root: the folder that file names are relative to.
         layout: its files; every weight set names all of its shards.
         stamps: of the weights and companions when they were found, by name.
         repeating: names of tensors that stand for others, by PyTorch file, where a recipe has said which they are.
         key: which state_dict to take of PyTorch files that hold several.
         links: where those that are links out of the folder lead, by name.
+        dequantize: "bf16": float8 and mxfp4 weights are read as bfloat16.
+        remote: the files of one on a store.
     Raises:
-        SettingError: a key, and no PyTorch file.
+        SettingError: a key, and no PyTorch file; dequantize, and no safetensors or another dtype.
     """
 
     id: str
@@ -44,8 +52,18 @@ class Checkpoint(Brief):
     repeating: Mapping[str, Collection[str]] = field(default_factory=dict)
     key: str | None = None
     links: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    dequantize: str | None = None
+    remote: "RemoteFiles | None" = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.dequantize not in (None, "bf16"):
+            raise SettingError(f"`dequantize`: expected bf16, got {self.dequantize}.")
+        if self.dequantize and any(weight_set.is_pickle for weight_set in self.layout.weights):
+            raise SettingError(
+                f"`dequantize`: expected safetensors with it, got the PyTorch files of {self.id}. Leave it out."
+            )
+        if self.dequantize and self.remote:
+            raise SettingError(f"`dequantize`: expected a folder or a file with it, got {self.id}. Copy it to a disk.")
         if self.key is not None and not any(weight_set.is_pickle for weight_set in self.layout.weights):
             raise SettingError(
                 f"`key`: expected PyTorch files with it, got the safetensors of {self.id}. Leave it out."
@@ -57,7 +75,26 @@ class Checkpoint(Brief):
         return name.removesuffix(Path(name).suffix) if Path(name).suffix in _SUFFIXES else name
 
     def path(self, name: str) -> Path:
+        """Return where a file is on this machine. Of a checkpoint on a store, small files come, and weights do not."""
+        if self.remote and not any(name in weight_set.files for weight_set in self.layout.weights):
+            return self.remote.path(name)
         return self.root / name
+
+    def label(self, name: str) -> str:
+        """Return a file's name in errors."""
+        return str(self.remote.url / name if self.remote else self.root / name)
+
+    def holds(self, name: str) -> bool:
+        """Tell whether there is a file of that name."""
+        return name in self.remote.entries if self.remote else self.path(name).is_file()
+
+    def size(self, name: str) -> int:
+        """Return a file's size in bytes."""
+        return self.remote.entries[name].size if self.remote else self.path(name).stat().st_size
+
+    def version(self, name: str) -> str | None:
+        """Return what a store calls this very content of a file, such as its ETag; None of a file of this machine."""
+        return self.remote.entries[name].version if self.remote else None
 
     def parts(self, name: str) -> tuple[str, ...]:
         """Return the files that a weight file is read from: itself, if it is not made up of several."""
@@ -69,6 +106,8 @@ class Checkpoint(Brief):
         Raises:
             SourceError: it was removed, replaced or written to since.
         """
+        if self.remote:
+            self.remote.refuse_changed(name)
         for part in self.parts(name):
             if then := self.stamps.get(part):
                 refuse_changed(self.path(part), then)
@@ -80,25 +119,33 @@ def resolve(
     revision: str | None = None,
     variant: str | None = None,
     key: str | None = None,
+    dequantize: str | None = None,
     token: str | None = None,
 ) -> Checkpoint:
     """Find a checkpoint, fetching it from the Hub if it is an id, and check that it is complete and safe to read.
 
     Args:
-        source: a folder, a .safetensors or PyTorch file, or a Hub id, which may end in `@revision`.
+        source: a folder, a .safetensors or PyTorch file, a URL, or a Hub id, which may end in `@revision`.
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained.
         key: which state_dict to take of PyTorch files that hold several.
+        dequantize: "bf16": read float8 and mxfp4 weights as bfloat16.
         token: Hub token; default: the one `hf auth login` stored, or HF_TOKEN.
     Raises:
-        SettingError: a revision for a local checkpoint, or two of them; a key for safetensors.
+        SettingError: a revision for a local checkpoint, or two of them; a key for safetensors; `dequantize` for
+            PyTorch files.
         SourceError: not found, unsafe or incomplete.
     """
-    return replace(_find(source, revision, variant, token), key=key)
+    return replace(_find(source, revision, variant, token), key=key, dequantize=dequantize)
 
 
 def _find(source: str | Path, revision: str | None, variant: str | None, token: str | None) -> Checkpoint:
     found = locate(source, revision)
+    if isinstance(found, Url):
+        from surgery.checkpoint.remote import find_remote
+
+        files, layout = find_remote(found, variant=variant, suffixes=_SUFFIXES)
+        return Checkpoint(str(found), None, files.root, layout, remote=files)
     if isinstance(found, Path):
         if found.is_file():
             return _from_file(found.absolute())
@@ -109,11 +156,15 @@ def _find(source: str | Path, revision: str | None, variant: str | None, token: 
     return _from_folder(root, found[0], commit, variant, names)
 
 
-def locate(source: str | Path, revision: str | None) -> Path | tuple[str, str | None]:
-    """Return the file or folder that `source` is, or a Hub id and the revision asked for. Raises as `resolve`."""
+def locate(source: str | Path, revision: str | None) -> Path | Url | tuple[str, str | None]:
+    """Return the file, folder or URL that `source` is, or a Hub id and the revision asked for. Raises as `resolve`."""
     if not str(source):
         raise SourceError("MODEL: expected a folder, a file or a Hub id, got an empty name. Name one.")
-    path = Path(os.path.expanduser(source))  # noqa: PTH111  (Path's own fails for an unknown ~user)
+    if url := find_url(source):
+        if revision:
+            raise SettingError(f"`revision`: expected a Hub id with it, got {url}. Leave one of them out.")
+        return url
+    path = as_path(source)
     is_there = os.path.exists(path)  # noqa: PTH110  (Path's own fails for a name that is too long)
     if revision and is_there:
         raise SettingError(f"`revision`: expected a Hub id with it, got the local {source}. Leave one of them out.")
@@ -163,7 +214,7 @@ def _from_folder(root: Path, id: str, commit: str | None, variant: str | None, n
     indexes = [weight_set.index for weight_set in found.weights if weight_set.index]
     listed = {*indexes, *_files(found)} if names is None else set()
     links = find_links(root, indexes, listed=listed)
-    layout = _complete(root, found, names=None)
+    layout = complete(root, found, names=None)
     files = _files(layout)
     links |= find_links(root, files, listed=listed - _named_elsewhere(layout))
     return Checkpoint(id, commit, root, layout, {name: Stamp.of(root / name) for name in files}, links=links)
@@ -190,77 +241,4 @@ def from_listing(root: Path, id: str, commit: str, variant: str | None, names: C
     Raises:
         SourceError: incomplete.
     """
-    return Checkpoint(id, commit, root, _complete(root, arrange(names, variant=variant, what=id), names=names))
-
-
-def _complete(root: Path, layout: Layout, *, names: Collection[str] | None) -> Layout:
-    """Complete the weights with the shards that indexes name, which must be among `names`, or else in `root`."""
-    weights = [_with_shards(root, weight_set, names) for weight_set in layout.weights]
-    in_indexes = {name for weight_set in weights if weight_set.index for name in weight_set.files}
-    # an index may name its shards as it likes, and `arrange` takes those for checkpoints of their own
-    weights = [s for s in weights if s.index or not in_indexes.issuperset(s.files)]
-    kept = {name for weight_set in weights for name in weight_set.files}
-    stale = [name for weight_set in layout.weights for name in weight_set.files if name not in kept]
-    left_out = layout.left_out + tuple((name, "a shard that no index names") for name in stale)
-    return Layout(tuple(weights), layout.companions, left_out)
-
-
-def refuse_unfinished(root: Path) -> None:
-    """Refuse a folder that a run of ours has left unfinished.
-
-    Raises:
-        SourceError: it has.
-    """
-    if (root / JOURNAL).exists():
-        raise SourceError(
-            f"{root}: expected a finished checkpoint, got one that `surgery perturb` did not finish. "
-            f"{JOURNAL} there has the command that finishes it."
-        )
-
-
-def _with_shards(root: Path, weight_set: WeightSet, names: Collection[str] | None) -> WeightSet:
-    """Complete a set with the shards its index names, and check that all of them are there."""
-    if weight_set.index:
-        return replace(weight_set, files=tuple(_shards_of(root, weight_set, names)))
-    files = weight_set.files
-    counts = {match[1] for name in files if (match := re.search(r"-of-(\d{5})\.", name))}
-    if counts and counts != {f"{len(files):05}"}:
-        raise SourceError(
-            f"{root / files[0]}: expected {int(max(counts))} shards, got {len(files)}. Fetch the missing ones."
-        )
-    return weight_set
-
-
-def read_weight_map(path: Path) -> dict[str, str]:
-    """Read the weight_map of an index: tensor name to shard, both as written."""
-    try:
-        weight_map: dict[str, str] = json.loads(read_file(path))["weight_map"]
-        if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(
-            f"{path}: expected a JSON index with a weight_map, got another thing. Fetch it again."
-        ) from error
-    return weight_map
-
-
-def _shards_of(root: Path, weight_set: WeightSet, names: Collection[str] | None) -> list[str]:
-    index = root / str(weight_set.index)
-    shards = []
-    for shard in sorted(set(read_weight_map(index).values())):
-        parts = PurePosixPath(shard).parts
-        if (
-            PurePosixPath(shard).is_absolute()
-            or ".." in parts
-            or any(character in shard for character in "\\\0")
-            or not shard.endswith(weight_set.suffix)
-        ):
-            raise SourceError(
-                f"{index}: expected shards of its own folder, got {shard!r}. Do not trust this checkpoint."
-            )
-        name = (PurePosixPath(weight_set.folder) / shard).as_posix()
-        # Path's own fails for a name that is too long
-        if not os.path.isfile(root / name) if names is None else name not in names:  # noqa: PTH113
-            raise SourceError(f"{index}: expected shard {shard}, got no such file. Fetch the missing shard.")
-        shards.append(name)
-    return shards
+    return Checkpoint(id, commit, root, complete(root, arrange(names, variant=variant, what=id), names=names))

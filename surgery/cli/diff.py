@@ -25,8 +25,8 @@ from surgery.cli.syntax import echo_report
 def diff(a: str, b: str, *, is_all: bool, plot: Path | None, as_json: bool, **settings: Any) -> None:
     """Show how checkpoint B differs from A, tensor by tensor, the worst first.
 
-    A and B are Hub ids, such as org/name@revision, folders, or .safetensors or PyTorch files. Exit code 0 whether they
-    differ or not.
+    A and B are Hub ids, such as org/name@revision, folders, URLs, or .safetensors or PyTorch files. Exit code 0 whether
+    they differ or not.
     """
     from surgery.inspect.diff import diff_checkpoints
     from surgery.report import diff as report

@@ -28,8 +28,8 @@ from surgery.errors import SettingError
 def inspect(model: str, *, is_all: bool, plot: Path | None, as_json: bool, **settings: Any) -> None:
     """Show what MODEL holds, and what perturb would do with each tensor.
 
-    MODEL is a Hub id, a folder, or a .safetensors or PyTorch file. Without --stats only headers are read, also those of
-    a model on the Hub.
+    MODEL is a Hub id, a folder, a URL, or a .safetensors or PyTorch file. Without --stats only headers are read, also
+    those of a model on the Hub.
     """
     from surgery.inspect.inspection import inspect_checkpoint
     from surgery.report import inspect as report

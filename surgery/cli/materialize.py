@@ -23,7 +23,7 @@ from surgery.cli.syntax import echo_report
 @command
 def materialize(
     recipe: str,
-    out: Path | None,
+    out: Path | str | None,
     *,
     source: str | None,
     token: str | None,
@@ -33,8 +33,8 @@ def materialize(
 ) -> None:
     """Write the checkpoint that RECIPE describes, from its source, byte for byte.
 
-    RECIPE is a surgery.json, a folder that holds one, or a Hub id, which may end in @revision. An interrupted run is
-    resumed by the same command.
+    RECIPE is a surgery.json, a folder that holds one, its URL, or a Hub id, which may end in @revision. An
+    interrupted run is resumed by the same command.
     """
     from surgery.perturb.materialize import execute_materialize, plan_materialize
     from surgery.perturb.output import is_finished

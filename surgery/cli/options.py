@@ -35,6 +35,15 @@ class _Seeds(click.ParamType):  # type: ignore[type-arg]
         return seeds
 
 
+class _Place(click.ParamType):  # type: ignore[type-arg]
+    """A folder as a Path, or a URL as it is: a Path would make one slash of two."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Path | str":  # noqa: ARG002
+        return value if "://" in str(value) else Path(value)
+
+
 def complete_path(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Have the shell complete a file or folder; a Hub id is not looked up."""
     return [CompletionItem(incomplete, type="file")]
@@ -52,7 +61,7 @@ revision = click.option("--revision", help="Branch, tag or commit on the Hub.")
 source = click.option(
     "--source",
     shell_complete=complete_path,
-    help="Where the source is now: Hub id, folder or file.  [default: where it was]",
+    help="Where the source is now: Hub id, folder, file or URL.  [default: where it was]",
 )
 token = click.option("--token", help="Hub token.  [default: the one of `hf auth login`]")
 
@@ -60,8 +69,8 @@ out = click.option(
     "-o",
     "--out",
     shell_complete=complete_folder,
-    type=click.Path(path_type=Path),
-    help="Folder to write.  [default: MODEL-noisytune-lam…-seed…]",
+    type=_Place(),
+    help="Folder or URL to write.  [default: MODEL-noisytune-lam…-seed…]",
 )
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what a former run wrote to the folder.")
 

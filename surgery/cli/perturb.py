@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from surgery.noisytune import NoisyTune
     from surgery.perturb.plan import Plan
     from surgery.push.push import PushOptions
+    from surgery.storage.url import Url
 
 
 @main.command(
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @options.revision
 @options.variant()
 @options.key
+@click.option("--dequantize", type=click.Choice(["bf16"]), help="Write float8 in blocks, and mxfp4, in this dtype.")
 @options.token
 @options.workers("three per core")
 @options.overwrite
@@ -58,12 +60,13 @@ if TYPE_CHECKING:
 @command
 def perturb(
     model: str,
-    out: Path | None,
+    out: Path | str | None,
     *,
     seeds: range,
     revision: str | None,
     variant: str | None,
     key: str | None,
+    dequantize: str | None,
     token: str | None,
     workers: int | None,
     overwrite: bool,
@@ -80,8 +83,8 @@ def perturb(
 ) -> None:
     """Write a copy of MODEL with NoisyTune's noise in its weights.
 
-    MODEL is a Hub id, a folder, or a .safetensors or PyTorch file. An interrupted run is resumed by the same command.
-    With several seeds, {seed} stands for each in the values of -o, --push and --plot.
+    MODEL is a Hub id, a folder, a URL, or a .safetensors or PyTorch file. An interrupted run is resumed by the same
+    command. With several seeds, {seed} stands for each in the values of -o, --push and --plot.
     """
     import surgery.perturb.execute  # noqa: F401  (takes time that is not the run's)
     from surgery.noisytune import NoisyTune
@@ -120,10 +123,11 @@ def perturb(
             revision=revision,
             variant=variant,
             key=key,
+            dequantize=dequantize,
             token=token,
             recipe_only=recipe_only,
         )
-        one = replace(one, push=replace(one.push, folder=plan.out) if one.push else None)
+        one = replace(one, push=_from(plan.out, one.push) if one.push else None)
         if i and not as_json:
             click.echo()
         if dry_run:
@@ -139,7 +143,7 @@ class _Asked:
     """What is asked for of one seed."""
 
     settings: "NoisyTune"
-    out: Path | None
+    out: Path | str | None
     plot: Path | None
     push: "PushOptions | None"
 
@@ -164,6 +168,13 @@ def _push_options(repo: str | None, **settings: Any) -> "PushOptions | None":
             option = f"--{name.replace('_', '-')}"
             raise SettingError(f"{option}: expected --push REPO with it, got none. Add it, or leave {option} out.")
     return None
+
+
+def _from(out: "Path | Url", push: "PushOptions") -> "PushOptions":
+    """Return what to push where, now that the folder is known."""
+    if not isinstance(out, Path):
+        raise SettingError(f"--push: expected a folder of this machine to push, got {out}. Leave one of them out.")
+    return replace(push, folder=out)
 
 
 def _print_plan(plan: "Plan", push: "PushOptions | None", *, is_quiet: bool) -> dict[str, Any]:
@@ -194,7 +205,7 @@ def _write(
         from surgery.report.pictures import noise_picture
         from surgery.report.plot import draw
 
-        copy = resolve(plan.out, variant=plan.variant)
+        copy = resolve(str(plan.out), variant=plan.variant)
         draw(noise_picture(compare(plan.checkpoint, copy, workers=workers), recipe.settings), asked.plot)
     if not is_quiet:
         # a reader that has gone does not keep the push from being made

@@ -24,8 +24,8 @@ from surgery.exit_codes import DIFFERS, UNVERIFIED
 def verify(folder: str, *, source: str | None, token: str | None, workers: int | None, as_json: bool) -> None:
     """Compute DIR again from its source and its recipe, and compare it bit for bit.
 
-    DIR is a folder that `surgery perturb` wrote, or a Hub id, which may end in @revision. Writes nothing. Exit code 0:
-    equal; 1: not; 4: an error, so that it is not known.
+    DIR is a folder that `surgery perturb` wrote, its URL, or a Hub id, which may end in @revision. Writes nothing. Exit
+    code 0: equal; 1: not; 4: an error, so that it is not known.
     """
     from surgery.perturb.verify import verify_checkpoint
     from surgery.report import verify as report

@@ -50,7 +50,7 @@ def is_source(a: "Checkpoint", recipe: Recipe) -> bool:
     if recipe.commit and (recipe.source, recipe.commit) == (a.id, a.commit):
         return True
     known = recipe.source_digests
-    is_there = all(a.path(part).is_file() for name in known for part in a.parts(name))
+    is_there = all(a.holds(part) for name in known for part in a.parts(name))
     return is_there and digests_of_sources(a, known) == known
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.resolve import Checkpoint, resolve
 from surgery.checkpoint.tensorfile import Tensor
-from surgery.checkpoint.weight_file import WeightFile
+from surgery.checkpoint.weight_file import WeightFile, reading_workers
 from surgery.errors import SourceError
 from surgery.inspect.comparison import EQUAL, Comparison, TensorComparison
 from surgery.inspect.inspection import components, open_all, read_recipe
@@ -31,7 +31,7 @@ def diff_checkpoints(
     """Compare two checkpoints, tensor by tensor, however each is split into files.
 
     Args:
-        a, b: Hub ids, perhaps with `@revision`, folders, or .safetensors or PyTorch files.
+        a, b: Hub ids, perhaps with `@revision`, folders, URLs, or .safetensors or PyTorch files.
         variant: as in from_pretrained, such as "fp16"; of both.
         token: Hub token; default: the one stored on this machine.
         workers: threads; default: one per core, at most 16.
@@ -50,23 +50,23 @@ def compare(a: Checkpoint, b: Checkpoint, *, workers: int | None = None) -> Comp
     from surgery.inspect.agreement import check_agreement
     from surgery.threads import computing_workers
 
-    sides = [_with_key(a, b), _with_key(b, a)]
+    sides = [_as_source_of(a, b), _as_source_of(b, a)]
     with ExitStack() as stack:
         indexes = [TensorIndex(side, stack.enter_context(open_all(side))) for side in sides]
-        tensors = _compare(list(_match(*indexes)), workers or computing_workers())
+        tensors = _compare(list(_match(*indexes)), workers or reading_workers(computing_workers(), *sides))
     tensors.sort(key=lambda tensor: tensor.name)  # for those that are equally bad
     tensors.sort(key=_badness, reverse=True)
     return Comparison(sides[0], sides[1], tuple(tensors), check_agreement(sides[0], sides[1], tensors))
 
 
-def _with_key(source: Checkpoint, made: Checkpoint) -> Checkpoint:
-    """Take of a file with several state_dicts the one that the other checkpoint was made from, as its recipe says."""
+def _as_source_of(source: Checkpoint, made: Checkpoint) -> Checkpoint:
+    """Read a checkpoint as the other one's recipe says that it was read: of several state_dicts one, or dequantized."""
     from surgery.inspect.agreement import is_source
 
     recipe = read_recipe(made)
-    if recipe is None or recipe.key is None or not is_source(source, recipe):
+    if recipe is None or (recipe.key, recipe.dequantize) == (None, None) or not is_source(source, recipe):
         return source
-    return replace(source, key=recipe.key)
+    return replace(source, key=recipe.key, dequantize=recipe.dequantize)
 
 
 _Located = tuple[WeightFile, Tensor]
@@ -91,7 +91,7 @@ class TensorIndex:
             for tensor in source.header.tensors:
                 if (component, tensor.name) in self.stored:
                     raise SourceError(
-                        f"{checkpoint.path(file)}: expected each tensor in one shard, got {tensor.name!r} also in "
+                        f"{checkpoint.label(file)}: expected each tensor in one shard, got {tensor.name!r} also in "
                         "another. Remove the stale one."
                     )
                 self.stored[component, tensor.name] = source, tensor

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.checkpoint.config_files import quantized
+from surgery.checkpoint.config_files import DEQUANTIZED, quantized
 from surgery.checkpoint.layout import RECIPE
 from surgery.checkpoint.resolve import Checkpoint, locate, resolve
 from surgery.checkpoint.roles import find_roles, read_model_type
 from surgery.checkpoint.tensorfile import Header, Tensor
 from surgery.checkpoint.value_rules import find_suspects
-from surgery.checkpoint.weight_file import WeightFile, open_weights
+from surgery.checkpoint.weight_file import WeightFile, open_weights, reading_workers
 from surgery.display import Brief, as_html, as_shape, at_commit, number
 from surgery.errors import SourceError
 from surgery.inspect.name_patterns import Group, group
@@ -131,7 +131,7 @@ def inspect_checkpoint(
     """Tell what a checkpoint holds, from its headers; those of a model on the Hub are read without its weights.
 
     Args:
-        source: Hub id, folder, or .safetensors or PyTorch file.
+        source: Hub id, folder, URL, or .safetensors or PyTorch file.
         stats: read all weights too, which fetches those on the Hub: mean, std, extremes, NaN and Inf of each tensor.
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained, such as "fp16".
@@ -142,7 +142,7 @@ def inspect_checkpoint(
         SettingError, SourceError: the checkpoint is missing, malformed or unsafe.
     """
     found = locate(source, revision)
-    if not stats and not isinstance(found, Path):
+    if not stats and isinstance(found, tuple):
         from surgery.checkpoint.hub_headers import read_remote_headers
 
         if remote := read_remote_headers(found[0], revision=found[1], variant=variant, token=token):
@@ -221,15 +221,20 @@ def _describe(checkpoint: Checkpoint, shards: list[ShardPlan]) -> Inspection:
         for tensor in shard.header.tensors
     )
     methods = quantized(checkpoint)
-    why = next((f"quantization_config ({method}) in {config}" for config, method in methods.items()), None)
+    why = next((_say_quantized(config, settings["quant_method"]) for config, settings in methods.items()), None)
     if packed := next((info for info in tensors if info.why == PACKED), None):
         why = why or f"{packed.tensor.dtype} ({packed.name})"
     return Inspection(checkpoint, tensors, _by_folder(shards), why, read_recipe(checkpoint))
 
 
+def _say_quantized(config: str, method: str) -> str:
+    missing = ", and no --dequantize bf16" if method in DEQUANTIZED else ""
+    return f"quantization_config ({method}) in {config}{missing}"
+
+
 def read_recipe(checkpoint: Checkpoint) -> Recipe | None:
     """Return the recipe that a checkpoint carries, if it can be read: what cannot is none of this version."""
-    if Path(checkpoint.id).is_file() or not checkpoint.path(RECIPE).is_file():
+    if Path(checkpoint.id).is_file() or not checkpoint.holds(RECIPE):
         return None
     try:
         return Recipe.read(checkpoint.path(RECIPE))
@@ -258,7 +263,11 @@ def _measure(
     infos = [info for info in described.tensors if is_measurable(info.tensor.dtype)]
     measurements = [stats_measurement(sources[info.file], info.tensor) for info in infos]
     with bar(sum(info.tensor.nbytes for info in infos), "reading") as on_bytes:
-        scan(measurements, workers=workers or computing_workers(), on_bytes=on_bytes)
+        scan(
+            measurements,
+            workers=workers or reading_workers(computing_workers(), described.checkpoint),
+            on_bytes=on_bytes,
+        )
     results = {id(info): measurement.result for info, measurement in zip(infos, measurements, strict=True)}
     ties = find_ties(shards, partial(open_weights, described.checkpoint))
     tied = _by_folder([replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in shards])

@@ -207,7 +207,7 @@ def _read_names(checkpoint: Checkpoint) -> CheckpointNames:
         dtypes={tensor.name: tensor.dtype for tensor in tensors},
         roles=find_roles(shapes, model_type),
         repeating=frozenset(model_type.find_ties(shapes) if model_type and model_type.is_tied else ()),
-        is_perturbed=checkpoint.path(RECIPE).is_file(),
+        is_perturbed=checkpoint.holds(RECIPE),
     )
 
 

@@ -86,6 +86,7 @@ def _done(recipe: Recipe) -> str:
         "source": f"`{_name(recipe)}{'@' * bool(recipe.commit)}{recipe.commit or ''}`",
         "variant": recipe.variant and f"`{recipe.variant}`",
         "key": recipe.key and f"`{recipe.key}`",
+        "dequantized to": recipe.dequantize,
         "formula": f"`w' = w + {noise} * {spread}`",
         "lam": f"{s.lam:g}",
         "seed": str(s.seed),
@@ -108,7 +109,12 @@ def _repeat(recipe: Recipe) -> str:
     where = "" if recipe.commit else f" --source {shell_quote(_name(recipe))}"
     note = "" if recipe.commit else f"# --source: where {printable(_name(recipe))} is on your machine\n"
     again = perturb_command(
-        _name(recipe), recipe.settings, commit=recipe.commit, variant=recipe.variant, key=recipe.key
+        _name(recipe),
+        recipe.settings,
+        commit=recipe.commit,
+        variant=recipe.variant,
+        key=recipe.key,
+        dequantize=recipe.dequantize,
     )
     return (
         "## Verify and repeat\n\n"

@@ -6,11 +6,11 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile
+from surgery.checkpoint.tensorfile import Header, Tensor
+from surgery.checkpoint.weight_file import RangeReader, WeightFile
 from surgery.display import Brief
 from surgery.dtypes import BITS, storage, to_numbers
 from surgery.errors import some
@@ -82,19 +82,16 @@ class FileComparison:
     Where its header is another, each tensor is compared with the one of its name, dtype and shape.
 
     Args:
-        path: the file.
+        file: what is compared, which `close` closes.
         name: its name in faults.
         header: the one that it should have.
-    Raises:
-        SourceError: it is malformed.
-        OSError: it cannot be read.
     """
 
-    def __init__(self, path: Path, name: str, header: Header) -> None:
+    def __init__(self, file: WeightFile, name: str, header: Header) -> None:
         self.differences: dict[str, TensorMismatch] = {}
         self._name = name
         self._header = header
-        self._file = TensorFile(path, label=name)
+        self._file = file
         self._theirs = {tensor.name: tensor for tensor in self._file.header.tensors}
         self._ends = [tensor.end for tensor in header.tensors]
         self._lock = threading.Lock()
@@ -115,9 +112,10 @@ class FileComparison:
         if theirs is None or (theirs.dtype, theirs.shape) != (tensor.dtype, tensor.shape):
             return
         new = TensorMismatch(self._name, tensor.name, tensor.dtype, tensor.size)
-        buffer = np.empty(min(_CHUNK, len(data)), np.uint8).data
-        for done in range(0, len(data), _CHUNK):
-            expected = data[done : done + _CHUNK]
+        chunk = len(data) if isinstance(self._file, RangeReader) else _CHUNK
+        buffer = np.empty(min(chunk, len(data)), np.uint8).data
+        for done in range(0, len(data), chunk):
+            expected = data[done : done + chunk]
             found = buffer[: len(expected)]
             self._file.read_into(theirs, start + done, found)
             if not _is_equal(expected, found):

@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.digests import algorithm_of, digest_of_bytes, new_digest
-from surgery.checkpoint.layout import CARD, RECIPE
+from surgery.checkpoint.layout import CARD
 from surgery.checkpoint.resolve import Checkpoint
-from surgery.checkpoint.weight_file import digests_of_sources
+from surgery.checkpoint.weight_file import digests_of_sources, reading_workers
 from surgery.errors import OutputError, SourceError
 from surgery.files import open_file
 from surgery.noise import CONTRACT
 from surgery.noisytune import FLOATS, Moments, NoisyTune, as_globs
 from surgery.perturb import stream
 from surgery.perturb.compare_recipe import file_faults, recipe_faults
-from surgery.perturb.output import OutputFolder, is_finished, refuse_windows
-from surgery.perturb.partfile import PartFile
+from surgery.perturb.destination import Destination, open_destination, read_finished
+from surgery.perturb.output import refuse_windows
 from surgery.perturb.plan import Plan, make_plan
 from surgery.perturb.shard import ShardTask, Sink
 from surgery.perturb.shard_plan import ShardPlan
 from surgery.perturb.tasks import GlobalMoments, make_record, make_task, measure, with_ties
 from surgery.progress import bar
 from surgery.recipe import FileRecord, Recipe, warn_of_vanished
+from surgery.storage.url import Url
 from surgery.threads import streaming_workers
 
 _CHUNK = 1 << 20
@@ -44,6 +45,7 @@ def perturb_checkpoint(
     revision: str | None = None,
     variant: str | None = None,
     key: str | None = None,
+    dequantize: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -56,12 +58,13 @@ def perturb_checkpoint(
     the same call. w' = w + U(-lam/2, lam/2) * std(w): Wu et al., ACL 2022, arXiv 2202.12024, eq. 1.
 
     Args:
-        source: Hub id, folder, or .safetensors or PyTorch file.
-        out: folder to write; default: named after source, lam and seed, in the current directory.
+        source: Hub id, folder, URL, or .safetensors or PyTorch file.
+        out: folder or URL to write; default: named after source, lam and seed, in the current directory.
         lam, seed, noise, scale, rounding, include, exclude: see NoisyTune.
         revision: branch, tag or commit; Hub only.
         variant: as in from_pretrained, such as "fp16".
         key: which state_dict to take of a PyTorch file that holds several.
+        dequantize: "bf16": write float8 in blocks (DeepSeek, Qwen) and mxfp4 (gpt-oss) as bfloat16.
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
         workers: threads; default: three per core, at most 16. The bytes written do not depend on it.
@@ -76,7 +79,15 @@ def perturb_checkpoint(
     refuse_windows("perturb")
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     plan = make_plan(
-        source, out, settings, revision=revision, variant=variant, key=key, token=token, recipe_only=recipe_only
+        source,
+        out,
+        settings,
+        revision=revision,
+        variant=variant,
+        key=key,
+        dequantize=dequantize,
+        token=token,
+        recipe_only=recipe_only,
     )
     recipe = execute(plan, overwrite=overwrite, workers=workers)
     warn_of_vanished(recipe)
@@ -87,9 +98,9 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
     """Do what the plan says, or finish it, and return the recipe that was written. Raises as perturb_checkpoint."""
     if not overwrite and (recipe := _already_done(plan)):
         return recipe
-    workers = workers or streaming_workers()
+    workers = workers or reading_workers(streaming_workers(), plan.checkpoint)
     plan = with_ties(plan)
-    folder = OutputFolder(plan.out, _job(plan), plan.command, plan.sizes, partial(_is_record, plan))
+    folder = open_destination(plan.out, _job(plan), plan.command, plan.sizes, partial(_is_record, plan))
     with folder.claim(overwrite=overwrite):
         todo = [shard for shard in plan.shards if shard.name not in folder.finished]
         by_name = {shard.name: shard for shard in todo}
@@ -109,7 +120,7 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
         companions = _write_companions(plan, folder)
         recipe = _recipe(plan, folder, companions, measured.pooled)
         if plan.recorded:
-            _refuse(recipe_faults(plan.recorded, recipe), folder)
+            _refuse(recipe_faults(plan.recorded, recipe), plan.out)
         recipe = _write_card(recipe, plan, folder)
         folder.finish(recipe.to_json())
     return recipe
@@ -118,15 +129,18 @@ def execute(plan: Plan, *, overwrite: bool = False, workers: int | None = None) 
 def _job(plan: Plan) -> dict[str, Any]:
     """Describe the run, for a later one to tell whether it is the same; a local source counts by size and time."""
     checkpoint = plan.checkpoint
-    files: dict[str, list[int]] = {}
-    if checkpoint.commit is None:
+    files: dict[str, list[int | str | None]] = {}
+    if checkpoint.remote and checkpoint.commit is None:
+        files = {s.source: [checkpoint.size(s.source), checkpoint.version(s.source)] for s in plan.shards}
+    elif checkpoint.commit is None:
         for name in (part for shard in plan.shards for part in checkpoint.parts(shard.source)):
             stat = checkpoint.path(name).stat()
             files[name] = [stat.st_size, stat.st_mtime_ns]
     source = {"id": checkpoint.id, "commit": checkpoint.commit, "variant": plan.variant, "files": files}
+    chosen = {"key": checkpoint.key, "dequantize": checkpoint.dequantize}
     job = {
         "contract": CONTRACT,
-        "source": source | ({} if checkpoint.key is None else {"key": checkpoint.key}),
+        "source": source | {name: value for name, value in chosen.items() if value is not None},
         "settings": asdict(plan.settings),
     }
     return job | {"recipe_only": True} if plan.is_recipe_only else job
@@ -153,31 +167,33 @@ class _Discarded:
         """Release nothing."""
 
 
-def _open_sink(plan: Plan, folder: OutputFolder, name: str) -> Sink:
+def _open_sink(plan: Plan, folder: Destination, name: str) -> Sink:
     return _Discarded() if plan.is_recipe_only else folder.open_part(name)
 
 
-def _finish_shard(task: ShardTask, plan: Plan, shard: ShardPlan, folder: OutputFolder, measured: GlobalMoments) -> None:
+def _finish_shard(task: ShardTask, plan: Plan, shard: ShardPlan, folder: Destination, measured: GlobalMoments) -> None:
     """Give a complete shard its name and note in the journal what was done to it."""
     record = make_record(task, shard, measured)
     if plan.recorded:
         recorded = next(file for file in plan.recorded.files if file.name == record.name)
-        _refuse(file_faults(recorded, record), folder)
-    if isinstance(task.sink, PartFile):
+        _refuse(file_faults(recorded, record), plan.out)
+    if not plan.is_recipe_only:
         folder.finish_part(shard.name, task.sink)
     folder.record(shard.name, {"size": shard.nbytes, **record.to_json()})
 
 
-def _refuse(faults: list[str], folder: OutputFolder) -> None:
+def _refuse(faults: list[str], place: object) -> None:
     """Leave a repeated run unfinished whose recipe says something else than what comes out."""
     if faults:
-        raise OutputError(f"{folder.path}: {faults[0]} The recipe was altered or is damaged: fetch it again.")
+        raise OutputError(f"{place}: {faults[0]} The recipe was altered or is damaged: fetch it again.")
 
 
-def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
-    """Copy every companion and write the indexes; return their digests, by name."""
+def _write_companions(plan: Plan, folder: Destination) -> dict[str, str]:
+    """Copy every companion, and write the indexes and configs of our own; return their digests, by name."""
     digests = {}
     for name in plan.companions:
+        if name in plan.configs:
+            continue
         plan.checkpoint.refuse_changed(name)
         digest = new_digest(plan.algorithm(name))
         part = folder.open_part(name)
@@ -189,30 +205,32 @@ def _write_companions(plan: Plan, folder: OutputFolder) -> dict[str, str]:
         plan.checkpoint.refuse_changed(name)
         folder.finish_part(name, part)
         digests[name] = digest.text()
-    for name, data in plan.indexes.items():
-        if not plan.is_recipe_only:
+    for name, data in {**plan.configs, **plan.indexes}.items():
+        if name in plan.configs or not plan.is_recipe_only:
             folder.write(name, data)
         digests[name] = digest_of_bytes(data, plan.algorithm(name))
     return digests
 
 
-def _write_card(recipe: Recipe, plan: Plan, folder: OutputFolder) -> Recipe:
+def _write_card(recipe: Recipe, plan: Plan, folder: Destination) -> Recipe:
     """Write the card, and note it in the recipe."""
     from surgery.perturb.card import make_card, read_metadata
 
     own = plan.checkpoint.path(CARD) if CARD in plan.checkpoint.layout.companions else None
-    card = make_card(recipe, read_metadata(own) if own else {}, plan.out).encode()
+    companions = plan.checkpoint.root if isinstance(plan.out, Url) else plan.out
+    card = make_card(recipe, read_metadata(own) if own else {}, companions).encode()
     folder.write(CARD, card)
     return replace(recipe, card=digest_of_bytes(card, plan.algorithm(CARD)))
 
 
-def _recipe(plan: Plan, folder: OutputFolder, companions: dict[str, str], pooled: Moments | None) -> Recipe:
+def _recipe(plan: Plan, folder: Destination, companions: dict[str, str], pooled: Moments | None) -> Recipe:
     files = tuple(FileRecord.from_json(folder.finished[shard.name]) for shard in plan.shards)
     recipe = Recipe(
         source=plan.checkpoint.id,
         commit=plan.checkpoint.commit,
         variant=plan.variant,
         key=plan.checkpoint.key,
+        dequantize=plan.checkpoint.dequantize,
         settings=plan.settings,
         pooled_std=pooled.std if pooled else None,
         files=files,
@@ -233,24 +251,23 @@ def _link_notes(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _already_done(plan: Plan) -> Recipe | None:
     """Return the recipe of `out` if this very run has finished there before."""
-    if not is_finished(plan.out):
+    found = read_finished(plan.out, plan.sizes)
+    if found is None:
         return None
-    recipe = Recipe.read(plan.out / RECIPE)
-    mine = (plan.checkpoint.id, plan.checkpoint.commit, plan.variant, plan.checkpoint.key, plan.settings)
-    if (recipe.source, recipe.commit, recipe.variant, recipe.key, recipe.settings) != mine:
+    recipe, sizes = found
+    source = plan.checkpoint
+    mine = (source.id, source.commit, plan.variant, source.key, source.dequantize, plan.settings)
+    if (recipe.source, recipe.commit, recipe.variant, recipe.key, recipe.dequantize, recipe.settings) != mine:
         return None
     if [file.name for file in recipe.files] != [shard.name for shard in plan.shards]:
         return None
-    if not all((plan.out / name).is_file() for name in plan.sizes):
+    if not sizes.keys() >= plan.sizes.keys():
         return None
     for file, shard in zip(recipe.files, plan.shards, strict=True):
         floats = [tensor for tensor in file.tensors if tensor.dtype in FLOATS and tensor.name in shard.roles]
         if any(tensor.role.is_buffer != shard.roles[tensor.name].is_buffer for tensor in floats):
             return None  # an older version took other tensors for buffers
-        path = plan.out / file.name
-        if plan.is_recipe_only:
-            continue
-        if not path.is_file() or path.stat().st_size != shard.nbytes:
+        if not plan.is_recipe_only and sizes.get(file.name) != shard.nbytes:
             return None
     known = recipe.source_digests
     if plan.checkpoint.commit is None and digests_of_sources(plan.checkpoint, known) != known:

@@ -13,8 +13,16 @@ from surgery.recipe import FORMAT_1
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return a journal or a recipe; None if there is none that is JSON."""
     try:
-        loaded = json.loads(read_file(path))
-    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        return parse_json(read_file(path))
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+
+
+def parse_json(data: bytes) -> dict[str, Any] | None:
+    """Return what is in a journal or a recipe; None if it is damaged."""
+    try:
+        loaded = json.loads(data)
+    except (ValueError, RecursionError):
         return None
     return loaded if isinstance(loaded, dict) else None
 
@@ -30,8 +38,13 @@ def names_in(recipe: dict[str, Any]) -> set[str]:
 
 def is_edited(card: Path, recipe: dict[str, Any]) -> bool:
     """Tell whether a card is there that is not the one that the run wrote."""
+    return bool(recipe.get("card")) and card.is_file() and is_other_card(read_file(card), recipe)
+
+
+def is_other_card(card: bytes, recipe: dict[str, Any]) -> bool:
+    """Tell whether a card is not the one that a recipe names; False if it names none."""
     written = recipe.get("card")
-    if not written or not card.is_file():
+    if not written:
         return False
     written = f"{SHA256}:{written}" if recipe.get("format") == FORMAT_1 else written
-    return not is_digest(written) or digest_of_bytes(read_file(card), algorithm_of(written)) != written
+    return not is_digest(written) or digest_of_bytes(card, algorithm_of(written)) != written

@@ -1,6 +1,5 @@
 """materialize_checkpoint: plan the run that a recipe records, check its source, and write the same bytes again."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,11 @@ from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError
 from surgery.escapes import get_logger, shell_join
 from surgery.perturb.execute import execute
-from surgery.perturb.output import refuse_windows
+from surgery.perturb.output import is_same_folder, refuse_windows
 from surgery.perturb.plan import Plan, choose_out
 from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
-from surgery.recipe import Recipe
+from surgery.recipe import FileRecord, Recipe
+from surgery.storage.url import as_path, find_url
 
 _log = get_logger(__name__)
 
@@ -33,9 +33,9 @@ def materialize_checkpoint(
     the recipe before anything is written. A run that was interrupted is resumed by the same call.
 
     Args:
-        recipe: a surgery.json, a folder that holds one, or a Hub id, of which nothing else is fetched.
-        out: folder to write; default: named as perturb_checkpoint names it.
-        source: where the source is now, if not where it was: Hub id, folder or file.
+        recipe: a surgery.json, a folder that holds one, its URL, or a Hub id, of which nothing else is fetched.
+        out: folder or URL to write; default: named as perturb_checkpoint names it.
+        source: where the source is now, if not where it was: Hub id, folder, file or URL.
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
         workers: threads; default: three per core, at most 16.
@@ -54,19 +54,26 @@ def plan_materialize(
 ) -> Plan:
     """Plan what materialize_checkpoint does, with the source checked. Writes nothing; raises as it does."""
     refuse_windows("materialize")
-    path = find_recipe(recipe, token=token)
-    recorded = Recipe.read(path)
+    found = find_recipe(recipe, token=token)
+    recorded = found.recipe
     checkpoint = find_source(recorded, str(recipe), source=source, token=token)
     named = replace(checkpoint, id=recorded.source, commit=recorded.commit)
     folder = choose_out(out, checkpoint, recorded.settings, name=named.short_name)
-    if folder.resolve() == path.parent.resolve():
+    if is_same_folder(folder, found.path.parent):
         raise OutputError(
             f"{folder}: expected another folder than the recipe's, got that one. Choose another with `out`."
         )
     plan = plan_replay(recorded, checkpoint, folder)
     _refuse_other_weights(plan, recorded)
-    is_local = Path(os.path.expanduser(recipe)).exists()  # noqa: PTH111
-    words = ["surgery", "materialize", str(path if is_local else recipe), *_source_option(source), "-o", str(folder)]
+    is_local = not find_url(recipe) and as_path(recipe).exists()
+    words = [
+        "surgery",
+        "materialize",
+        str(found.path if is_local else recipe),
+        *_source_option(source),
+        "-o",
+        str(folder),
+    ]
     return replace(plan, command=shell_join(words))
 
 
@@ -81,12 +88,27 @@ def execute_materialize(plan: Plan, *, overwrite: bool, workers: int | None) -> 
 def _source_option(source: str | Path | None) -> Iterable[str]:
     if source is None:
         return []
-    path = Path(os.path.expanduser(source))  # noqa: PTH111
+    if url := find_url(source):
+        return ["--source", str(url)]
+    path = as_path(source)
     return ["--source", str(path.absolute() if path.exists() else source)]
 
 
 def _refuse_other_weights(plan: Plan, recorded: Recipe) -> None:
-    """Hash the source before anything is written; what is hashed is remembered, so the run does not do it again."""
-    expected = recorded.source_digests
+    """Hash the source before anything is written; what is hashed is remembered, so the run does not do it again.
+
+    An object that the store still calls what the recipe does is not read for that: the run itself compares its bytes.
+    """
+    unchanged = {file.source for file in recorded.files if file.source_version and _is_at_rest(plan, recorded, file)}
+    expected = {name: digest for name, digest in recorded.source_digests.items() if name not in unchanged}
     for name, digest in digests_of_sources(plan.checkpoint, expected).items():
-        refuse_other_source(plan.checkpoint.path(name), digest, expected[name])
+        refuse_other_source(plan.checkpoint.label(name), digest, expected[name])
+
+
+def _is_at_rest(plan: Plan, recorded: Recipe, file: FileRecord) -> bool:
+    """Tell whether a source's object is where it was, under the tag that it had."""
+    checkpoint = plan.checkpoint
+    if checkpoint.remote is None or not checkpoint.remote.entries[file.source].is_tagged:
+        return False
+    is_there = find_url(recorded.source) in (checkpoint.remote.url, checkpoint.remote.url / file.source)
+    return is_there and checkpoint.version(file.source) == file.source_version

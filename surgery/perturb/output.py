@@ -16,17 +16,19 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
 from surgery.errors import OutputError
 from surgery.files import kind_of_mode, list_files
 from surgery.io_errors import naming
 from surgery.lock import LOCK, lock_folder
+from surgery.perturb.claims import edited_card, refuse_others_files
 from surgery.perturb.former_run import is_edited, names_in, read_json
 from surgery.perturb.output_errors import as_output_error
 from surgery.perturb.partfile import PartFile, sync
 from surgery.sizes import as_bytes
+from surgery.storage.url import Url
 
 _PART = ".surgery-part"
 
@@ -95,18 +97,19 @@ class OutputFolder:
         self._owned = owned | set(self._planned) | {CARD}
         is_same = former.get("job") == self._job
         known = owned | {JOURNAL, RECIPE}
-        strangers = sorted(present - known - {part for name in known for part in _part_names(name)})
-        if former and not is_same and not overwrite:
-            self._refuse_other_job(former)
-        if strangers or (present and not former and not (recipe and overwrite)):
-            found = f"{len(strangers or present)} files, such as {(strangers or sorted(present))[0]!r}"
-            hint = (
-                "Choose another with `out`."
-                if strangers or not recipe
-                else "Replace it with `overwrite`, or use `out`."
-            )
-            raise OutputError(f"{self.path}: expected a new or empty folder, got {found}. {hint}")
-        self._refuse_edited_card(recipe or {})
+        strangers = present - known - {part for name in known for part in _part_names(name)}
+        refuse_others_files(
+            self.path,
+            present,
+            strangers,
+            journal=former,
+            recipe=recipe,
+            job=self._job,
+            resume=self._resume,
+            overwrite=overwrite,
+        )
+        if is_edited(self.path / CARD, recipe or {}):
+            raise edited_card(self.path / CARD)
         if is_same:
             self.finished = {n: r for n, r in former["finished"].items() if self._is_whole(n, r)}
             self.notes = former["notes"]
@@ -140,25 +143,6 @@ class OutputFolder:
                 continue
             if is_folder and PurePosixPath(name) not in removed:
                 raise OutputError(f"{self.path / name}: expected a file or nothing, got a folder. Move it away.")
-
-    def _refuse_other_job(self, journal: dict[str, Any]) -> NoReturn:
-        if journal.get("resume") == self._resume:
-            raise OutputError(
-                f"{self.path}: expected the source as it was when this run began, got one that has changed since. "
-                "Start again with `overwrite`."
-            )
-        raise OutputError(
-            f"{self.path}: expected a new or empty folder, got one that another command did not finish. "
-            f"Finish it with `{journal.get('resume')}`, or replace it with `overwrite`."
-        )
-
-    def _refuse_edited_card(self, recipe: dict[str, Any]) -> None:
-        """Spare a card that its owner has written in: what else is removed here can be made again."""
-        card = self.path / CARD
-        if is_edited(card, recipe):
-            raise OutputError(
-                f"{card}: expected the card that was written here, got one edited since. Move it away first."
-            )
 
     def _is_whole(self, name: str, record: dict[str, Any]) -> bool:
         if name not in self._planned:  # only its record is wanted
@@ -254,8 +238,12 @@ def refuse_windows(command: str) -> None:
         )
 
 
-def is_finished(path: Path) -> bool:
+def is_finished(path: Path | Url) -> bool:
     """Tell whether a run has finished in this folder."""
+    if isinstance(path, Url):
+        from surgery.perturb.remote_output import find_finished
+
+        return find_finished(path) is not None
     return (path / RECIPE).is_file() and not (path / JOURNAL).exists()
 
 
@@ -272,6 +260,13 @@ def _sync_folder(path: Path) -> None:
     finally:
         with naming(path):
             os.close(fd)
+
+
+def is_same_folder(one: Path | Url, other: Path | Url) -> bool:
+    """Tell whether two names are of one folder."""
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.resolve() == other.resolve()
+    return one == other
 
 
 def refuse_output(out: Path, source_root: Path) -> None:

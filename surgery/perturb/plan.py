@@ -1,13 +1,12 @@
 """Plan: which tensor of which shard is perturbed or copied, and every file to write, settled from headers alone."""
 
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from surgery.checkpoint.config_files import refuse_quantized
+from surgery.checkpoint.config_files import refuse_quantized, without_quantization
 from surgery.checkpoint.digests import BLAKE3, SHA256, algorithm_of
 from surgery.checkpoint.layout import CARD, WeightSet
 from surgery.checkpoint.resolve import Checkpoint, resolve
@@ -18,11 +17,13 @@ from surgery.checkpoint.weight_file import open_weights
 from surgery.errors import SettingError, SourceError
 from surgery.escapes import shell_join
 from surgery.noisytune import NoisyTune
+from surgery.perturb.claims import refuse_url
 from surgery.perturb.indexes import plan_index
 from surgery.perturb.output import refuse_output
 from surgery.perturb.shard_plan import ShardPlan, floats, is_packed
 from surgery.recipe import Recipe
 from surgery.roles import Role
+from surgery.storage.url import Url, as_path, find_url
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Plan:
 
     Args:
         indexes: to write, by name.
+        configs: to write in the place of the source's, by name: weights that were dequantized are not quantized.
         command: the shell command that does this.
         recorded: the recipe that the run repeats, if it does; what it writes must be what that says.
         is_recipe_only: the weights and their indexes are computed, for the recipe, and not written.
@@ -38,13 +40,14 @@ class Plan:
 
     checkpoint: Checkpoint
     settings: NoisyTune
-    out: Path
+    out: Path | Url
     shards: tuple[ShardPlan, ...]
     indexes: dict[str, bytes]
     variant: str | None
     command: str
     recorded: Recipe | None = None
     is_recipe_only: bool = False
+    configs: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def companions(self) -> tuple[str, ...]:
@@ -65,7 +68,8 @@ class Plan:
         sizes |= {name: len(data) for name, data in self.indexes.items()}
         if self.is_recipe_only:
             sizes = {}
-        return sizes | {name: self.checkpoint.path(name).stat().st_size for name in self.companions}
+        sizes |= {name: self.checkpoint.size(name) for name in self.companions}
+        return sizes | {name: len(data) for name, data in self.configs.items()}
 
     def algorithm(self, name: str) -> str:
         """Return the algorithm of a written file's digest: BLAKE3, or that of the recipe that the run repeats."""
@@ -80,6 +84,12 @@ class Plan:
             return algorithm_of(self.recorded.source_digests[name])
         return SHA256 if self.checkpoint.commit else BLAKE3
 
+    def source_version(self, name: str) -> str | None:
+        """Return what the store calls a source's object: the recipe's word, where the run repeats one."""
+        if self.recorded:
+            return next((file.source_version for file in self.recorded.files if file.source == name), None)
+        return self.checkpoint.version(name)
+
 
 def perturb_command(
     source: str,
@@ -88,7 +98,8 @@ def perturb_command(
     commit: str | None,
     variant: str | None,
     key: str | None = None,
-    out: Path | None = None,
+    dequantize: str | None = None,
+    out: Path | Url | None = None,
 ) -> str:
     """Return the shell command that perturbs a source."""
     s = settings
@@ -97,6 +108,7 @@ def perturb_command(
     words += ["--revision", commit] if commit else []
     words += ["--variant", variant] if variant else []
     words += [] if key is None else ["--key", key]
+    words += [] if dequantize is None else ["--dequantize", dequantize]
     for option, value, default in (
         ("--noise", s.noise, "uniform"),
         ("--scale", s.scale, "matrix"),
@@ -116,6 +128,7 @@ def make_plan(
     revision: str | None = None,
     variant: str | None = None,
     key: str | None = None,
+    dequantize: str | None = None,
     token: str | None = None,
     recipe_only: bool = False,
 ) -> Plan:
@@ -124,26 +137,28 @@ def make_plan(
     Raises:
         SettingError, SourceError, OutputError: as perturb_checkpoint.
     """
-    checkpoint = resolve(source, revision=revision, variant=variant, key=key, token=token)
-    out = choose_out(out, checkpoint, settings, name=checkpoint.short_name)
-    plan = plan_checkpoint(checkpoint, out, settings, variant=variant)
+    checkpoint = resolve(source, revision=revision, variant=variant, key=key, dequantize=dequantize, token=token)
+    place = choose_out(out, checkpoint, settings, name=checkpoint.short_name)
+    plan = plan_checkpoint(checkpoint, place, settings, variant=variant)
     return replace(plan, is_recipe_only=True, command=f"{plan.command} --recipe-only") if recipe_only else plan
 
 
-def choose_out(out: str | Path | None, checkpoint: Checkpoint, settings: NoisyTune, *, name: str) -> Path:
-    """Return the folder to write, by default one named after the source, lam and seed.
+def choose_out(out: str | Path | None, checkpoint: Checkpoint, settings: NoisyTune, *, name: str) -> Path | Url:
+    """Return the folder or URL to write, by default a folder named after the source, lam and seed.
 
     Raises:
         OutputError: it may not be written to.
     """
-    named = out or f"{name}-noisytune-lam{settings.lam:g}-seed{settings.seed}"
-    out = Path(os.path.expanduser(named))  # noqa: PTH111  (Path fails for an unknown ~user)
+    if out and (url := find_url(out)):
+        refuse_url(url, find_url(checkpoint.id))
+        return url
+    out = as_path(out or f"{name}-noisytune-lam{settings.lam:g}-seed{settings.seed}")
     refuse_output(out, Path(checkpoint.id) if Path(checkpoint.id).is_file() else checkpoint.root)
     return out.absolute()
 
 
 def plan_checkpoint(
-    checkpoint: Checkpoint, out: Path, settings: NoisyTune, *, variant: str | None, recorded: Recipe | None = None
+    checkpoint: Checkpoint, out: Path | Url, settings: NoisyTune, *, variant: str | None, recorded: Recipe | None = None
 ) -> Plan:
     """Settle what happens to every tensor of a checkpoint.
 
@@ -153,6 +168,7 @@ def plan_checkpoint(
         SettingError, SourceError: as perturb_checkpoint.
     """
     refuse_quantized(checkpoint)
+    configs = _plan_configs(checkpoint)
     shards: list[ShardPlan] = []
     indexes: dict[str, bytes] = {}
     for weight_set in checkpoint.layout.weights:
@@ -172,9 +188,28 @@ def plan_checkpoint(
             "Correct `include` and `exclude`."
         )
     command = perturb_command(
-        checkpoint.id, settings, commit=checkpoint.commit, variant=variant, key=checkpoint.key, out=out
+        checkpoint.id,
+        settings,
+        commit=checkpoint.commit,
+        variant=variant,
+        key=checkpoint.key,
+        dequantize=checkpoint.dequantize,
+        out=out,
     )
-    return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command, recorded)
+    return Plan(checkpoint, settings, out, tuple(shards), indexes, variant, command, recorded, configs=configs)
+
+
+def _plan_configs(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return the configs to write in the place of the source's, which say that its weights are quantized."""
+    if not checkpoint.dequantize:
+        return {}
+    configs = without_quantization(checkpoint)
+    if not configs:
+        raise SettingError(
+            f"`dequantize`: expected a config.json with a quantization_config, got none in {checkpoint.id}. "
+            "Leave it out, or fetch that file too."
+        )
+    return {name: data for name, data in configs.items() if name in checkpoint.layout.companions}
 
 
 def _plan_set(
@@ -195,7 +230,7 @@ def _plan_set(
     for name, (header, tied) in files.items():
         of_shard = {t.name: roles[t.name] for t in header.tensors} | {t.name: t.role for t in records.get(name, ())}
         if not recorded:  # else it was perturbed before this was known
-            _refuse_packed(checkpoint.path(name), header)
+            _refuse_packed(checkpoint.label(name), header)
         copied = _reasons_to_copy(header, settings, of_shard)
         shards.append(ShardPlan(name, _output_name(weight_set, name), header, copied, tied, of_shard, class_ties))
     return shards
@@ -208,11 +243,11 @@ def _read_header(checkpoint: Checkpoint, name: str) -> tuple[Header, dict[str, s
     return source.header, source.tied
 
 
-def _refuse_packed(path: Path, header: Header) -> None:
+def _refuse_packed(file: str, header: Header) -> None:
     for tensor in header.tensors:
         if is_packed(tensor):
             raise SourceError(
-                f"{path}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
+                f"{file}: {tensor.name!r}: expected unquantized weights, got {tensor.dtype}. "
                 "Perturb the original checkpoint and quantize the result."
             )
 

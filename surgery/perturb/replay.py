@@ -2,26 +2,57 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.checkpoint.digests import algorithm_of, digest_of, digest_of_bytes, shorten
-from surgery.checkpoint.layout import CARD, RECIPE
-from surgery.checkpoint.resolve import REPO_ID, Checkpoint, refuse_unfinished, resolve
+from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
+from surgery.checkpoint.resolve import REPO_ID, Checkpoint, resolve
+from surgery.checkpoint.unfinished import refuse_unfinished, unfinished
 from surgery.errors import SettingError, SourceError, some
 from surgery.perturb.plan import Plan, plan_checkpoint
 from surgery.recipe import Recipe
+from surgery.storage.url import Url, as_path, find_url
 
 
-def find_recipe(where: str | Path, *, token: str | None) -> Path:
-    """Return the path of a surgery.json, fetching it and nothing else if `where` is on the Hub.
+@dataclass(frozen=True)
+class FoundRecipe:
+    """A recipe, and where its surgery.json is: on this machine, or on a store."""
+
+    recipe: Recipe
+    path: Path | Url
+
+
+def find_recipe(where: str | Path, *, token: str | None) -> FoundRecipe:
+    """Find and read a surgery.json, fetching it and nothing else if `where` is on the Hub or on a store.
 
     Args:
-        where: a surgery.json, a folder that holds one, or a Hub id, which may end in `@revision`.
+        where: a surgery.json, a folder that holds one, its URL, or a Hub id, which may end in `@revision`.
     Raises:
-        SourceError: there is none.
+        SourceError: there is none, or it is damaged.
     """
-    path = Path(os.path.expanduser(where))  # noqa: PTH111  (Path's own fails for an unknown ~user)
+    if url := find_url(where):
+        return _fetch_from_store(url)
+    path = _find_path(where, token)
+    return FoundRecipe(Recipe.read(path), path)
+
+
+def _fetch_from_store(url: Url) -> FoundRecipe:
+    from surgery.storage.store import Store
+
+    folder, name = (url.parent, url.name) if url.name.endswith(".json") else (url, RECIPE)
+    store = Store(folder, SourceError)
+    if name == RECIPE and store.entry(JOURNAL):
+        raise unfinished(str(folder))
+    entry = store.entry(name)
+    if entry is None:
+        raise SourceError(f"{url}: expected a {RECIPE}, or a folder that holds one, got none of them. Check the URL.")
+    text = store.read(name, 0, entry.size).decode(errors="replace")
+    return FoundRecipe(Recipe.from_json(text, what=str(folder / name)), folder / name)
+
+
+def _find_path(where: str | Path, token: str | None) -> Path:
+    path = as_path(where)
     if str(where) and path.is_dir():
         refuse_unfinished(path)
         path /= RECIPE
@@ -69,6 +100,8 @@ def find_source(recipe: Recipe, what: str, *, source: str | Path | None, token: 
         )
     if source is None and recipe.commit:
         source = f"{recipe.source}@{recipe.commit}"
+    elif source is None and find_url(recipe.source):
+        source = recipe.source
     elif source is None:
         source = Path(recipe.source)
         # Path's own fails for a name that is too long
@@ -77,10 +110,10 @@ def find_source(recipe: Recipe, what: str, *, source: str | Path | None, token: 
                 f"{what}: expected its source, {recipe.source}, on this machine, got no such path. "
                 "Say with `source` where it is."
             )
-    return resolve(source, variant=recipe.variant, key=recipe.key, token=token)
+    return resolve(source, variant=recipe.variant, key=recipe.key, dequantize=recipe.dequantize, token=token)
 
 
-def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
+def plan_replay(recipe: Recipe, checkpoint: Checkpoint, out: Path | Url) -> Plan:
     """Plan a recipe's run on its source, under the name that the source had.
 
     What it took for buffers is left alone, and nothing else: later versions may know better which tensors are buffers.
@@ -118,18 +151,18 @@ def _refuse_other_files(plan: Plan, recorded: Mapping[str, str]) -> None:
 
 def _refuse_other_companions(plan: Plan, recorded: Mapping[str, str]) -> None:
     for name, digest in recorded.items():
-        path = plan.checkpoint.path(name)
-        if name in plan.indexes:
-            refuse_other_source(path, digest_of_bytes(plan.indexes[name], algorithm_of(digest)), digest)
+        label = plan.checkpoint.label(name)
+        if made := plan.indexes.get(name) or plan.configs.get(name):
+            refuse_other_source(label, digest_of_bytes(made, algorithm_of(digest)), digest)
         elif name in plan.companions:
-            refuse_other_source(path, digest_of(path, algorithm_of(digest)), digest)
+            refuse_other_source(label, digest_of(plan.checkpoint.path(name), algorithm_of(digest)), digest)
         else:
             raise SourceError(
-                f"{path}: expected a file of the recipe's source, got none. Say with `source` where the right one is."
+                f"{label}: expected a file of the recipe's source, got none. Say with `source` where the right one is."
             )
 
 
-def refuse_other_source(path: Path, digest: str, expected: str) -> None:
+def refuse_other_source(label: str, digest: str, expected: str) -> None:
     """Refuse a file of the source that is not the one a recipe was made from.
 
     Raises:
@@ -137,6 +170,6 @@ def refuse_other_source(path: Path, digest: str, expected: str) -> None:
     """
     if digest != expected:
         raise SourceError(
-            f"{path}: expected the recipe's source ({shorten(expected)}), got another file ({shorten(digest)}). "
+            f"{label}: expected the recipe's source ({shorten(expected)}), got another file ({shorten(digest)}). "
             "Say with `source` where the right one is."
         )

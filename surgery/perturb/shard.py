@@ -16,7 +16,7 @@ import numpy as np
 
 from surgery.checkpoint.digests import new_digest
 from surgery.checkpoint.tensorfile import Tensor
-from surgery.checkpoint.weight_file import WeightFile
+from surgery.checkpoint.weight_file import WeightFile, read_runs
 from surgery.kernels import cpu
 from surgery.noise import BLOCK, key
 from surgery.noisytune import Effect, Moments, NoisyTune, merge_blocks, merge_effect
@@ -50,6 +50,7 @@ class ShardTask:
         algorithm: of the digest of what is handed on.
         source_algorithm: of the source's digest.
         source_digest: the source's digest, if it is known already.
+        source_version: what the store calls the source's object.
     """
 
     name: str
@@ -61,6 +62,7 @@ class ShardTask:
     source_algorithm: str
     tied: Mapping[str, str] = field(default_factory=dict)
     pooled_std: float | None = None
+    source_version: str | None = None
     sink: Sink | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
     effects: dict[str, Effect] = field(default_factory=dict)
@@ -176,8 +178,7 @@ class OpenShard:
         data = place_in(window, position, piece.nbytes)
         parts = list(self._parts(piece, data))
         if not piece.is_heir:
-            for run, part in parts:
-                self._source.read_into(run.tensor, run.start, part)
+            read_runs(self._source, [(run.tensor, run.start, part) for run, part in parts], data)
         if piece.read_turn is not None:
             with self._read_turns.turn(piece.read_turn):
                 self._read_digest.update(data)

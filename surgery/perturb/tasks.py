@@ -97,7 +97,7 @@ def make_task(plan: Plan, shard: ShardPlan, measured: GlobalMoments, open_sink: 
     pooled = measured.pooled
     return ShardTask(
         name=shard.name,
-        label=str(plan.checkpoint.path(shard.source)),
+        label=plan.checkpoint.label(shard.source),
         open_source=partial(_open_planned, plan, shard),
         open_sink=open_sink,
         copied=frozenset(shard.copied.keys() | flat),
@@ -106,6 +106,7 @@ def make_task(plan: Plan, shard: ShardPlan, measured: GlobalMoments, open_sink: 
         tied=shard.tied,
         pooled_std=pooled.std if pooled else None,
         source_digest=measured.digests.get(shard.name, ""),
+        source_version=plan.source_version(shard.source),
     )
 
 
@@ -114,9 +115,9 @@ def _open_planned(plan: Plan, shard: ShardPlan) -> WeightFile:
     source = open_weights(plan.checkpoint, shard.source)
     if source.header.raw != shard.header.raw:
         source.close()
-        path = plan.checkpoint.path(shard.source)
         raise SourceError(
-            f"{path}: expected the tensors that were planned, got others: it changed meanwhile. Run again."
+            f"{plan.checkpoint.label(shard.source)}: expected the tensors that were planned, got others: it changed "
+            "meanwhile. Run again."
         )
     return source
 
@@ -131,4 +132,6 @@ def make_record(task: ShardTask, shard: ShardPlan, measured: GlobalMoments) -> F
         effect = task.effects.get(tensor.name)
         known = shard.roles[tensor.name].known
         tensors.append(TensorRecord(tensor.name, tensor.dtype, tensor.shape, std, reason, effect, known))
-    return FileRecord(shard.name, task.digest, shard.source, task.source_digest, tuple(tensors), shard.tied)
+    return FileRecord(
+        shard.name, task.digest, shard.source, task.source_digest, tuple(tensors), shard.tied, task.source_version
+    )

@@ -7,11 +7,13 @@ read, and of those that agree in them all.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 from surgery.checkpoint.tensorfile import Tensor
 from surgery.checkpoint.tied_names import LEAST, is_embedding, order
-from surgery.checkpoint.weight_file import WeightFile
+from surgery.checkpoint.weight_file import REQUESTS, RangeReader, WeightFile
 from surgery.errors import SettingError
 from surgery.escapes import get_logger
 from surgery.noisytune import EXCLUDED, NOT_INCLUDED
@@ -104,13 +106,22 @@ def _sampled(groups: list[list[_Member]], open_source: Callable[[str], WeightFil
     for name, members in by_shard.items():
         source = open_source(name)
         try:
-            for member in members:
-                sample = _sample(source, member.tensor)
+            for member, sample in zip(members, _samples(source, members), strict=True):
                 if not _is_flat(source, member.tensor, sample):
                     alike[*member.kind, sample].append(member)
         finally:
             source.close()
     yield from (group for group in alike.values() if len(group) > 1)
+
+
+def _samples(source: WeightFile, members: Sequence[_Member]) -> Iterator[bytes]:
+    """Yield a sample of each tensor; where each takes a request to a store, several at once."""
+    tensors = [member.tensor for member in members]
+    if not isinstance(source, RangeReader):
+        yield from (_sample(source, tensor) for tensor in tensors)
+        return
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        yield from pool.map(partial(_sample, source), tensors)
 
 
 def _sample(source: WeightFile, tensor: Tensor) -> bytes:

@@ -14,6 +14,7 @@ from surgery.recipe import PERTURBED, Recipe
 from surgery.report.tables import Terminal
 from surgery.report.text import as_pace, line, reason_lines
 from surgery.sizes import as_bytes
+from surgery.storage.url import Url
 
 _ACTS_IN_QUOTES = re.compile(r'["$`!]|\\\\')  # of a shell
 
@@ -88,9 +89,11 @@ def _notes(recipe: Recipe, plan: Plan) -> list[str]:
     notes = list(recipe.notes)
     if recipe.settings.rounding == "stochastic" and not any(t.dtype in ("F16", "BF16") for t in perturbed):
         notes.append("--rounding stochastic had nothing to do: no 16-bit tensor was perturbed")
+    if recipe.dequantize:
+        notes.append(f"weights of small floats in blocks were read as {recipe.dequantize}, and their scales left out")
     if recipe.settings.lam == 0:
-        notes.append("lam is 0: the copy equals the source")
-    if plan.checkpoint.path(RECIPE).is_file():
+        notes.append(f"lam is 0: the copy equals the source{', dequantized' if recipe.dequantize else ''}")
+    if plan.checkpoint.holds(RECIPE):
         notes.append(PERTURBED)
     return notes
 
@@ -100,6 +103,8 @@ def _next_command(recipe: Recipe, plan: Plan) -> str:
     out = plan.out
     if plan.is_recipe_only:
         return shell_join(["surgery", "materialize", str(out), "-o", f"{out}-weights"])
+    if isinstance(out, Url):
+        return shell_join(["surgery", "verify", str(out)])
     from surgery.perturb.loading import find_own_loading  # takes YAML, which a dry run need not wait for
 
     code = find_own_loading(recipe, out).for_folder(out)

@@ -42,8 +42,28 @@ class Block(nn.Module):
         return x + self.outer(self.inner(x).relu())
 
 
+class Others(nn.Module):
+    """Layers whose weights are not called `weight`, over each row as two positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(SIZE // 2, SIZE // 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(SIZE // 2, 2, bias=False, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, _ = self.gru(x.unflatten(1, (2, -1)))
+        return x + self.attention(hidden, hidden, hidden)[0].flatten(1)
+
+
 class Net(nn.Module):
-    def __init__(self, *, is_checkpointed: bool = False, has_unused: bool = False, is_tied: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        is_checkpointed: bool = False,
+        has_unused: bool = False,
+        is_tied: bool = False,
+        has_others: bool = False,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Block(is_checkpointed=is_checkpointed) for _ in range(2)])
         self.head = nn.Linear(SIZE, SIZE)
@@ -52,6 +72,8 @@ class Net(nn.Module):
         if is_tied:
             self.first = nn.Linear(SIZE, SIZE)
             self.first.weight = self.head.weight
+        if has_others:
+            self.blocks.append(Others())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if hasattr(self, "first"):
@@ -277,6 +299,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "ddp unused": lambda: ddp(is_first=True, find_unused_parameters=True, options={"has_unused": True}),
     "ddp bucket view": lambda: ddp(is_first=True, gradient_as_bucket_view=True),
     "ddp tied": lambda: ddp(is_first=True, options={"is_tied": True}),
+    "ddp others": lambda: ddp(is_first=True, options={"has_others": True}),
     "ddp compiled": lambda: ddp(is_first=True, is_compiled=True),
     "fsdp before neuron": lambda: fsdp(is_first=True),
     "fsdp before element": lambda: fsdp(is_first=True, granularity="element"),
@@ -291,6 +314,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "fsdp after layers only": lambda: fsdp(is_first=False, is_root=False),
     "fsdp before tied": lambda: fsdp(is_first=True, options={"is_tied": True}),
     "fsdp after tied": lambda: fsdp(is_first=False, options={"is_tied": True}, granularity="element"),
+    "fsdp before others": lambda: fsdp(is_first=True, options={"has_others": True}),
+    "fsdp after others": lambda: fsdp(is_first=False, options={"has_others": True}),
     "fsdp before compiled": lambda: fsdp(is_first=True, is_compiled=True),
     "fsdp after compiled": lambda: fsdp(is_first=False, is_compiled=True),
     "fsdp bf16 before": lambda: fsdp_bf16(is_first=True),

@@ -17,7 +17,7 @@ from ranks import SIZE, STEPS, build, main, own, rows
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from surgery import Mixout, RDrop, RecAdam, describe, patch_model, perturb_model, stats, unpatch_model
+from surgery import Mixout, RDrop, RecAdam, SourceError, describe, patch_model, perturb_model, stats, unpatch_model
 
 LR, DECAY = 1e-2, 0.1
 
@@ -211,6 +211,27 @@ def _is_equal(model: nn.Module, reference: nn.Module) -> bool:
     return all(torch.equal(got[name], w) for name, w in wanted.items() if not name.startswith("classifier"))
 
 
+class Attending(nn.Module):
+    """nn.MultiheadAttention reads its out_proj past that layer, so that ZeRO-3 does not put its weight together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(SIZE, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.attention(x, x, x)[0]
+        return found
+
+
+def attending() -> Any:
+    engine = engine_of(patch_model(Attending().double(), mixout=0.5), 3)
+    try:
+        engine(own(rows()[0]))
+    except SourceError as error:
+        return {"refusal": str(error)}
+    return {"refusal": ""}
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "mixout": {"mixout": Mixout(0.5)},
     "anchor": {"anchor": 2.0},
@@ -245,7 +266,7 @@ NOISY: dict[str, Callable[[], Any]] = {
     for stage in STAGES
     for order in ORDERS
 }
-CASES = TRAINED | PAIRED | NOISY
+CASES = TRAINED | PAIRED | NOISY | {"zero 3 attention": attending}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+)
+from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 
 from surgery.display import as_html
 from surgery.errors import SettingError, SourceError
@@ -91,17 +98,17 @@ def test_describe_accounts_for_every_parameter(tmp_path: Path) -> None:
 def test_describe_names_layers_of_other_kinds() -> None:
     model = nn.ModuleDict({
         "transposed": nn.ConvTranspose2d(2, 2, 2),
-        "attn": nn.MultiheadAttention(8, 2),
-        "lstm": nn.LSTM(4, 4),
-        "out": nn.Linear(4, 4),
+        "attn": nn.MultiheadAttention(8, 2, add_bias_kv=True),
+        "xlnet": XLNetRelativeAttention(XLNetConfig(d_model=4, n_head=2, d_inner=8)),
+        "out": nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4),
     })  # fmt: skip
     left = describe(patch_model(model, include="**")).left
     assert left
     assert left["transposed.weight"] == "of ConvTranspose2d, a kind of layer that is not mixed"
     reason = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
-    assert left["attn.out_proj.weight"] == reason
-    assert left["attn.in_proj_weight"] == "of MultiheadAttention, a kind of layer that is not mixed"
-    assert left["lstm.weight_ih_l0"] == "of LSTM, a kind of layer that is not mixed"
+    assert left["out.weight"] == reason
+    assert left["attn.bias_k"] == left["xlnet.r_w_bias"] == "bias, norm or another vector"
+    assert left["xlnet.seg_embed"] == "of XLNetRelativeAttention, of which only these are mixed: q, k, v, r, o"
 
 
 def test_describe_of_an_unpatched_model_is_empty() -> None:

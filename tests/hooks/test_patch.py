@@ -312,7 +312,7 @@ def test_deepcopy_mixes_on_its_own_and_shares_w_pre() -> None:
     step(model, torch.optim.SGD(model.parameters(), lr=0.1))
     copied = deepcopy(model)
     assert torch.equal(loss(model, 1), loss(copied, 1))
-    sites = [each.bert.encoder.layer[0].output.dense._surgery_mixed.tracked for each in (model, copied)]
+    sites = [each.bert.encoder.layer[0].output.dense._surgery_mixed.reads[0][1].tracked for each in (model, copied)]
     assert sites[0] is not sites[1]
     assert sites[0].values is sites[1].values
     assert sites[1].weight is copied.bert.encoder.layer[0].output.dense.weight
@@ -329,7 +329,7 @@ def test_deepcopy_is_cast_alone() -> None:
     model = patch_model(bert(), mixout=0.5)
     copied = deepcopy(model).bfloat16()
     loss(copied).backward()
-    assert model.bert.encoder.layer[0].output.dense._surgery_mixed.tracked.values.dtype == torch.float32
+    assert model.bert.encoder.layer[0].output.dense._surgery_mixed.reads[0][1].tracked.values.dtype == torch.float32
 
 
 @pytest.mark.parametrize("mixout", [None, 0.5])
@@ -447,7 +447,7 @@ def test_weight_unfrozen_after_patching_is_mixed_with_what_it_was() -> None:
     step_all = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.ones(1, 4)).sum().backward()
     step_all.step()
-    site = model[0]._surgery_mixed.tracked
+    site = model[0]._surgery_mixed.reads[0][1].tracked
     assert torch.equal(site.values, w_pre)
     assert stats(model)["w_pre_bytes"] == 2 * w_pre.nbytes
 

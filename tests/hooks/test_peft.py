@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import kinds
 import peft
 import pytest
 import seeded
@@ -228,6 +229,45 @@ def test_model_patched_before_peft_wraps_it(thaw: bool, tmp_path: Path) -> None:
     assert isinstance(model, PeftModel)
     unpatch_model(plain)
     assert not any("_surgery_mixed" in vars(module) for module in model.modules())
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attention(x, x, x)[0])  # type: ignore[no-any-return]
+
+
+class Routing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.head = kinds.mixtral("eager").float(), nn.Linear(kinds.HIDDEN, 2)
+
+    def forward(self, x: torch.Tensor, *route: torch.Tensor) -> torch.Tensor:
+        return self.head(self.experts(x, *route))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "read"),
+    [
+        (Attending, {"target_modules": ["attention"]}, lambda: (torch.ones(2, 3, 8),)),
+        (
+            Routing,
+            {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+            lambda: tuple(x.float() if x.is_floating_point() else x for x in kinds.routed()),
+        ),
+    ],
+    ids=["attention", "parameters"],
+)
+def test_layer_whose_weight_peft_replaces_is_named_and_still_trained(make: Any, config: Any, read: Any) -> None:
+    model = get_peft_model(make(), LoraConfig(r=2, modules_to_save=["head"], **config))
+    patch_model(model.train(), mixout=0.5)
+    assert describe(model).mixed == ("base_model.model.head.modules_to_save.default.weight",)
+    assert len(left_as(model, "of a layer whose weight PEFT replaces at each call")) == 2
+    model(*read()).sum().backward()
+    assert describe(model).uncalled == ()
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning:peft")

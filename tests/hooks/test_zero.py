@@ -46,3 +46,11 @@ def test_noise_is_that_of_the_whole_model_and_lasts(found: list[Found], name: st
         assert rank["equal"] == [True, True]  # at once, and after a step with an lr of 0
         assert rank["stds"]
         assert rank["again"].startswith("the weights have this noise already (lam 0.15, seed 0): nothing was done")
+
+
+def test_weight_that_is_read_past_its_layer_is_refused(found: list[Found]) -> None:
+    for rank in measured(found, "zero 3 attention"):
+        assert rank["refusal"] == (
+            "attention.out_proj.weight: expected a weight that ZeRO-3 puts together for MultiheadAttention, which "
+            "reads it, got its share: it is another layer's. Name it in exclude."
+        )

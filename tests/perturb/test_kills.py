@@ -27,6 +27,7 @@ SIGNALS = {
     "SIGTERM": (-signal.SIGTERM, ""),
     "SIGINT": (130, "interrupted: run the same command again.\n"),
 }
+NAMES = ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.sweep), "SIGINT"]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def disturb(name: str, run: Callable[[str], subprocess.Popen[str]], check: Calla
         check(key)
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("what", ["perturb", "materialize"])
 def test_folder(what: str, name: str, root: Path) -> None:
     words = ["perturb", root / "source", "--seed", 7] if what == "perturb" else ["materialize", root / "whole"]
@@ -122,7 +123,7 @@ def test_folder(what: str, name: str, root: Path) -> None:
     assert tree_digest(root / "source") == source
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name", NAMES)
 def test_push(name: str, root: Path) -> None:
     with Hub() as hub:
         token = hub.login("me")

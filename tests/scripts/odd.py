@@ -19,15 +19,15 @@ class Headed(Net):
         return super().forward(x) + self.body(x) @ self.lm_head.weight.T
 
 
-class Recurrent(nn.Module):
+class Squared(nn.Module):
     """Has no layer that can be mixed."""
 
     def __init__(self):
         super().__init__()
-        self.layer = nn.LSTM(6, 3)
+        self.layer = nn.Bilinear(6, 6, 3)
 
     def forward(self, x):
-        return self.layer(x)[0]
+        return self.layer(x, x)
 
 
 def train(kind):
@@ -41,6 +41,6 @@ def train(kind):
 
 
 if __name__ == "__main__":
-    kinds = {"Net": Net, "Headed": Headed, "Recurrent": Recurrent}
+    kinds = {"Net": Net, "Headed": Headed, "Squared": Squared}
     for name in sys.argv[1:]:
         train(kinds[name])

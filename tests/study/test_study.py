@@ -199,7 +199,7 @@ def is_running(root: Path) -> bool:
     return str(root / "study/trials") in listed
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", pytest.param("SIGTERM", marks=pytest.mark.sweep)])
 def test_stopped_study_leaves_no_process_and_goes_on(name: str, undisturbed: Any, tmp_path: Path) -> None:
     process = start(tmp_path)
     process.send_signal(getattr(signal, name))
@@ -229,11 +229,15 @@ def test_stopped_study_leaves_no_process_and_goes_on(name: str, undisturbed: Any
 
 
 def test_two_runs_of_one_study_are_refused(tmp_path: Path) -> None:
-    process = start(tmp_path)
+    (tmp_path / "hang.py").write_text("import time\nopen('begun', 'w').close()\ntime.sleep(60)")
+    asked = command(*ASKED, "--seeds", 2, "--arm", "mixout=0.9", "--", sys.executable, "hang.py", "{seed}")
+    process = subprocess.Popen(asked, cwd=tmp_path, env=clean_env(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
     try:
-        second = subprocess.run(
-            command(*ASKED, *HANGING), cwd=tmp_path, env=clean_env(), capture_output=True, text=True, check=False
-        )
+        second = subprocess.run(asked, cwd=tmp_path, env=clean_env(), capture_output=True, text=True, check=False)
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)

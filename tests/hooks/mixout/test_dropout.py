@@ -1,6 +1,7 @@
 """Which dropout Mixout replaces, which is kept, and how all of it comes back."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from surgery.hooks import Mixout, describe, patch_model, patched, unpatch_model
@@ -137,8 +140,8 @@ KEPT: dict[Callable[[Path], nn.Module], set[str]] = {
     t5: set(),
     vit: set(),
     nano_gpt: set(),
-    encoder_layer: {"self_attn.dropout"},
-    recurrent: {"lstm.dropout", "layerdrop"},
+    encoder_layer: set(),
+    recurrent: {"layerdrop"},
 }
 NOT_DROPOUT = {"layerdrop", "model.encoder.layerdrop", "model.decoder.layerdrop"}
 
@@ -250,10 +253,23 @@ def test_rates_survive_patching_again(tmp_path: Path) -> None:
     assert rates_of(unpatch_model(model)) == before
 
 
-def test_attention_of_torch_keeps_its_dropout_as_its_weights_are_not_mixed() -> None:
-    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, dropout=0.1), "out": nn.Linear(8, 2)})
-    patch_model(model)
-    assert (model["attn"].dropout, describe(model).kept) == (0.1, ("attn.dropout",))
+@pytest.mark.parametrize("mixed", ["rel_attn", "ff"])
+def test_dropout_of_weights_that_its_parent_holds_goes_with_them(mixed: str) -> None:
+    model = XLNetModel(XLNetConfig(vocab_size=60, d_model=8, n_head=2, d_inner=16, n_layer=1))
+    left = {"rel_attn": "ff", "ff": "rel_attn"}[mixed]
+    patch_model(model, exclude=f"**.{left}")
+    assert f"layer.0.{mixed}.dropout" in describe(model).replaced
+    assert f"layer.0.{left}.dropout" in describe(model).kept
+
+
+@pytest.mark.parametrize("make", [nn.MultiheadAttention, partial(nn.LSTM, 8)], ids=["attention", "lstm"])
+def test_layer_keeps_its_dropout_unless_its_weights_are_mixed(make: Callable[..., Any]) -> None:
+    model = nn.ModuleDict({"layer": make(8, 2, dropout=0.1), "out": nn.Linear(8, 2)})
+    patch_model(model, exclude="layer")
+    assert (model["layer"].dropout, describe(model).kept) == (0.1, ("layer.dropout",))
+    patch_model(unpatch_model(model))
+    assert (model["layer"].dropout, describe(model).replaced) == (0.0, ("layer.dropout",))
+    assert unpatch_model(model)["layer"].dropout == 0.1
 
 
 def test_model_without_randomness_is_deterministic_once_dropout_is_replaced(tmp_path: Path) -> None:

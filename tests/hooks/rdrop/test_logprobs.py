@@ -206,8 +206,9 @@ def test_loss_that_is_no_sum_of_log_probabilities_is_refused(script: Loss, name:
         made(model(X)).backward()
     if name:
         assert str(error.value) == (
-            f"rdrop: expected a loss that is a weighted sum of its rows, or of log-probabilities, got {name} of them. "
-            "Train without rdrop."
+            f"rdrop: expected a loss that is a weighted sum of its rows, or of log-probabilities, got {name} of them: "
+            "R-Drop has no formula for it, as for all losses of pairs or groups (DPO, GRPO, reward). Leave rdrop out; "
+            "noise, Mixout and the anchor work there."
         )
 
 

@@ -62,6 +62,14 @@ UNKNOWN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "focal": (focal, UNMET),
     "numbers": (lambda z: z.logsumexp(-1).mean() - z[torch.arange(8), Y].mean(), UNMET),
 }
+PAIRWISE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "reward": (lambda z: -F.logsigmoid(z[:4, 0] - z[4:, 0]).mean(), "logsigmoid"),
+    "preferences": (
+        lambda z: -F.logsigmoid((z[:4].logsumexp(-1) - z[:4, 0]) - (z[4:].logsumexp(-1) - z[4:, 0])).mean(),
+        "logsigmoid",
+    ),
+    "softplus": (lambda z: F.softplus(z[4:, 0] - z[:4, 0]).mean(), "softplus"),
+}
 BACKWARDS: dict[str, Callable[[torch.Tensor, nn.Module], Any]] = {
     "method": lambda loss, _: loss.backward(),
     "function": lambda loss, _: torch.autograd.backward(loss),
@@ -80,6 +88,18 @@ def test_unknown_loss_is_refused_by_name(script: Callable[[torch.Tensor], torch.
         script(model(X)).backward()
     assert str(error.value) == KNOWN + "got " + got + WAY_OUT
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("script", "got"), PAIRWISE.values(), ids=PAIRWISE)
+def test_loss_of_pairs_is_refused_with_what_to_leave_out(
+    script: Callable[[torch.Tensor], torch.Tensor], got: str
+) -> None:
+    with pytest.raises(SourceError) as error:
+        script(net()(X)).backward()
+    assert str(error.value) == (
+        f"rdrop: expected a loss with a formula, got one by {got}: R-Drop has no formula for it, as for all losses of "
+        "pairs or groups (DPO, GRPO, reward). Leave rdrop out; noise, Mixout and the anchor work there."
+    )
 
 
 @pytest.mark.parametrize("backward", BACKWARDS.values(), ids=BACKWARDS)

@@ -42,7 +42,11 @@ def train(nets: Any, *, anchor: float = byhand.ANCHOR, lam: float = byhand.LAM) 
     return {name: w.detach() for name, w in model.named_parameters()}
 
 
-@pytest.mark.parametrize("ways", [("backward", "own optimizer", "backward again"), ("grad",)], ids=["backward", "grad"])
+@pytest.mark.parametrize(
+    "ways",
+    [("backward", "own optimizer", "backward again"), pytest.param(("grad",), marks=pytest.mark.sweep)],
+    ids=["backward", "grad"],
+)
 def test_loop_without_an_optimizer(ways: tuple[str, ...], nets: Any, tmp_path: Path) -> None:
     ran = run(tmp_path, "by_hand.py", *byhand.ALL, args=(tmp_path / "final.pt", *ways))
     assert ran.code == 0, ran.err

@@ -11,7 +11,7 @@ from running import Run, run
 CHILDREN = "trained", "train_and_vanish", "forked plainly", "spawned", "update_by_hand", "evaluate"
 REFUSED = {
     "in_replicas": "got DataParallel, whose replicas are not its layers",
-    "of_no_weights": "mixout: Recurrent: model: expected a trainable weight to mix, got none",
+    "of_no_weights": "mixout: Squared: model: expected a trainable weight to mix, got none",
     "shared": "noisytune: Net: weights: expected some of this process alone, got some shared with others",
     "quantized": "noisytune: Net: expected unquantized weights, got a quantized model",
 }

@@ -11,7 +11,7 @@ from surgery.hooks.run.options import make_options
 from surgery.hooks.run.outcome import judge
 from surgery.hooks.run.record import Record
 
-GLOBS = ("--include", "Headed", "--include", "Rec*", "--include", "lost.*", "--exclude", "head", "--exclude", "Nobody")
+GLOBS = ("--include", "Headed", "--include", "Squ*", "--include", "lost.*", "--exclude", "head", "--exclude", "Nobody")
 LOST = ["--exclude 'Nobody'", "--include 'lost.*'"]
 
 
@@ -19,7 +19,7 @@ LOST = ["--exclude 'Nobody'", "--include 'lost.*'"]
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A model that is regularized, but for one of its layers; one that cannot be; one that is not to be."""
     flags = (*byhand.NOISE, *byhand.MIXOUT, *byhand.RDROP, "--anchor", "0.01", *GLOBS)
-    ran = run(tmp_path_factory.mktemp("odd"), "odd.py", *flags, args=("Headed", "Net", "Recurrent"))
+    ran = run(tmp_path_factory.mktemp("odd"), "odd.py", *flags, args=("Headed", "Net", "Squared"))
     assert ran.code == 0, ran.err
     return ran
 
@@ -42,9 +42,9 @@ def test_line_of_a_model_says_what_was_done_to_it(ran: Run) -> None:
 
 
 def test_line_of_a_model_that_is_not_patched_claims_no_patch(ran: Run) -> None:
-    assert [(entry["class"], entry["mixed"], entry["rdrop_fired"]) for entry in ran.models[1:]] == [("Recurrent", 0, 0)]
-    assert line_of(ran, "Recurrent").endswith("Recurrent: noise on 4 of 4 parameters (lam 0.15, seed 0)")
-    assert "mixout and anchor: Recurrent: model: expected a trainable weight to mix, got none" in ran.err
+    assert [(entry["class"], entry["mixed"], entry["rdrop_fired"]) for entry in ran.models[1:]] == [("Squared", 0, 0)]
+    assert line_of(ran, "Squared").endswith("Squared: noise on 2 of 2 parameters (lam 0.15, seed 0)")
+    assert "mixout and anchor: Squared: model: expected a trainable weight to mix, got none" in ran.err
 
 
 def test_globs_without_effect_are_reasons(ran: Run) -> None:
@@ -67,7 +67,7 @@ def test_anchor_alone_mixes_nothing(tmp_path: Path) -> None:
 
 def test_a_run_that_leaves_all_models_out_ends_at_its_first_step(tmp_path: Path) -> None:
     globs = "--include", "Nobody", "--include", "Head*", "--exclude", "lm_head"
-    ran = run(tmp_path, "odd.py", *byhand.MIXOUT, *globs, args=("Net", "Recurrent"))
+    ran = run(tmp_path, "odd.py", *byhand.MIXOUT, *globs, args=("Net", "Squared"))
     left = "model: expected one to regularize, got those that are left out (Net)."
     assert (ran.code, ran.err) == (3, f"surgery: {left}\n")
     (record,) = ran.records

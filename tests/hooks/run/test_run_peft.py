@@ -67,7 +67,7 @@ def reload(base: Path, out: Path) -> nn.Module:
     ("kind", "settings"),
     [
         ("Lora", LORA),
-        ("Lora", LORA | {"use_dora": True, "modules_to_save": ["lm_head"]}),
+        pytest.param("Lora", LORA | {"use_dora": True, "modules_to_save": ["lm_head"]}, marks=pytest.mark.sweep),
         pytest.param("PromptTuning", {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}, marks=pytest.mark.sweep),
     ],
     ids=["lora", "dora-and-head", "prompt"],

@@ -162,13 +162,19 @@ def test_dft_of_trl_is_refused(llama: Path, tmp_path: Path) -> None:
     assert [entry["rdrop_fired"] for entry in ran.models] == [0]
 
 
+PAIRS = {"dpo": "got that of TRL's DPO trainer", "reward": "got one by logsigmoid"}
+
+
 @pytest.mark.parametrize("flags", [(), ("--allow-inactive",)], ids=["strict", "allow-inactive"])
-def test_dpo_of_trl_is_refused(llama: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("trainer", "got"), PAIRS.items(), ids=PAIRS)
+def test_losses_of_pairs_of_trl_are_refused(
+    trainer: str, got: str, llama: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
-    ran = run(tmp_path, "with_dpo.py", "--rdrop", "1.5", *flags, args=(llama, tmp_path / "out"))
+    ran = run(tmp_path, f"with_{trainer}.py", "--rdrop", "1.5", *flags, args=(llama, tmp_path / "out"))
     line = (
-        "rdrop: expected a loss with a formula, got that of TRL's DPO trainer: R-Drop has none for DPO, GRPO, reward "
-        "and other losses of pairs or groups. Leave rdrop out; noise, Mixout and the anchor work there."
+        f"rdrop: expected a loss with a formula, {got}: R-Drop has no formula for it, as for all losses of pairs or "
+        "groups (DPO, GRPO, reward). Leave rdrop out; noise, Mixout and the anchor work there."
     )
     assert line in ran.err
     assert (ran.code == 0) == bool(flags), ran.err

@@ -174,7 +174,7 @@ def peft_model(source: Path, dropout: float) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
-@pytest.mark.parametrize("way", ["lora", "full"])
+@pytest.mark.parametrize("way", ["lora", pytest.param("full", marks=pytest.mark.sweep)])
 def test_peft(way: str, source: Path, tmp_path: Path) -> None:
     flags = (*byhand.NOISE, *byhand.RDROP) if way == "lora" else byhand.ALL
     ran = run(tmp_path, "with_peft.py", *flags, args=(way, source, tmp_path / "final.pt"))

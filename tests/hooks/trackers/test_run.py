@@ -64,7 +64,7 @@ def test_script_without_a_run_logs_as_ever(source: Path, tmp_path: Path) -> None
     assert "surgery_" not in event_files.text(tmp_path / "out", "args")
 
 
-@pytest.mark.parametrize("settings", [byhand.ALL, ()], ids=["run", "plain"])
+@pytest.mark.parametrize("settings", [byhand.ALL, pytest.param((), marks=pytest.mark.sweep)], ids=["run", "plain"])
 def test_lightning_in_csv(settings: tuple[str, ...], source: Path, tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="Lightning is not installed")
     ran = logged("lightning", source, tmp_path, *settings)
