@@ -211,6 +211,21 @@ def _is_equal(model: nn.Module, reference: nn.Module) -> bool:
     return all(torch.equal(got[name], w) for name, w in wanted.items() if not name.startswith("classifier"))
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.lstm(x[None])[0][0])
+        return found
+
+
+def recurrent() -> nn.Module:
+    torch.manual_seed(0)
+    return Recurrent().double()
+
+
 class Attending(nn.Module):
     """nn.MultiheadAttention reads its out_proj past that layer, so that ZeRO-3 does not put its weight together."""
 
@@ -251,6 +266,9 @@ for option in ("is_tied", "is_checkpointed"):
     TRAINED[f"zero 3 before mixout {option} element and anchor"] = lambda option=option: case(  # type: ignore[misc]
         3, is_first=True, net=lambda: build(**{option: True}), **METHODS["element and anchor"]
     )
+TRAINED["zero 3 after mixout of an LSTM and anchor"] = lambda: case(
+    3, is_first=False, net=recurrent, mixout=0.5, anchor=2.0
+)
 PAIRED: dict[str, Callable[[], Any]] = {
     f"zero {stage} {order} rdrop every {every}": lambda stage=stage, order=order, every=every: rdrop(  # type: ignore[misc]
         stage, is_first=order == "before", is_inside=every == 1, every=every
