@@ -5,13 +5,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+THREADS_PER_CORE = 3
+"""Of those that stream: one computes while others wait for the disk or their turn."""
 _MOST = 16
 _PROC = Path("/proc/self")
 
 
 def streaming_workers() -> int:
-    """Three threads per core, so that one computes while others wait for the disk or their turn; at most 16."""
-    return min(3 * cores(), _MOST)
+    """Three threads per core, at most 16."""
+    return min(THREADS_PER_CORE * cores(), _MOST)
 
 
 def computing_workers() -> int:

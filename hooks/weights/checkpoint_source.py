@@ -30,10 +30,10 @@ class Files:
 
     def __init__(self, model: nn.Module, source: str | Path) -> None:
         checkpoint = resolve(source)
-        for config, method in quantized(checkpoint).items():
+        for config, settings in quantized(checkpoint).items():
             raise SourceError(
-                f"w_pre: {checkpoint.label(config)}: expected unquantized weights, got quantization_config ({method}). "
-                "Give the checkpoint it was made from."
+                f"w_pre: {checkpoint.label(config)}: expected unquantized weights, got quantization_config "
+                f"({settings['quant_method']}). Give the checkpoint it was made from."
             )
         self.label = checkpoint.id
         self._checkpoint = checkpoint

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from surgery.checkpoint.layout import JOURNAL, Layout, WeightSet, arrange
 from surgery.checkpoint.own_names import refuse_escaping
@@ -44,9 +45,21 @@ class RemoteFiles:
         if not self.entries or (names and names[0] not in self.entries):
             raise SourceError(f"{url}: expected a folder or a file on the store, got nothing there. Check the URL.")
         refuse_escaping(str(url), self.entries)
+        self._make_room()
+
+    def _make_room(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="surgery-"))
         weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs to read the same files."""
+        return {"url": self.url, "entries": dict(self.entries)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.url, self.entries = state["url"], state["entries"]
+        self.store = Store(self.url, SourceError)
+        self._make_room()
 
     def path(self, name: str) -> Path:
         """Return where a small file is on this machine, copied if need be; nothing is there if the store has none."""

@@ -5,12 +5,16 @@ Where only the help differs from command to command, the option is a function of
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from surgery.engines import ENGINES
 from surgery.errors import SettingError
+
+if TYPE_CHECKING:
+    from surgery.perturb.parts import Part
 
 _SEED = "{seed}"
 _MOST_SEEDS = 1000
@@ -33,6 +37,23 @@ class _Seeds(click.ParamType):  # type: ignore[type-arg]
         if not 0 < seeds.stop - seeds.start <= _MOST_SEEDS:
             self.fail(f"expected a seed, or a range such as 0..9 of at most {_MOST_SEEDS}, got {value}.", param, ctx)
         return seeds
+
+
+class _Array(click.ParamType):  # type: ignore[type-arg]
+    """One part of several, as I/N."""
+
+    name = "array"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Part":
+        from surgery.perturb.parts import Part  # not before it is asked for
+
+        index, _, count = str(value).partition("/")
+        # more would be no number of machines, and isdecimal knows what int cannot take
+        if not (index.isascii() and index.isdecimal() and count.isascii() and count.isdecimal() and len(count) < 8):
+            self.fail(f"expected I/N such as 0/4, got {value}.", param, ctx)
+        if int(index) >= int(count):
+            self.fail(f"expected I/N with I from 0 to N - 1, got {value}.", param, ctx)
+        return Part(int(index), int(count))
 
 
 class _Place(click.ParamType):  # type: ignore[type-arg]
@@ -103,6 +124,16 @@ def variant(of: str = "") -> _Decorator:
 
 
 key = click.option("--key", metavar="NAME", help="State_dict to take of a PyTorch file that holds several.")
+
+
+engine = click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    help="Where shards are worked on; --workers is of each task then.  [default: local]",
+)
+array = click.option(
+    "--array", type=_Array(), metavar="I/N", help="Do part I of N, from 0; the last to end completes the folder."
+)
 
 
 def workers(default: str) -> _Decorator:

@@ -11,12 +11,14 @@ import click
 
 from surgery.cli import options
 from surgery.cli.group import PERTURB_CARD, command, main
+from surgery.cli.parts import refuse_with, write_part
 from surgery.cli.push import push_and_print
 from surgery.cli.syntax import echo_json
 from surgery.errors import SettingError
 
 if TYPE_CHECKING:
     from surgery.noisytune import NoisyTune
+    from surgery.perturb.parts import Part
     from surgery.perturb.plan import Plan
     from surgery.push.push import PushOptions
     from surgery.storage.url import Url
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 @click.option("--dequantize", type=click.Choice(["bf16"]), help="Write float8 in blocks, and mxfp4, in this dtype.")
 @options.token
 @options.workers("three per core")
+@options.engine
+@options.array
 @options.overwrite
 @options.plot("Draw what the noise did.")
 @options.recipe_only("Write no weights: `surgery materialize` makes them.")
@@ -69,6 +73,8 @@ def perturb(
     dequantize: str | None,
     token: str | None,
     workers: int | None,
+    engine: str | None,
+    array: "Part | None",
     overwrite: bool,
     plot: Path | None,
     recipe_only: bool,
@@ -88,11 +94,13 @@ def perturb(
     """
     import surgery.perturb.execute  # noqa: F401  (takes time that is not the run's)
     from surgery.noisytune import NoisyTune
+    from surgery.perturb.crew import LOCAL
     from surgery.perturb.output import refuse_windows
     from surgery.perturb.plan import make_plan
 
     if not dry_run:
         refuse_windows("perturb")
+    refuse_with(array, {"--plot": plot, "--push": repo, "--dry-run": dry_run, "--engine": engine})
     asked = []
     for seed in seeds:
         noisytune = NoisyTune(seed=seed, **settings)
@@ -131,9 +139,10 @@ def perturb(
         if i and not as_json:
             click.echo()
         if dry_run:
-            every.append(_print_plan(plan, one.push, is_quiet=as_json))
+            every.append(_print_plan(plan, one.push, engine=engine or LOCAL, is_quiet=as_json))
         else:
-            every.append(_write(plan, one, start=start, overwrite=overwrite, workers=workers, is_quiet=as_json))
+            how = _How(array, overwrite, workers, engine or LOCAL)
+            every.append(_write(plan, one, how, start=start, is_quiet=as_json))
     if as_json:
         echo_json(every[0] if len(seeds) == 1 else {"variants": every})
 
@@ -146,6 +155,16 @@ class _Asked:
     out: Path | str | None
     plot: Path | None
     push: "PushOptions | None"
+
+
+@dataclass(frozen=True)
+class _How:
+    """How it is to be done."""
+
+    array: "Part | None"
+    overwrite: bool
+    workers: int | None
+    engine: str
 
 
 def _check_pushes(pushes: "Iterable[PushOptions | None]") -> None:
@@ -177,27 +196,29 @@ def _from(out: "Path | Url", push: "PushOptions") -> "PushOptions":
     return replace(push, folder=out)
 
 
-def _print_plan(plan: "Plan", push: "PushOptions | None", *, is_quiet: bool) -> dict[str, Any]:
+def _print_plan(plan: "Plan", push: "PushOptions | None", *, engine: str, is_quiet: bool) -> dict[str, Any]:
+    from surgery.perturb.crew import count_tasks
     from surgery.report import perturb as report
     from surgery.report.tables import stdout_terminal
 
-    rows = report.plan_rows(plan) | ({"push": push.command} if push else {})
+    tasks = count_tasks(engine, plan)
+    rows = report.plan_rows(plan) | ({"tasks": tasks} if tasks else {}) | ({"push": push.command} if push else {})
     if not is_quiet:
         click.echo(report.plan_table(rows, stdout_terminal()))
     return rows
 
 
-def _write(
-    plan: "Plan", asked: _Asked, *, start: float, overwrite: bool, workers: int | None, is_quiet: bool
-) -> dict[str, Any]:
+def _write(plan: "Plan", asked: _Asked, how: _How, *, start: float, is_quiet: bool) -> dict[str, Any]:
     """Do what is planned, print what was done unless quiet, push it, and return what was done."""
     from surgery.perturb.execute import execute
     from surgery.perturb.output import is_finished
     from surgery.report import perturb as report
     from surgery.report.tables import stdout_terminal
 
-    is_new = overwrite or not is_finished(plan.out)
-    recipe = execute(plan, overwrite=overwrite, workers=workers)
+    is_new = how.overwrite or not is_finished(plan.out)
+    if how.array:
+        return write_part(plan, how.array, overwrite=how.overwrite, workers=how.workers, start=start, is_quiet=is_quiet)
+    recipe = execute(plan, overwrite=how.overwrite, workers=how.workers, engine=how.engine)
     rows = report.rows(recipe, plan, time.perf_counter() - start, is_new=is_new)
     if asked.plot:
         from surgery.checkpoint.resolve import resolve
@@ -206,7 +227,7 @@ def _write(
         from surgery.report.plot import draw
 
         copy = resolve(str(plan.out), variant=plan.variant)
-        draw(noise_picture(compare(plan.checkpoint, copy, workers=workers), recipe.settings), asked.plot)
+        draw(noise_picture(compare(plan.checkpoint, copy, workers=how.workers), recipe.settings), asked.plot)
     if not is_quiet:
         # a reader that has gone does not keep the push from being made
         with suppress(BrokenPipeError) if asked.push else nullcontext():

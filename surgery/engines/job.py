@@ -26,6 +26,8 @@ class Job:
         removed: what it does not get of it.
         cpus: how many it is to have; 0: the engine's default.
         gpus: how many it is to have; None: the engine's default.
+        function: `module:name` of what does the same in a process that is there already; takes the folder, and returns
+            the exit code.
     """
 
     folder: Path
@@ -35,6 +37,7 @@ class Job:
     removed: tuple[str, ...] = ()
     cpus: int = 0
     gpus: int | None = None
+    function: str = ""
 
     def write(self) -> None:
         """Write job.json, from which any process can run it."""
@@ -53,6 +56,7 @@ class Job:
             tuple(found["removed"]),
             found["cpus"],
             found["gpus"],
+            found.get("function", ""),
         )
 
 

@@ -1,6 +1,7 @@
 """Engine: tasks of a Ray cluster that is there already, one for each job, on whichever node has room for it.
 
-A job that does not say what it needs gets one core, and one GPU where the cluster has any.
+A job that does not say what it needs gets one core, and one GPU where the cluster has any. One that has a function is
+run in Ray's own worker, which another one finds warm; any other in a process that the worker starts.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 
 from surgery.engines.engine import Engine, State
 from surgery.engines.execute import APART, LIFELINE
+from surgery.engines.inside import run_inside
 from surgery.engines.job import LOG, Job, is_held, note
 from surgery.errors import SettingError
 from surgery.escapes import printable
@@ -51,11 +53,12 @@ class RayEngine(Engine):
         ids = [next(self._ids) for _ in jobs]
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         # Ray itself would run a lost one again in the folder of the former try; whoever submits it clears that first
-        run = self._ray.remote(max_retries=0)(_run)
+        run, call = (self._ray.remote(max_retries=0)(each) for each in (_run, run_inside))
         for id, job in zip(ids, jobs, strict=True):
             needs = _needs(job, nodes)
+            task = call if job.function else run
             self._jobs[id] = job
-            self._tasks[id] = run.options(num_cpus=needs["CPU"], num_gpus=needs["GPU"], name="surgery").remote(
+            self._tasks[id] = task.options(num_cpus=needs["CPU"], num_gpus=needs["GPU"], name="surgery").remote(
                 str(job.folder)
             )
         return ids

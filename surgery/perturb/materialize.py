@@ -4,18 +4,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from surgery.checkpoint.layout import CARD
 from surgery.checkpoint.weight_file import digests_of_sources
 from surgery.errors import OutputError
-from surgery.escapes import get_logger, shell_join
+from surgery.escapes import shell_join
+from surgery.perturb.crew import LOCAL
 from surgery.perturb.execute import execute
 from surgery.perturb.output import is_same_folder, refuse_windows
 from surgery.perturb.plan import Plan, choose_out
 from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
 from surgery.recipe import FileRecord, Recipe
 from surgery.storage.url import as_path, find_url
-
-_log = get_logger(__name__)
 
 
 def materialize_checkpoint(
@@ -26,11 +24,13 @@ def materialize_checkpoint(
     token: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
+    engine: str = LOCAL,
 ) -> Recipe:
     """Write the checkpoint that a recipe describes, from the recipe and its source alone.
 
     The bytes are those that the recipe records: weights, indexes, companions, card, recipe. The source is compared with
-    the recipe before anything is written. A run that was interrupted is resumed by the same call.
+    the recipe before anything is written; by the tasks of a cluster shard by shard, before it gets its name. A run that
+    was interrupted is resumed by the same call.
 
     Args:
         recipe: a surgery.json, a folder that holds one, its URL, or a Hub id, of which nothing else is fetched.
@@ -38,21 +38,30 @@ def materialize_checkpoint(
         source: where the source is now, if not where it was: Hub id, folder, file or URL.
         token: Hub token; default: the one stored on this machine.
         overwrite: replace what a former run wrote to `out`.
-        workers: threads; default: three per core, at most 16.
+        workers, engine: see perturb_checkpoint.
     Returns:
         The recipe, as it was written to `out`.
     Raises:
         SourceError: no recipe, one of a live model or a hostile one; or the source is missing or not the recipe's.
         OutputError: `out` cannot be used, or what comes out is not what the recipe says.
     """
-    plan = plan_materialize(recipe, out, source=source, token=token)
-    return execute_materialize(plan, overwrite=overwrite, workers=workers)
+    plan = plan_materialize(recipe, out, source=source, token=token, checks_source=engine == LOCAL)
+    return execute(plan, overwrite=overwrite, workers=workers, engine=engine)
 
 
 def plan_materialize(
-    recipe: str | Path, out: str | Path | None, *, source: str | Path | None, token: str | None
+    recipe: str | Path,
+    out: str | Path | None,
+    *,
+    source: str | Path | None,
+    token: str | None,
+    checks_source: bool = True,
 ) -> Plan:
-    """Plan what materialize_checkpoint does, with the source checked. Writes nothing; raises as it does."""
+    """Plan what materialize_checkpoint does. Writes nothing; raises as it does.
+
+    Args:
+        checks_source: read all of the source, and compare it with the recipe; else each shard is, when it is written.
+    """
     refuse_windows("materialize")
     found = find_recipe(recipe, token=token)
     recorded = found.recipe
@@ -64,7 +73,8 @@ def plan_materialize(
             f"{folder}: expected another folder than the recipe's, got that one. Choose another with `out`."
         )
     plan = plan_replay(recorded, checkpoint, folder)
-    _refuse_other_weights(plan, recorded)
+    if checks_source:
+        _refuse_other_weights(plan, recorded)
     is_local = not find_url(recipe) and as_path(recipe).exists()
     words = [
         "surgery",
@@ -75,14 +85,6 @@ def plan_materialize(
         str(folder),
     ]
     return replace(plan, command=shell_join(words))
-
-
-def execute_materialize(plan: Plan, *, overwrite: bool, workers: int | None) -> Recipe:
-    """Do what `plan_materialize` planned. Raises as materialize_checkpoint."""
-    recipe = execute(plan, overwrite=overwrite, workers=workers)
-    if plan.recorded and recipe.card != plan.recorded.card:
-        _log.warning("%s: its text is not the one that the recipe records; all other files are", plan.out / CARD)
-    return recipe
 
 
 def _source_option(source: str | Path | None) -> Iterable[str]:

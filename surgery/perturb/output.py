@@ -8,7 +8,6 @@ companions come after them, so no loader finds a checkpoint before that; card an
 import errno
 import hashlib
 import json
-import os
 import shutil
 import stat
 import sys
@@ -21,12 +20,12 @@ from typing import Any
 from surgery.checkpoint.layout import CARD, JOURNAL, RECIPE
 from surgery.errors import OutputError
 from surgery.files import kind_of_mode, list_files
-from surgery.io_errors import naming
 from surgery.lock import LOCK, lock_folder
 from surgery.perturb.claims import edited_card, refuse_others_files
 from surgery.perturb.former_run import is_edited, names_in, read_json
 from surgery.perturb.output_errors import as_output_error
-from surgery.perturb.partfile import PartFile, sync
+from surgery.perturb.partfile import PartFile, sync_folder
+from surgery.perturb.shared import FINISHED, PARTS, SharedFolder, records_of
 from surgery.sizes import as_bytes
 from surgery.storage.url import Url
 
@@ -57,6 +56,7 @@ class OutputFolder:
         self.finished: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
         self._job = json.loads(json.dumps(job))
+        self.shared = SharedFolder(path, records_of(path, self._job), planned)
         self._resume = resume
         self._planned = planned
         self._is_record = is_record
@@ -75,20 +75,51 @@ class OutputFolder:
         Raises:
             OutputError: in use, not empty, unfinished by another command, not writable, or full.
         """
+        with self.lock():
+            self.prepare(overwrite=overwrite)
+            yield self
+
+    @contextmanager
+    def lock(self, *, wait: float = 0.0) -> Iterator[None]:
+        """Lock the folder, which is made if need be; leave no part of a file behind.
+
+        Args:
+            wait: seconds that another run may go on to hold it.
+        Raises:
+            OutputError: in use, or not writable.
+        """
         with as_output_error(self.path, self._resume):
             self.path.mkdir(parents=True, exist_ok=True)
-            with lock_folder(self.path):
+            with lock_folder(self.path, wait=wait):
                 try:
-                    self._prepare(overwrite=overwrite)
-                    yield self
+                    yield
                 finally:
                     for part in self._parts:
                         with suppress(OSError):  # a run that resumes removes it
                             part.unlink()
 
-    def _prepare(self, *, overwrite: bool) -> None:
-        present = self._present()
+    def peek(self) -> dict[str, Any]:
+        """Return the notes of this very run that is under way or unfinished, without the lock; else none."""
         former = read_json(self.path / JOURNAL) or {}
+        return dict(former["notes"]) if former.get("job") == self._job else {}
+
+    def join(self, *, overwrite: bool) -> None:
+        """Go on with what other processes are at work on, or make the folder ready for them. Under `lock`.
+
+        Raises:
+            OutputError: as `claim`.
+        """
+        former = read_json(self.path / JOURNAL) or {}
+        if former.get("job") == self._job:
+            self._owned, self.finished, self.notes = set(former["owned"]), former["finished"], former["notes"]
+        else:
+            self.prepare(overwrite=overwrite)
+        self.shared.records.prepare()
+
+    def prepare(self, *, overwrite: bool) -> None:
+        """Make the folder ready. Under `lock`; raises as `claim`."""
+        former = read_json(self.path / JOURNAL) or {}
+        present = {name for name in self._present() if not (former and name.startswith(f"{PARTS}/"))}
         recipe = read_json(self.path / RECIPE)
         present.difference_update(
             _part_names(JOURNAL)
@@ -111,8 +142,10 @@ class OutputFolder:
         if is_edited(self.path / CARD, recipe or {}):
             raise edited_card(self.path / CARD)
         if is_same:
-            self.finished = {n: r for n, r in former["finished"].items() if self._is_whole(n, r)}
-            self.notes = former["notes"]
+            self.finished, self.notes = former["finished"], former["notes"]
+            self.finished = self.finished_by_now()
+            for name in self.shared.records.read(FINISHED).keys() - self.finished.keys():
+                self.shared.records.forget(FINISHED, name)
         doomed = present - {*(self.finished.keys() & self._planned.keys()), JOURNAL}
         self._refuse_folders({parent for name in doomed for parent in PurePosixPath(name).parents})
         self._check_space(sum((self.path / name).lstat().st_size for name in doomed))
@@ -120,6 +153,8 @@ class OutputFolder:
         # the journal is there: from here on the folder counts as unfinished, so a stale file is never loaded
         for name in sorted(doomed, key=lambda n: n != RECIPE):
             (self.path / name).unlink()
+        if not is_same:
+            shutil.rmtree(self.path / PARTS, ignore_errors=True)
         for folder in sorted({parent for name in doomed for parent in PurePosixPath(name).parents}, reverse=True):
             with suppress(OSError):  # not empty
                 (self.path / folder).rmdir()
@@ -143,6 +178,16 @@ class OutputFolder:
                 continue
             if is_folder and PurePosixPath(name) not in removed:
                 raise OutputError(f"{self.path / name}: expected a file or nothing, got a folder. Move it away.")
+
+    def finished_by_now(self) -> dict[str, Any]:
+        """Return the records of the shards that are there, whoever has written them."""
+        found = self.finished | self.shared.records.read(FINISHED)
+        return {name: record for name, record in found.items() if self._is_whole(name, record)}
+
+    def gather(self) -> None:
+        """Note in the journal what other processes have finished."""
+        self.finished = self.finished_by_now()
+        self._write_journal()
 
     def _is_whole(self, name: str, record: dict[str, Any]) -> bool:
         if name not in self._planned:  # only its record is wanted
@@ -187,11 +232,17 @@ class OutputFolder:
         path = self.path / name
         part.path.replace(path)
         self._parts.discard(part.path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return size
 
-    def record(self, name: str, result: dict[str, Any]) -> None:
-        """Note in the journal that `name` is finished, with what the recipe needs to know about it."""
+    def finish_shard(self, name: str, part: PartFile | None, result: dict[str, Any]) -> None:
+        """Give a complete shard its name, and note in the journal what the recipe needs to know about it.
+
+        Args:
+            part: None where only the record is wanted.
+        """
+        if part:
+            self.finish_part(name, part)
         with self._journal_lock:
             self.finished[name] = result
             self._write_journal()
@@ -210,8 +261,9 @@ class OutputFolder:
     def finish(self, recipe: str) -> None:
         """Write the recipe, then drop the journal: the checkpoint is complete."""
         self.write(RECIPE, recipe.encode())
+        shutil.rmtree(self.path / PARTS, ignore_errors=True)  # what is in it the journal has too
         (self.path / JOURNAL).unlink()
-        _sync_folder(self.path)
+        sync_folder(self.path)
 
     def _write_journal(self) -> None:
         journal = {
@@ -251,15 +303,6 @@ def _part_names(name: str) -> tuple[str, str]:
     """Return the temporary names of a file: its own and more, and one that fits wherever the journal's name does."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=5).hexdigest()
     return name + _PART, digest + _PART
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        sync(fd, path)
-    finally:
-        with naming(path):
-            os.close(fd)
 
 
 def is_same_folder(one: Path | Url, other: Path | Url) -> bool:

@@ -149,3 +149,13 @@ def sync(fd: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
+
+
+def sync_folder(path: Path) -> None:
+    """Put the names in a folder on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        sync(fd, path)
+    finally:
+        with naming(path):
+            os.close(fd)

@@ -62,14 +62,16 @@ class Plan:
         return dict(layout.left_out) | replaced
 
     @property
+    def shard_sizes(self) -> dict[str, int]:
+        """Bytes of every shard that will be written, by name."""
+        return {} if self.is_recipe_only else {shard.name: shard.nbytes for shard in self.shards}
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every file that will be written, by name."""
-        sizes = {shard.name: shard.nbytes for shard in self.shards}
-        sizes |= {name: len(data) for name, data in self.indexes.items()}
-        if self.is_recipe_only:
-            sizes = {}
-        sizes |= {name: self.checkpoint.size(name) for name in self.companions}
-        return sizes | {name: len(data) for name, data in self.configs.items()}
+        indexes = {} if self.is_recipe_only else {name: len(data) for name, data in self.indexes.items()}
+        companions = {name: self.checkpoint.size(name) for name in self.companions}
+        return self.shard_sizes | indexes | companions | {name: len(data) for name, data in self.configs.items()}
 
     def algorithm(self, name: str) -> str:
         """Return the algorithm of a written file's digest: BLAKE3, or that of the recipe that the run repeats."""

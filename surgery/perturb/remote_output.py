@@ -169,8 +169,14 @@ class RemoteOutput:
             raise OutputError(f"{self.path / name}: expected {size} bytes on the store, got {found}. Run again.")
         return entry
 
-    def record(self, name: str, result: dict[str, Any]) -> None:
-        """Note that `name` is finished, with what the recipe needs to know about it."""
+    def finish_shard(self, name: str, part: RemotePart | None, result: dict[str, Any]) -> None:
+        """Complete a shard, and note that it is, with what the recipe needs to know about it.
+
+        Args:
+            part: None where only the record is wanted.
+        """
+        if part:
+            self.finish_part(name, part)
         if name in self._planned:
             result = {**result, "version": self._written(name, result["size"]).version}
         self._store.write(_record_name(name), _as_json(result))

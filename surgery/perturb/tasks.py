@@ -9,20 +9,22 @@ from surgery.checkpoint.digests import algorithm_of, is_digest
 from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError
 from surgery.noisytune import NO_SPREAD, Moments, pool
-from surgery.perturb import stream
 from surgery.perturb.plan import Plan
 from surgery.perturb.shard import ShardTask, Sink
 from surgery.perturb.shard_plan import ShardPlan
 from surgery.perturb.ties import find_ties
-from surgery.progress import bar
 from surgery.recipe import FileRecord, TensorRecord
 
 
-def with_ties(plan: Plan) -> Plan:
-    """Add the tensors that repeat another one, which only their bytes tell; of a run that is repeated, its recipe."""
+def with_ties(plan: Plan, known: Mapping[str, dict[str, str]] | None = None) -> Plan:
+    """Add the tensors that repeat another one, which only their bytes tell; of a run that is repeated, its recipe.
+
+    Args:
+        known: what another process has found.
+    """
     if plan.recorded:
         return replace(plan, shards=tuple(_recorded_ties(plan, {file.name: file.tied for file in plan.recorded.files})))
-    ties = find_ties(plan.shards, partial(open_weights, plan.checkpoint))
+    ties = find_ties(plan.shards, partial(open_weights, plan.checkpoint)) if known is None else known
     shards = [replace(shard, tied=shard.tied | ties.get(shard.name, {})) for shard in plan.shards]
     return replace(plan, shards=tuple(shards))
 
@@ -54,41 +56,32 @@ class GlobalMoments:
         spreads = [m for shard in self.moments.values() for m in shard.values() if m.std]
         return pool(spreads) if self.moments else None
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            name: {
-                "source_digest": self.digests[name],
-                "moments": {tensor: [m.n, m.mean, m.m2] for tensor, m in moments.items()},
-            }
-            for name, moments in self.moments.items()
-        }
+    @property
+    def entries(self) -> dict[str, Any]:
+        """What `from_entries` puts together."""
+        return {name: self.entry(self.digests[name], moments) for name, moments in self.moments.items()}
+
+    @staticmethod
+    def entry(digest: str, moments: Mapping[str, Moments]) -> dict[str, Any]:
+        """Return what of a shard that was measured is to be kept, as JSON."""
+        return {"source_digest": digest, "moments": {tensor: [m.n, m.mean, m.m2] for tensor, m in moments.items()}}
+
+    @classmethod
+    def from_entries(cls, entries: Mapping[str, Any]) -> "GlobalMoments":
+        """Put the entries of all shards together, by their names."""
+        moments = {name: {t: Moments(*m) for t, m in entry["moments"].items()} for name, entry in entries.items()}
+        return cls({name: entry["source_digest"] for name, entry in entries.items()}, moments)
 
     @classmethod
     def from_journal(cls, document: Any, plan: Plan) -> "GlobalMoments | None":
-        """Return what a journal keeps, as far as the plan can go on with it: an older version has other fields."""
+        """Return what a journal keeps, if the plan can go on with it: of all shards, and with today's fields."""
         try:
-            digests = {name: entry["source_digest"] for name, entry in document.items()}
-            moments = {name: {t: Moments(*m) for t, m in entry["moments"].items()} for name, entry in document.items()}
-            wanted = {shard.name: plan.source_algorithm(shard.source) for shard in plan.shards}
-            found = {name: algorithm_of(digest) for name, digest in digests.items() if is_digest(digest)}
+            kept = cls.from_entries(document)
         except (AttributeError, KeyError, TypeError):
             return None
-        return cls(digests, moments) if found == wanted else None
-
-
-def measure(plan: Plan, workers: int) -> GlobalMoments:
-    """Read everything once, if the plan's scale is "global"."""
-    measured = GlobalMoments()
-    if plan.settings.scale != "global":
-        return measured
-
-    def keep(task: ShardTask) -> None:
-        measured.digests[task.name], measured.moments[task.name] = task.source_digest, task.moments
-
-    with bar(sum(shard.nbytes for shard in plan.shards), "measuring") as on_bytes:
-        tasks = (make_task(plan, shard, GlobalMoments(), None) for shard in plan.shards)
-        stream.run(tasks, plan.settings, workers=workers, on_done=keep, on_bytes=on_bytes)
-    return measured
+        wanted = {shard.name: plan.source_algorithm(shard.source) for shard in plan.shards}
+        found = {name: algorithm_of(digest) for name, digest in kept.digests.items() if is_digest(digest)}
+        return kept if found == wanted else None
 
 
 def make_task(plan: Plan, shard: ShardPlan, measured: GlobalMoments, open_sink: Callable[[], Sink] | None) -> ShardTask:

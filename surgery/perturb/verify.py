@@ -1,30 +1,29 @@
 """verify_checkpoint: compute every shard again from source and recipe, and compare with what is there, bit for bit."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from surgery.checkpoint.digests import SHA256, algorithm_of, digest_of, hex_of, shorten
 from surgery.checkpoint.layout import CARD, RECIPE, Layout, WeightSet, is_weight
 from surgery.checkpoint.resolve import Checkpoint, resolve
-from surgery.checkpoint.weight_file import digests_of_sources, open_safetensors, reading_workers
+from surgery.checkpoint.weight_file import digests_of_sources, open_safetensors
 from surgery.display import Brief
 from surgery.errors import NoWeightsError, SourceError
 from surgery.escapes import printable
 from surgery.files import list_names
-from surgery.perturb import stream
-from surgery.perturb.compare_file import FileComparison, TensorMismatch
+from surgery.perturb.compare_file import TensorMismatch
 from surgery.perturb.compare_recipe import recipe_faults
+from surgery.perturb.crew import LOCAL, Crew, open_crew
 from surgery.perturb.plan import Plan
-from surgery.perturb.replay import find_recipe, find_source, plan_replay, refuse_other_source
-from surgery.perturb.shard import ShardTask
+from surgery.perturb.replay import find_recipe, find_source, plan_replay
 from surgery.perturb.shard_plan import ShardPlan
-from surgery.perturb.tasks import make_record, make_task, measure, with_ties
-from surgery.progress import bar
+from surgery.perturb.shared import Records
+from surgery.perturb.tasks import with_ties
 from surgery.recipe import FileRecord, Recipe
 from surgery.storage.url import Url, as_path
-from surgery.threads import streaming_workers
 
 _OWNERS = (CARD, ".gitattributes")  # the card is its owner's to edit, and the Hub adds to .gitattributes
 
@@ -62,6 +61,7 @@ def verify_checkpoint(
     source: str | Path | None = None,
     token: str | None = None,
     workers: int | None = None,
+    engine: str = LOCAL,
 ) -> Verification:
     """Compute a perturbed checkpoint again, from its source and its recipe, and compare. Writes nothing.
 
@@ -69,7 +69,8 @@ def verify_checkpoint(
         folder: what `surgery perturb` wrote, its URL, or a Hub id, which may end in `@revision`.
         source: where the source is now, if not where the recipe says: Hub id, folder, file or URL.
         token: Hub token; default: the one stored on this machine.
-        workers: threads; default: three per core, at most 16.
+        workers, engine: see perturb_checkpoint. Tasks of a cluster leave word in a folder below the current one, which
+            is removed.
     Returns:
         What differs, if anything does.
     Raises:
@@ -82,9 +83,8 @@ def verify_checkpoint(
     todo = [shard for shard in plan.shards if shard.name in names and shard.name not in dict(damaged)]
     faults = [*_companion_faults(recipe, copy), *_weight_file_faults(recipe, names), *(fault for _, fault in damaged)]
     faults += _sha256_faults(recipe, copy, names)
-    differences, wrong = _compare(
-        plan, recipe, todo, copy, workers or reading_workers(streaming_workers(), checkpoint, copy)
-    )
+    with _opened(engine, plan, copy, workers) as crew:
+        differences, wrong = _compare(recipe, todo, crew)
     return Verification(
         folder=str(folder),
         source=recipe.source,
@@ -168,34 +168,27 @@ def _header_faults(plan: Plan, copy: Checkpoint, names: set[str]) -> Iterator[tu
                 yield shard.name, str(error)
 
 
-def _compare(
-    plan: Plan, recipe: Recipe, shards: Sequence[ShardPlan], copy: Checkpoint, workers: int
-) -> tuple[list[TensorMismatch], list[str]]:
+@contextmanager
+def _opened(engine: str, plan: Plan, copy: Checkpoint, workers: int | None) -> Iterator[Crew]:
+    """Get hold of an engine, with a folder below the current one in which its tasks leave word."""
+    if engine == LOCAL:
+        with open_crew(engine, plan, None, copy=copy, workers=workers) as crew:
+            yield crew
+        return
+    with (
+        TemporaryDirectory(prefix=".surgery-verify-", dir=Path.cwd(), ignore_cleanup_errors=True) as folder,
+        open_crew(engine, plan, Records(Path(folder)), copy=copy, workers=workers) as crew,
+    ):
+        yield crew
+
+
+def _compare(recipe: Recipe, shards: Sequence[ShardPlan], crew: Crew) -> tuple[list[TensorMismatch], list[str]]:
     """Stream shards past the files that they should be; return differences, and faults of headers and the recipe."""
-    by_name = {shard.name: shard for shard in shards}
-    recorded = {file.name: file for file in recipe.files}
-    measured = measure(plan, workers)
-    made: dict[str, FileRecord] = {}
-    differences: list[TensorMismatch] = []
-    faults: list[str] = []
-
-    def settle(task: ShardTask) -> None:
-        label, expected = plan.checkpoint.label(by_name[task.name].source), recorded[task.name].source_digest
-        refuse_other_source(label, task.source_digest, expected)
-        assert isinstance(task.sink, FileComparison)
-        record = made[task.name] = make_record(task, by_name[task.name], measured)
-        stds = {tensor.name: tensor.std for tensor in record.tensors}
-        differences.extend(replace(d, std=stds[d.name]) for d in task.sink.differences.values())
-        faults.extend(task.sink.faults())
-        task.sink.close()
-
-    tasks = (make_task(plan, shard, measured, partial(_open_comparison, copy, shard)) for shard in shards)
-    with bar(sum(shard.nbytes for shard in shards), "verifying") as on_bytes:
-        stream.run(tasks, plan.settings, workers=workers, on_done=settle, on_bytes=on_bytes)
+    measured = crew.measure()
+    found = crew.compare(shards, measured)
+    entries = [found[shard.name] for shard in shards]
+    differences = [TensorMismatch(**difference) for entry in entries for difference in entry["differences"]]
+    faults = [fault for entry in entries for fault in entry["faults"]]
     pooled = measured.pooled.std if measured.pooled else None
-    again = replace(recipe, pooled_std=pooled, files=tuple(made[shard.name] for shard in shards))
+    again = replace(recipe, pooled_std=pooled, files=tuple(FileRecord.from_json(entry["record"]) for entry in entries))
     return differences, faults + [f"{RECIPE}: {fault}" for fault in recipe_faults(recipe, again)]
-
-
-def _open_comparison(copy: Checkpoint, shard: ShardPlan) -> FileComparison:
-    return FileComparison(open_safetensors(copy, shard.name), shard.name, shard.header)

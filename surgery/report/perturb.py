@@ -9,6 +9,7 @@ from surgery.checkpoint.layout import RECIPE
 from surgery.errors import some
 from surgery.escapes import shell_join
 from surgery.noise import UNIT_STD
+from surgery.perturb.parts import Part
 from surgery.perturb.plan import Plan
 from surgery.recipe import PERTURBED, Recipe
 from surgery.report.tables import Terminal
@@ -50,15 +51,19 @@ def plan_rows(plan: Plan) -> dict[str, Any]:
     }
 
 
-def rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool) -> dict[str, Any]:
+def rows(recipe: Recipe, plan: Plan, seconds: float, *, is_new: bool, part: Part | None = None) -> dict[str, Any]:
     """Describe a finished run: counts, what the noise did, time and, per tensor, the recipe's record.
 
     Args:
         is_new: whether this run wrote the checkpoint, or found it finished.
+        part: of the run that this process did, if others did the rest.
     """
     tensors = [{"file": file.name, **tensor.to_json()} for file in recipe.files for tensor in file.tensors]
     effects = [(math.prod(t.shape), t.effect) for t in recipe.tensors if t.effect]
-    nbytes = sum(plan.sizes.values()) + plan.is_recipe_only * len(recipe.to_json().encode()) if is_new else 0
+    own = {shard.name for shard in (part.of(plan.shards) if part else plan.shards)}
+    others = {shard.name for shard in plan.shards} - own
+    sizes = sum(nbytes for name, nbytes in plan.sizes.items() if name not in others)
+    nbytes = sizes + plan.is_recipe_only * len(recipe.to_json().encode()) if is_new else 0
     weight = sum(size for size, _ in effects)
     return {
         "source": recipe.source,
@@ -137,6 +142,7 @@ def plan_table(rows: Mapping[str, Any], terminal: Terminal) -> str:
         *_tensor_lines(rows),
         line("bytes", f"{as_bytes(rows['bytes'])} in {rows['shards']} shard{'s' * (rows['shards'] > 1)} and "
               f"{len(rows['companions'])} companion files"),
+        *([line("tasks", f"{rows['tasks']:,}")] if "tasks" in rows else []),
         *reason_lines("left out", rows["left_out"].items()),
     ]  # fmt: skip
     commands = [f"run: {rows['command']}", *([f"then: {rows['push']}"] if "push" in rows else [])]

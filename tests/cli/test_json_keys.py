@@ -164,11 +164,20 @@ def perturbed(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:
     return [again, pushed, *variants]
 
 
+def in_parts(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:
+    part = ("--array", "0/2", "-o")
+    return [
+        printed("perturb", folder / "sharded", *part, tmp_path / "first"),
+        printed("materialize", folder / "shards", *part, tmp_path / "second"),
+    ]
+
+
 def planned(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:
     command = ("perturb", folder / "model", "-o", tmp_path / "weak", "--dry-run")
     return [
         printed(*command),
         printed(*command, "--push", "me/weak"),
+        printed(*command, "--engine", "ray"),
         printed("perturb", folder / "tied.bin", "--dry-run"),
     ]
 
@@ -220,6 +229,7 @@ def failed(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:
 RUNS: dict[str, Callable[[Path, Path], list[dict[str, Any]]]] = {
     ERROR: failed,
     "perturb, materialize": perturbed,
+    "perturb --array, materialize --array": in_parts,
     "perturb --dry-run": planned,
     "verify": verified,
     "inspect": inspected,
@@ -257,7 +267,7 @@ def test_keys_are_those_of_the_card(title: str, folder: Path, tmp_path: Path, re
 
 
 def test_every_command_with_json_has_a_table() -> None:
-    told = {command.removesuffix(" --dry-run") for title in KEYS if title != ERROR for command in title.split(", ")}
+    told = {command.partition(" --")[0] for title in KEYS if title != ERROR for command in title.split(", ")}
     assert told == {name for name, command in main.commands.items() if any(p.name == "as_json" for p in command.params)}
     assert KEYS.keys() == RUNS.keys()
 

@@ -2,9 +2,7 @@
 
 import socket
 import subprocess
-import sys
 import uuid
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,65 +16,10 @@ from surgery.errors import SettingError
 
 pytest.importorskip("ray", reason="Ray is not installed: make test-engines")
 
-_CLUSTER = """
-import sys
-from ray.cluster_utils import Cluster
-
-small = {"num_cpus": 1, "object_store_memory": 80_000_000}
-cluster = Cluster(initialize_head=True, head_node_args=small | {"resources": {"n0": 1}, "include_dashboard": False})
-others = [cluster.add_node(**small, resources={"n1": 1})]
-cluster.wait_for_nodes()
-print(cluster.address, flush=True)
-for line in sys.stdin:
-    if line == "remove\\n":
-        cluster.remove_node(others.pop(), allow_graceful=False)
-    else:
-        others.append(cluster.add_node(**small))
-        cluster.wait_for_nodes()
-    print("done", flush=True)
-cluster.shutdown()
-"""
-
-
-class RayCluster:
-    """A head and a node, in a process of their own, which ends them."""
-
-    def __init__(self, log: Path) -> None:
-        with log.open("wb") as err:
-            self._process = subprocess.Popen([sys.executable, "-c", _CLUSTER], text=True, stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE, stderr=err)  # fmt: skip
-        self.address = self._line()
-
-    def _line(self) -> str:
-        for line in self._process.stdout:
-            if line.strip() == "done" or line[:1].isdigit():
-                return line.strip()
-        pytest.skip("Ray's cluster does not start here")
-        return ""
-
-    def tell(self, word: str) -> None:
-        self._process.stdin.write(f"{word}\n")
-        self._process.stdin.flush()
-        self._line()
-
-    def stop(self) -> None:
-        try:
-            self._process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    started = RayCluster(tmp_path_factory.mktemp("ray") / "cluster.log")
-    yield started
-    started.stop()
-
 
 @pytest.fixture
-def engine(cluster, monkeypatch, tmp_path):
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+def engine(cluster_of_ray, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", cluster_of_ray.address)
     made = open_engine("ray", logs=tmp_path)
     yield made
     made.close()
@@ -132,15 +75,15 @@ def test_what_a_job_is_given(tmp_path, node, asked, needs):
     assert _needs(Job(tmp_path, ("true",), tmp_path, **asked), [node]) == needs
 
 
-def test_a_study_runs_a_lost_nodes_trial_again(cluster, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+def test_a_study_runs_a_lost_nodes_trial_again(cluster_of_ray, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", cluster_of_ray.address)
     begun, go = tmp_path / "begun", tmp_path / "go"
     plan = make_plan(tmp_path / "study", f"echo $2 >> {begun}; until test -e {go}; do sleep 0.1; done", 2)
     study = start_study(plan, "ray")
     try:
         wait_for(lambda: begun.exists() and begun.read_text().split() in (["0", "1"], ["1", "0"]), 60)
-        cluster.tell("remove")
-        cluster.tell("add")
+        cluster_of_ray.tell("remove")
+        cluster_of_ray.tell("add")
         wait_for(lambda: len(begun.read_text().split()) == 3, 60)
         go.touch()
         assert study.wait(60) == 0
@@ -162,8 +105,8 @@ def test_why_a_trial_was_lost_is_told(engine, tmp_path):
     assert (job.folder / LOG).read_text().splitlines()[-1].startswith("Ray: WorkerCrashedError: ")
 
 
-def test_a_study_that_is_killed_takes_its_jobs_with_it(cluster, tmp_path, monkeypatch, mark):
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+def test_a_study_that_is_killed_takes_its_jobs_with_it(cluster_of_ray, tmp_path, monkeypatch, mark):
+    monkeypatch.setenv("RAY_ADDRESS", cluster_of_ray.address)
     plan = make_plan(tmp_path / "study", f"sleep 600; : {mark}", 2)
     study = start_study(plan, "ray")
     wait_for(lambda: len(running(f"sleep 600; : {mark}; echo")) >= 2, 60)
@@ -173,8 +116,8 @@ def test_a_study_that_is_killed_takes_its_jobs_with_it(cluster, tmp_path, monkey
     assert scores(plan) == [None, None]
 
 
-def test_ray_says_nothing_on_the_terminal(cluster, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+def test_ray_says_nothing_on_the_terminal(cluster_of_ray, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", cluster_of_ray.address)
     plan = make_plan(tmp_path / "study", "echo well", 2)
     study = start_study(plan, "ray", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     said, _ = study.communicate(timeout=120)

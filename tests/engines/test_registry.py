@@ -57,7 +57,19 @@ def test_the_command_takes_an_engine_and_refuses_it_in_one_line(run_here, tmp_pa
     assert not (tmp_path / "study").exists()
 
 
-def test_the_command_names_the_engines(run_here):
-    ran = run_here(*_STUDY, "--engine", "pbs", *_COMMAND)
+@pytest.mark.usefixtures("no_package")
+@pytest.mark.parametrize("name", ["ray", "slurm"])
+def test_perturb_refuses_an_engine_that_is_not_installed_before_it_writes(run_here, source, tmp_path, name):
+    ran = run_here("perturb", source, "-o", "out", "--engine", name)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.endswith(f"Install it: pip install 'model-surgery[{name}]'.\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [_STUDY, ("perturb", "a"), ("materialize", "a"), ("verify", "a")], ids=lambda c: c[0]
+)
+def test_the_command_names_the_engines(run_here, command):
+    ran = run_here(*command, "--engine", "pbs", *(_COMMAND if command is _STUDY else ()))
     assert ran.code == 2
     assert all(f"'{name}'" in ran.err for name in ENGINES)

@@ -315,7 +315,6 @@ CASES: dict[str, Callable[[], Any]] = {
     "fsdp before tied": lambda: fsdp(is_first=True, options={"is_tied": True}),
     "fsdp after tied": lambda: fsdp(is_first=False, options={"is_tied": True}, granularity="element"),
     "fsdp before others": lambda: fsdp(is_first=True, options={"has_others": True}),
-    "fsdp after others": lambda: fsdp(is_first=False, options={"has_others": True}),
     "fsdp before compiled": lambda: fsdp(is_first=True, is_compiled=True),
     "fsdp after compiled": lambda: fsdp(is_first=False, is_compiled=True),
     "fsdp bf16 before": lambda: fsdp_bf16(is_first=True),

@@ -42,9 +42,9 @@ def test_it_is_the_rest_of_a_run_and_makes_the_weights_again(checkpoint: Path, t
 def test_it_is_resumed_and_found_finished(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source / "model.safetensors").unlink()
     write_sharded(source)
-    from surgery.perturb import execute
+    from surgery.perturb import here
 
-    real, done = execute._finish_shard, []
+    real, done = here._finish, []
 
     def finish_or_die(*args: object) -> None:
         real(*args)
@@ -52,7 +52,7 @@ def test_it_is_resumed_and_found_finished(source: Path, tmp_path: Path, monkeypa
         if len(done) == 1:
             raise OSError(5, os.strerror(5))
 
-    monkeypatch.setattr(execute, "_finish_shard", finish_or_die)
+    monkeypatch.setattr(here, "_finish", finish_or_die)
     with pytest.raises(OutputError, match="Input/output error"):
         perturb_checkpoint(source, tmp_path / "out", recipe_only=True, workers=1)
     assert names(tmp_path / "out") == {"surgery.unfinished.json"}

@@ -6,9 +6,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from checkpoints import tree_digest, write_json, write_sharded
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 from surgery import materialize_checkpoint, perturb_checkpoint, verify_checkpoint
 from surgery.checkpoint.resolve import resolve
@@ -231,15 +233,11 @@ def test_two_runs_at_once_are_one_and_a_refusal(source, out):
         perturb_checkpoint(source, out)
 
 
-def test_an_error_leaves_no_object_half_sent(source, out, monkeypatch):
-    from surgery.perturb import execute as module
-
-    def fail(*_):
-        raise SourceError("on purpose")
-
-    monkeypatch.setattr(module, "make_record", fail)
-    with pytest.raises(SourceError, match="on purpose"):
-        perturb_checkpoint(source, out)
+def test_an_error_leaves_no_object_half_sent(source, out):
+    tensors = {"layer.1.weight": np.full((16, 8), np.nan, np.float32), "layer.1.bias": np.zeros(8, np.float32)}
+    save_file(tensors, source / SHARDS[0], metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="NaN"):
+        perturb_checkpoint(source, out, workers=1)
     assert names(out) == {JOURNAL}
 
 
