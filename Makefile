@@ -2,6 +2,7 @@
 # make test   install, and run the tests
 # make test-all  the same, with the sweeps over every model type of transformers, and more mutated files
 # make test-engines  install Ray and submitit as well, and run the tests of engines; those of Slurm need Debian's slurm-wlm
+# make test-deepspeed  run those that are about DeepSpeed's ZeRO with it, which is built first
 # make test-storage  install s3fs and moto's S3 server as well, and run the tests of object stores
 # make test-transformers-4  run those that are about transformers or the Hub's client with transformers 4
 # make check  install, and run formatter, linter and type checker
@@ -14,9 +15,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VENV_4 := .venv-transformers-4
+VENV_DS := .venv-deepspeed
 SITE := from site import getsitepackages; print(getsitepackages()[0])
 
-.PHONY: demo test test-all test-engines test-storage test-transformers-4 check bench study study-tables model-types clean
+.PHONY: demo test test-all test-engines test-storage test-deepspeed test-transformers-4 check bench study study-tables model-types clean
 
 demo: $(VENV)/.installed
 	rm -rf demo-out
@@ -36,6 +38,9 @@ test-engines: $(VENV)/.installed
 test-storage: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[s3]' 'moto[server]'
 	$(BIN)/python -m pytest tests/storage
+
+test-deepspeed: $(VENV_DS)/.installed
+	$(VENV_DS)/bin/python -m pytest tests/hooks/test_zero.py tests/hooks/run/test_run_zero.py
 
 test-transformers-4: $(VENV_4)/.installed
 	$(VENV_4)/bin/python -m pytest -n logical --maxprocesses 8 -m transformers $$(grep -rl --include='test_*.py' mark.transformers tests)
@@ -79,5 +84,12 @@ $(VENV_4)/.installed: $(VENV)/.installed
 	$(VENV_4)/bin/python -m pip install --quiet --no-warn-conflicts transformers==4.57.6
 	touch $@
 
+# accelerate imports DeepSpeed wherever it is installed, which prints a line
+$(VENV_DS)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV_DS)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" > "$$($(VENV_DS)/bin/python -c '$(SITE)')/base.pth"
+	DS_BUILD_OPS=0 $(VENV_DS)/bin/python -m pip install --quiet -c constraints.txt deepspeed
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_4) build dist *.egg-info surgery/kernels/*.so demo-out
+	rm -rf $(VENV) $(VENV_4) $(VENV_DS) build dist *.egg-info surgery/kernels/*.so demo-out

@@ -10,6 +10,7 @@ from torch import nn
 from surgery.display import Brief, as_html
 from surgery.errors import SettingError, by_reason, some
 from surgery.live.parts import unwrap
+from surgery.live.zero3 import size_of
 from surgery.sizes import as_bytes
 
 from .lifecycle import Patch
@@ -176,7 +177,7 @@ def describe(model: nn.Module) -> Description:
         patch.settings,
         facts,
         acted,
-        of_elements=sum(parameter.numel() for parameter in model.parameters()),
+        of_elements=sum(map(size_of, model.parameters())),
         w_pre=patch.weights.label,
         w_pre_bytes=patch.weights.nbytes,
         w_pre_device=", ".join(sorted(devices)),
@@ -217,7 +218,7 @@ def _acted(root: nn.Module, patch: Patch, scope: Scope) -> Acted:
     }
     active = [one for one in tracked if one.weight.requires_grad and one.name not in gone]
     names = tuple(one.name for one in lora)
-    elements = [one.weight.numel() for one in active] + [w.numel() for one in lora for w in one.parameters]
+    elements = [size_of(one.weight) for one in active] + [size_of(w) for one in lora for w in one.parameters]
     return Acted(
         verb,
         (*(one.name for one in active), *names),

@@ -14,11 +14,11 @@ from surgery.errors import SourceError
 from surgery.live.parts import find_related, unwrap
 
 from .active_calls import count_active_calls
-from .marks import PATCH, Marked
+from .marks import PATCH, Marked, is_ours
 from .regularizer import Handle, Regularizer, Settings
 from .steps import forget, watch
 from .weights.chosen import ChosenWeights
-from .weights.sharding import is_sharded, shard_pretrained
+from .weights.sharding import is_sharded, is_zero3, shard_pretrained
 from .weights.unready import refuse_unready
 
 _patched: Any = WeakIdKeyDictionary()
@@ -163,6 +163,11 @@ class Patch:
             refuse_unready(tracked)
             if is_sharded(root):
                 self._go_first(root)
+            elif is_zero3(root):
+                for one in self.weights.lora if self.weights is not None else ():
+                    one.refuse_split()
+                shard_pretrained(tracked)
+                _go_last(root)
         elif self.forwards.eager == 1:
             shard_pretrained(tracked)
         if self.weights is not None:
@@ -192,6 +197,14 @@ class Patch:
         """Go on as after so many optimizer steps of a run that is resumed."""
         for regularizer in self.regularizers:
             regularizer.resume(steps)
+
+
+def _go_last(root: nn.Module) -> None:
+    """Have our hooks run after those of ZeRO-3, which put weights together, and take outputs through a function."""
+    ordered: list[Any] = [*(module._forward_pre_hooks for module in root.modules()), root._forward_hooks]
+    for hooks in ordered:
+        for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+            hooks.move_to_end(key)
 
 
 def find_patched(models: Iterable[nn.Module]) -> list[nn.Module]:

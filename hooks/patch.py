@@ -55,7 +55,8 @@ def patch_model(
     Patching again replaces the settings and keeps w_pre, unless another one is given.
 
     Args:
-        model: any nn.Module, before torch.compile; DistributedDataParallel and fully_shard may come before or after.
+        model: any nn.Module, before torch.compile; DistributedDataParallel, fully_shard and DeepSpeed may come before
+            it or after it.
         mixout: p, or a Mixout. If no regularizer is given: 0.7.
         rdrop: alpha, or an RDrop: every training forward is made twice, and the loss function that its logits reach, in
             the model or outside of it, returns R-Drop's loss, arXiv 2106.14448, eq. 4.

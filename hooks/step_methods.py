@@ -12,6 +12,7 @@ from surgery.errors import SettingError
 from surgery.escapes import get_logger
 
 from .regularizer import Regularizer
+from .stepped import StepCount, Stepped, find_stepped
 from .steps import StepWatch, count_open_steps
 from .weights.tracked import Tracked
 
@@ -70,6 +71,7 @@ class StepRegularizer(Regularizer):
         self._name = name
         self._tracked = tracked
         self._open_step = OpenStep()
+        self._count = StepCount()
         self._watch = StepWatch()
         self._seen = self._idle = 0
 
@@ -107,28 +109,16 @@ class StepRegularizer(Regularizer):
 
 def held_weights(
     optimizer: Optimizer, tracked: Iterable[Tracked], *, is_closure: bool
-) -> Iterator[tuple[dict[str, Any], Tracked, torch.Tensor]]:
-    """Yield those of the weights that an optimizer has a gradient for, each with its parameter group.
+) -> Iterator[tuple[Tracked, Stepped]]:
+    """Yield those of the weights that an optimizer has a gradient for.
 
     Args:
-        is_closure: as `stepped` has it.
+        is_closure: as `find_stepped` has it.
     """
     known = {id(one.weight): one for one in tracked}
-    for group, w in stepped(optimizer, is_closure=is_closure):
-        if (one := known.get(id(w))) is not None:
-            yield group, one, w
-
-
-def stepped(optimizer: Optimizer, *, is_closure: bool) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-    """Yield the parameters that an optimizer has a gradient for, each with its group.
-
-    Args:
-        is_closure: gradients come later, so that all trainable parameters count.
-    """
-    for group in optimizer.param_groups:
-        for w in group["params"]:
-            if w.grad is not None or (is_closure and w.requires_grad):
-                yield group, w
+    for stepped in find_stepped(optimizer, is_closure=is_closure):
+        if (one := known.get(id(stepped.w))) is not None:
+            yield one, stepped
 
 
 def lr_of(method: str, optimizer: Optimizer, group: dict[str, Any], use: str) -> float:

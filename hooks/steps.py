@@ -6,7 +6,7 @@ A model in eval mode, or weights that somebody updates by hand, would train with
 import sys
 import weakref
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar, Protocol
@@ -18,6 +18,7 @@ from surgery.escapes import get_logger
 
 from .compiling import eagerly
 from .regularizer import Regularizer
+from .stepped import StepCount, Stepped
 from .weights.pretrained import local
 
 _log = get_logger(__name__)
@@ -88,14 +89,6 @@ def _is_closure(args: Any, kwargs: Any) -> bool:
     return any(map(callable, [*args[1:], *kwargs.values()]))  # the first is the optimizer
 
 
-def about_to_change(optimizer: Optimizer, weights: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor]:
-    """Yield those of the weights that an optimizer has a gradient for."""
-    changed = {
-        id(w) for group in optimizer.param_groups for w in group["params"] if w.requires_grad and w.grad is not None
-    }
-    return (w for w in weights if w is not None and id(w) in changed)
-
-
 @dataclass(frozen=True)
 class Activity:
     """What a regularizer has done so far.
@@ -126,6 +119,7 @@ class AuditedRegularizer(Regularizer):
         """Those that it acted in."""
         self._seen = Activity()
         self._served: set[int] = set()
+        self._count = StepCount()
         self._has_acted_since = False
 
     @abstractmethod
@@ -133,7 +127,7 @@ class AuditedRegularizer(Regularizer):
         """Return what the method has done."""
 
     @abstractmethod
-    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    def held(self, optimizer: Optimizer) -> Iterator[Stepped]:
         """Yield the model's weights that an optimizer is about to change."""
 
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
@@ -148,8 +142,8 @@ class AuditedRegularizer(Regularizer):
 
     def _audit(self, optimizer: Optimizer) -> None:
         """Raise, or warn once and count, where the method did nothing since this optimizer's last step."""
-        activity = self.activity()
-        if not activity.is_known or next(self.held(optimizer), None) is None:
+        activity, held = self.activity(), list(self.held(optimizer))
+        if not activity.is_known or not held or not self._count.is_another(held):
             return
         if activity != self._seen:
             self._has_acted_since = activity.acted > self._seen.acted
@@ -159,7 +153,7 @@ class AuditedRegularizer(Regularizer):
             self._served.add(id(optimizer))
             self.acted_steps += self._has_acted_since
             return
-        if not _has_gradient(list(self.held(optimizer))):
+        if not _has_gradient(held):
             return
         if self.is_strict and not activity.state:
             self.refuse(self.idle)
@@ -168,11 +162,11 @@ class AuditedRegularizer(Regularizer):
         self.missed += 1
 
 
-def _has_gradient(weights: Collection[torch.Tensor]) -> bool:
+def _has_gradient(held: Sequence[Stepped]) -> bool:
     """Tell whether a gradient is not 0, as all are where somebody only wants an optimizer's state made."""
-    if is_captured(weights):  # where nothing can be read
+    if is_captured(one.w for one in held):  # where nothing can be read
         return False
-    return any(bool(w.grad.any()) for w in weights if w.grad is not None)
+    return any(bool(one.grad.any()) for one in held if one.grad is not None)
 
 
 def is_captured(weights: Iterable[torch.Tensor]) -> bool:
@@ -196,7 +190,7 @@ class StepWatch:
             steps: those of optimizers that hold it, so far.
         """
         # w.data has a version of its own; a sum costs a synchronization, so no longer than until the first step
-        values = "" if steps else str(float(local(w.detach()).sum()))
+        values = "" if steps else str(float(local(w).detach().sum()))
         seen = steps, (w._version, values)
         if self._seen is not None and seen[1] != self._seen[1]:
             self._missed = self._missed + 1 if seen[0] == self._seen[0] else 0

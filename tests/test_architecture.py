@@ -51,7 +51,7 @@ HOOKS = (
     METHODS,
     ("step_methods",),
     ("steps",),
-    ("regularizer",),
+    ("regularizer", "stepped"),
     ("weights",),
     ("marks", "compiling", "imports", "active_calls", "refusals"),
 )

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from ..regularizer import Handle, Settings
-from ..step_methods import StepRegularizer, held_weights, lr_of, stepped
+from ..step_methods import StepRegularizer, held_weights, lr_of
+from ..stepped import Stepped, find_stepped
 from ..weights.chosen import ChosenWeights
 from ..weights.lora import LoraWeight
-from ..weights.pretrained import is_distributed, local
+from ..weights.pretrained import is_distributed
 from ..weights.tracked import Tracked
 from .lora import decay
 from .settings import Anchor
@@ -44,23 +46,23 @@ class AnchorRegularizer(StepRegularizer):
             return
         while self._pulling:
             self._pulling.popitem()[1].remove()
-        for group, tracked, w in held:
-            local(w).lerp_(tracked.ready(w).part(w), self._rate(optimizer, group))
+        for tracked, one in held:
+            one.values.lerp_(one.w_pre(tracked.ready(one.w)), self._rate(optimizer, one.group))
         for lora, rates in factors.items():
             lora.refuse_merged()
             decay(lora, rates)
-        self.steps += 1
+        self.steps += self._count.is_another([*(one for _, one in held), *chain(*factors.values())])
 
     def _rate(self, optimizer: Optimizer, group: dict[str, Any]) -> float:
         return lr_of("anchor", optimizer, group, "the decay is lr * weight") * self.settings.weight
 
-    def _held_factors(self, optimizer: Optimizer, *, is_closure: bool) -> dict[LoraWeight, dict[torch.Tensor, float]]:
-        """Return the rates of the factors that a step changes, by the weight that LoRA makes of them."""
+    def _held_factors(self, optimizer: Optimizer, *, is_closure: bool) -> dict[LoraWeight, dict[Stepped, float]]:
+        """Return the factors that a step changes with their rates, by the weight that LoRA makes of them."""
         known = {id(w): one for one in self._lora for w in one.parameters}
-        found: dict[LoraWeight, dict[torch.Tensor, float]] = {}
-        for group, w in stepped(optimizer, is_closure=is_closure) if known else ():
-            if (one := known.get(id(w))) is not None:
-                found.setdefault(one, {})[w] = self._rate(optimizer, group)
+        found: dict[LoraWeight, dict[Stepped, float]] = {}
+        for stepped in find_stepped(optimizer, is_closure=is_closure) if known else ():
+            if (one := known.get(id(stepped.w))) is not None:
+                found.setdefault(one, {})[stepped] = self._rate(optimizer, stepped.group)
         return found
 
     def trainable(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from surgery.live.zero3 import shape_of
+
 from ..marks import Mark, Marked, put
 from ..weights.layers import feature_axes
 from ..weights.selection import EXCLUDED, NEW, NOT_INCLUDED
@@ -63,7 +65,7 @@ def find_rates(model: nn.Module, mixed: Collection[str], left: Mapping[str, str]
     is_mixed = {
         name: name in mixed
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.dim() > 1 and (name in mixed or left.get(name) in spared)
+        if len(shape_of(parameter)) > 1 and (name in mixed or left.get(name) in spared)
     }
     replaced: list[Rate] = []
     kept: list[Rate] = []

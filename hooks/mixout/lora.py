@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from surgery.errors import SettingError
+from surgery.live.zero3 import size_of
 
 from ..marks import put
 from ..regularizer import Handle
@@ -71,7 +72,7 @@ class MixedLora(Shadowed):
     @property
     def elements(self) -> int:
         """How many of the model's trainable elements are mixed in it."""
-        return sum(w.numel() for w in self.parameters)
+        return sum(map(size_of, self.parameters))
 
     @property
     def is_called(self) -> bool:

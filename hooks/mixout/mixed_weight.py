@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.errors import SourceError
+from surgery.live.zero3 import shape_of, size_of
+
 from ..weights.target import Place
 from ..weights.tracked import Tracked
 from .masks import Chance, Draw, SharedSeeds, draw_mask, draw_seed
@@ -72,7 +75,7 @@ class MixedWeight:
     @property
     def elements(self) -> int:
         """How many of the model's trainable elements are mixed in it."""
-        return self.weight.numel()
+        return size_of(self.weight)
 
     @property
     def parameters(self) -> list[torch.Tensor | None]:
@@ -136,6 +139,11 @@ class MixedWeight:
 
     def mixed(self, w: torch.Tensor, place: Place) -> torch.Tensor:
         """Return W_mix for one call of what reads it, with a mask of its own or that of its tied weight."""
+        if w.shape != shape_of(w):
+            raise SourceError(
+                f"{self.name}: expected a weight that ZeRO-3 puts together for {type(place.reader).__name__}, which "
+                "reads it, got its share: it is another layer's. Name it in exclude."
+            )
         is_traced = torch.compiler.is_compiling()
         rule = Rule(Chance(self.settings.p), self.settings.gradient == "official")
         mask = self._draw_traced(w) if is_traced else self._draw(w)

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F  # noqa: N812
 
 from .masks import Chance, Draw
 
@@ -97,7 +99,23 @@ def mixed_weight(
         mixed = mix(w, pretrained(w), mask, chance=rule.chance)
     if is_traced or not torch.is_grad_enabled() or not _may_hook():
         return mixed if is_traced else shadow(mixed, w)
+    _keep_in_no_linear()
     return MixedWeight.of(mixed, _Again(w, w._version, pretrained, mask, rule.chance), w)
+
+
+def _keep_in_no_linear() -> None:
+    """Have torch's F.linear take W_mix where ZeRO-3 has put its own, which would keep it for the backward pass."""
+    theirs = F.linear
+    if not theirs.__module__.startswith("deepspeed."):
+        return
+
+    @wraps(theirs)
+    def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        of = torch._C._nn.linear if isinstance(weight, MixedWeight) else theirs
+        return of(input, weight, bias)
+
+    linear.__module__ = __name__
+    F.linear = linear
 
 
 def shadow(mixed: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,13 @@ from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SourceError, some
 from surgery.escapes import get_logger
+from surgery.live.zero3 import size_of
 
 from ..compiling import guard_hooks
 from ..marks import PATCH
 from ..regularizer import Handle, Settings
-from ..steps import Activity, AuditedRegularizer, about_to_change
+from ..stepped import Stepped, about_to_change
+from ..steps import Activity, AuditedRegularizer
 from ..weights.chosen import ChosenWeights
 from ..weights.selection import ADAPTER
 from .dropout import Rate, find_rates, replace_rate
@@ -142,7 +144,7 @@ class MixoutRegularizer(AuditedRegularizer):
         traced = self._forwards.traced
         return Activity((self.passes.uses, eager, id(traced), traced._version))
 
-    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    def held(self, optimizer: Optimizer) -> Iterator[Stepped]:
         return about_to_change(optimizer, (w for one in self.mixed for w in one.parameters))
 
     # -- what came of it ------------------------------------------------------------------------------------------
@@ -203,5 +205,5 @@ class MixoutRegularizer(AuditedRegularizer):
         """Return the share of the model's trainable elements that are mixed."""
         if not self.settings.is_mixing:
             return {}
-        trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
+        trainable = sum(size_of(parameter) for parameter in root.parameters() if parameter.requires_grad)
         return {"mixed_share": sum(one.elements for one in self.mixed if one.is_trainable) / trainable}

@@ -15,6 +15,7 @@ from ..active_calls import count_active_calls
 from ..compiling import between_graphs, eagerly, run_uncompiled, trace_cross_entropy
 from ..marks import PATCH
 from ..regularizer import Handle, Regularizer, Settings
+from ..stepped import Stepped
 from ..steps import Activity, AuditedRegularizer
 from ..weights.chosen import ChosenWeights
 from . import divergence, doubling
@@ -259,7 +260,7 @@ class RDropRegularizer(AuditedRegularizer):
         super().after_step(optimizer, is_closure=is_closure)
         self.schedule.end_step(optimizer)
 
-    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    def held(self, optimizer: Optimizer) -> Iterator[Stepped]:
         return self.schedule.held(optimizer)
 
     def resume(self, steps: int) -> None:

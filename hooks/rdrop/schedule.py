@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from surgery.errors import SourceError
 
-from ..steps import StepWatch, about_to_change
+from ..stepped import Stepped, about_to_change
+from ..steps import StepWatch
 
 
 class Schedule:
@@ -72,6 +72,6 @@ class Schedule:
         """Note a step that has gradients: before it, for it may clear them, and after it, for a closure brings them."""
         self._has_stepped = self._has_stepped or next(self.held(optimizer), None) is not None
 
-    def held(self, optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    def held(self, optimizer: Optimizer) -> Iterator[Stepped]:
         """Yield the weights that an optimizer is about to change."""
         return about_to_change(optimizer, (w for parameters in self._parameter_dicts for w in parameters.values()))

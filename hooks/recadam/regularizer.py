@@ -15,9 +15,10 @@ from surgery.escapes import get_logger
 from ..marks import PATCH
 from ..regularizer import Handle, Settings
 from ..step_methods import StepRegularizer, held_weights, lr_of
+from ..stepped import Stepped
 from ..steps import is_captured
 from ..weights.chosen import ChosenWeights
-from ..weights.pretrained import Pretrained, local
+from ..weights.pretrained import Pretrained
 from .settings import RecAdam
 
 _log = get_logger(__name__)
@@ -27,18 +28,18 @@ T = "surgery_recadam_t"
 
 @dataclass(frozen=True)
 class _Before:
-    """A weight before a step: its w_pre, its values on this rank, the lr of the step, and whether it has a gradient."""
+    """A weight before a step: its w_pre, its values on this rank, and the lr of the step."""
 
     pretrained: Pretrained
-    w: torch.Tensor
+    stepped: Stepped
     values: torch.Tensor
     lr: float
-    has_grad: bool
 
     @property
     def was_stepped(self) -> bool:
         """The step was for this weight: its gradient may be gone by now, or have come from a closure."""
-        return self.has_grad or self.w.grad is not None or not torch.equal(local(self.w), self.values)
+        one = self.stepped
+        return one.grad is not None or one.w.grad is not None or not torch.equal(one.values, self.values)
 
 
 class RecAdamRegularizer(StepRegularizer):
@@ -55,7 +56,7 @@ class RecAdamRegularizer(StepRegularizer):
         self._now = 0  # t of the step that is under way
         self._before: list[_Before] = []
         self._is_told = False
-        self._written: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._written: WeakKeyDictionary[Optimizer, dict[int, int]] = WeakKeyDictionary()  # t by the group's id
 
     def attach(self, root: nn.Module) -> list[Handle]:
         """Listen to load_state_dict; the other handle takes t off the optimizers that it was written to."""
@@ -75,19 +76,19 @@ class RecAdamRegularizer(StepRegularizer):
         held = list(held_weights(optimizer, self._tracked, is_closure=is_closure))
         if not held or not self._open_step.enter(optimizer):
             return
-        if is_captured(w for _, _, w in held):
+        if is_captured(one.w for _, one in held):
             raise SourceError(
                 "recadam: expected optimizer steps made by Python, got one captured in a CUDA graph, where lambda(t) "
                 "would stay what it is. Capture forward and backward alone."
             )
-        self._now = self._count(optimizer, {id(w) for _, _, w in held})
+        self._now = self._count_t(optimizer, {id(one.w) for _, one in held})
         self._before = []
         if self.settings.anneal(self._now) == 1:
             return
-        for group, tracked, w in held:
-            lr = lr_of("recadam", optimizer, group, "the pull is lr * gamma")
+        for tracked, one in held:
+            lr = lr_of("recadam", optimizer, one.group, "the pull is lr * gamma")
             self._check_pull(lr)
-            self._before.append(_Before(tracked.ready(w), w, local(w.detach()).clone(), lr, w.grad is not None))
+            self._before.append(_Before(tracked.ready(one.w), one, one.values.clone(), lr))
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:  # noqa: ARG002
@@ -104,23 +105,23 @@ class RecAdamRegularizer(StepRegularizer):
             if before.was_stepped:
                 pull = before.lr * (1 - share) * self.settings.gamma
                 _recall(before, share, pull)
-        self.steps += 1
-        known = {id(tracked.weight) for tracked in self._tracked}
-        for group in optimizer.param_groups:
-            if ours := known.intersection(map(id, group["params"])):
-                group[T] = self.t
-                self._stepped |= ours
-        self._written[optimizer] = self.t
+        ours = [one for _, one in held_weights(optimizer, self._tracked, is_closure=True)]
+        self.steps += self._count.is_another(ours)
+        written = self._written.setdefault(optimizer, {})
+        for one in ours:
+            one.group[T] = written[id(one.group)] = self.t
+        self._stepped |= {id(one.w) for one in ours}
 
-    def _count(self, optimizer: Optimizer, ids: set[int]) -> int:
+    def _count_t(self, optimizer: Optimizer, ids: set[int]) -> int:
         """Return t of a step: another one if the optimizer has a weight of the last one again.
 
         An optimizer whose state was loaded goes on where that was; a new one on weights that were loaded begins anew.
         """
-        saved = max((group[T] for group in optimizer.param_groups if T in group), default=None)
-        if saved is not None and saved != self._written.get(optimizer):
-            self.resume(saved)
-        elif saved is None and self._is_loaded and self.t:
+        written = self._written.get(optimizer, {})
+        saved = {id(group): group[T] for group in optimizer.param_groups if T in group}
+        if read := [t for group, t in saved.items() if written.get(group) != t]:
+            self.resume(max(read))
+        elif not saved and self._is_loaded and self.t:
             _log.warning(
                 "recadam: weights were loaded and the optimizer is new: t begins anew, after %d steps.", self.t
             )
@@ -202,6 +203,6 @@ def _recall(before: _Before, share: float, pull: float) -> None:
     In float32 where the weight has half its precision, rounded once.
     """
     wide = torch.promote_types(before.values.dtype, torch.float32)
-    old, new = before.values.to(wide), local(before.w)
-    w_pre = before.pretrained.part(before.w).to(wide)
+    old, new = before.values.to(wide), before.stepped.values
+    w_pre = before.stepped.w_pre(before.pretrained).to(wide)
     new.copy_(torch.lerp(old, new.to(wide), share).add_(w_pre.sub(old), alpha=pull))

@@ -14,8 +14,10 @@ from surgery.checkpoint.weight_file import WeightFile, open_weights
 from surgery.errors import SourceError, some
 from surgery.live.names import Names, find_names, own_weights
 from surgery.live.parts import NEW
+from surgery.live.zero3 import shape_of
 from surgery.progress import bar
 
+from .pretrained import local
 from .target import Target
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
@@ -45,11 +47,11 @@ class Files:
         wanted: dict[str, list[Target]] = {}
         for target in targets:
             wanted.setdefault(self._written(target), []).append(target)
-        with bar(sum(target.weight.nbytes for target in targets), "w_pre") as advance:
+        with bar(sum(local(target.weight).nbytes for target in targets), "w_pre") as advance:
             for written, values in _stream(self._checkpoint, wanted.keys()):
                 for target in wanted.pop(written):
                     yield target, values
-                    advance(target.weight.nbytes)
+                    advance(local(target.weight).nbytes)
 
     def _written(self, target: Target) -> str:
         """Return the name of the target's values in the checkpoint."""
@@ -59,7 +61,7 @@ class Files:
         shape = self._names.converted[target.name]
         got = f"{shape}" if shape is not None else "one that transformers makes from others when it loads them"
         raise SourceError(
-            f"w_pre: {target.name}: expected shape {tuple(target.weight.shape)}, got {got}. "
+            f"w_pre: {target.name}: expected shape {tuple(shape_of(target.weight))}, got {got}. "
             f"Name it in exclude, or give a state_dict."
         )
 

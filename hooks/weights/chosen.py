@@ -10,13 +10,14 @@ from torch import nn
 
 from surgery.errors import SettingError, SourceError, some
 from surgery.escapes import get_logger
+from surgery.live.foreign import is_zero3_shard
 
 from ..marks import Marked, Part, put
 from .distance import squares_of_difference, total
 from .layers import packing
 from .lora import LoraWeight
 from .offload import Offload
-from .pretrained import is_distributed, local, refuse_not_finite
+from .pretrained import is_distributed, local, refuse_not_finite, values_of
 from .selection import Scope, select
 from .sources import Kept, Source, open_origin
 from .target import Target
@@ -91,12 +92,14 @@ class ChosenWeights:
         """
         squares: list[torch.Tensor] = []
         for tracked in self.tracked:
-            w = tracked.weight.detach()
-            if tracked.pretrained is None or tracked.values is None or not tracked.weight.requires_grad:
+            w = tracked.weight
+            if tracked.pretrained is None or tracked.values is None or not w.requires_grad:
                 continue
             part = tracked.pretrained.part(w)
             if is_distributed(w) and is_whole:
                 squares.append(_square_of_shards(w, part))
+            elif is_zero3_shard(w) and is_whole:
+                squares.append(_square_of_shares(w, part))
             else:
                 squares += squares_of_difference(local(w), part)
         lora = [one for one in self.lora if one.is_trainable and not one.is_lost]
@@ -106,8 +109,8 @@ class ChosenWeights:
 
     @property
     def is_sharded(self) -> bool:
-        """Tell whether fully_shard has split one of them over the ranks."""
-        return any(map(is_distributed, self._all))
+        """Tell whether fully_shard or ZeRO-3 has split one of them over the ranks."""
+        return any(is_distributed(w) or is_zero3_shard(w) for w in self._all)
 
     @property
     def _all(self) -> Iterator[torch.Tensor]:
@@ -119,7 +122,7 @@ class ChosenWeights:
         wanted = {id(parameter) for parameter in parameters}
         for tracked in self.tracked:
             if id(tracked.weight) in wanted:
-                tracked.take(tracked.weight)
+                tracked.take(values_of(tracked.weight))
 
     @property
     def are_all_frozen(self) -> bool:
@@ -196,6 +199,7 @@ def _take_lora(
     """
     known = {one.module: one for one in former.lora} if former is not None else {}
     for one in weights:
+        one.refuse_split()
         one.refuse_not_finite()
         if is_given and one.is_trainable and (one.moved or one.base is None or packing(one.base) is not None):
             why = "quantized" if not one.moved else f"moved for the adapter {one.moved[0]!r}"
@@ -217,10 +221,10 @@ def _given_for_lora(name: str, got: str) -> SourceError:
 
 
 def _refuse_split(targets: Sequence[Target], offload: Offload | None) -> None:
-    split = [target.name for target in targets if is_distributed(target.weight)]
+    split = [one.name for one in targets if is_distributed(one.weight) or is_zero3_shard(one.weight)]
     if offload is not None and split:
         raise SettingError(
-            f"w_pre_device: expected same for weights that fully_shard has split, got cpu ({some(split)}). "
+            f"w_pre_device: expected same for weights that are split over the ranks, got cpu ({some(split)}). "
             "Leave it out: w_pre is split as they are."
         )
 
@@ -235,3 +239,10 @@ def _square_of_shards(w: Any, part: torch.Tensor) -> torch.Tensor:
     )
     squares: Any = whole.square().sum()
     return squares.full_tensor()  # type: ignore[no-any-return]
+
+
+def _square_of_shares(w: Any, part: torch.Tensor) -> torch.Tensor:
+    """Sum over the ranks that ZeRO-3 has split `w` over."""
+    square = torch.stack(list(squares_of_difference(local(w), part))).sum()
+    torch.distributed.all_reduce(square, group=w.ds_process_group)
+    return square

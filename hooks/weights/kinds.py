@@ -5,6 +5,8 @@ from collections.abc import Set as AbstractSet
 
 from torch import nn
 
+from surgery.live.zero3 import shape_of
+
 from .layers import Shape, feature_axes, is_part_of_weight, is_read_by_attention, mask_shape, packing
 from .target import Place
 
@@ -49,7 +51,7 @@ def mask_of(places: Sequence[Place], swapped: AbstractSet[nn.Module], *, is_requ
 
 def _unknown(place: Place) -> str:
     """Say why no mask is known for a parameter of one of the other kinds of layers, or one that is no weight."""
-    if place.parameter.dim() < 2 or "bias" in place.attribute:
+    if len(shape_of(place.parameter)) < 2 or "bias" in place.attribute:
         return NOT_A_WEIGHT
     kind = type(place.module).__name__
     known = [name for name in feature_axes(place.module) if place.module._parameters.get(name) is not None]

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from surgery.live.foreign import packed_class
+from surgery.live.zero3 import shape_of
 
 Shape = tuple[int, ...]
 Axes = tuple[int, ...]
@@ -68,11 +69,12 @@ def mask_shape(module: nn.Module, attribute: str = "weight") -> tuple[Shape, int
     token: the row whose weights leave the same input together. Each expert has features of its own.
     """
     weight, axes = module._parameters.get(attribute), feature_axes(module).get(attribute)
-    if weight is None or axes is None or weight.dim() <= max(axes):
+    sizes: tuple[int, ...] = shape_of(weight) if weight is not None else ()
+    if axes is None or len(sizes) <= max(axes):
         return None
-    shape = tuple(size if axis in axes else 1 for axis, size in enumerate(weight.shape))
+    shape = tuple(size if axis in axes else 1 for axis, size in enumerate(sizes))
     groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
-    return ((groups, *shape[1:]), weight.shape[0] // groups) if groups > 1 else (shape, 1)
+    return ((groups, *shape[1:]), sizes[0] // groups) if groups > 1 else (shape, 1)
 
 
 def is_conv1d(module: nn.Module) -> bool:

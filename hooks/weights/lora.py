@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from surgery.errors import SourceError
+from surgery.live.foreign import is_zero3_shard
 
 from .layers import is_read_by_attention
 from .offload import Offload
@@ -126,6 +127,14 @@ class LoraWeight:
                 for held in self._factors
             )
             self.starts[adapter] = Start(a, b, float(self.module.scaling[adapter]))
+
+    def refuse_split(self) -> None:
+        """Raise where ZeRO-3 has split A and B: each is put together for a layer of its own, and not for both."""
+        if any(map(is_zero3_shard, self.parameters)):
+            raise SourceError(
+                f"{self.path}: expected LoRA's factors whole, got some that ZeRO-3 has split. Use ZeRO 1 or 2, or name "
+                "LoRA's layers in exclude."
+            )
 
     def refuse_not_finite(self) -> None:
         for name, module in zip(self.names, self.modules, strict=True):

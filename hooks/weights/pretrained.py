@@ -5,6 +5,8 @@ from typing import Any
 import torch
 
 from surgery.errors import SourceError
+from surgery.live.foreign import is_zero3_shard
+from surgery.live.zero3 import gather_like, shape_of, share_of, split_like
 
 from .offload import Offload
 
@@ -36,10 +38,10 @@ class Pretrained:
                 "Call patch_model with w_pre, the checkpoint it was trained from, and all its settings again, or "
                 "unpatch_model."
             )
-        if values.shape != w.shape:
+        if values.shape != shape_of(w):
             raise SourceError(
-                f"{self.name}: expected shape {tuple(values.shape)} as when it was patched, got {tuple(w.shape)}. "
-                "Patch the model after resizing it; sharding by FSDP 1 or ZeRO-3 cannot be mixed."
+                f"{self.name}: expected shape {tuple(values.shape)} as when it was patched, got {tuple(shape_of(w))}. "
+                "Patch the model after resizing it; sharding by FSDP 1 cannot be mixed."
             )
         if is_distributed(values):
             return values.to(w.dtype).full_tensor()  # type: ignore[attr-defined, no-any-return]
@@ -54,6 +56,8 @@ class Pretrained:
         """Return the values that belong to the part of `w` on this rank: all of them, unless `w` is a DTensor."""
         if is_distributed(w) and self.values is not None and is_distributed(self.values):
             return local(self.values)
+        if is_zero3_shard(w):
+            return split_like(w, self(w))
         return local(distributed_like(w, self(w))) if is_distributed(w) else self(w)
 
     @property
@@ -73,14 +77,39 @@ class Pretrained:
         return {**self.__dict__, "values": None, "offload": None}
 
 
+class SplitPretrained(Pretrained):
+    """Those of a weight that ZeRO-3 has split: this rank's share."""
+
+    def __call__(self, w: torch.Tensor) -> torch.Tensor:
+        """Return the values whole, which every rank must ask for."""
+        return gather_like(w, self.part(w).to(w.device))
+
+    def part(self, w: torch.Tensor) -> torch.Tensor:
+        if self.values is None:
+            return super().__call__(w)
+        if not is_zero3_shard(w) or self.values.shape != share_of(w).shape:
+            raise SourceError(
+                f"{self.name}: expected a weight that ZeRO-3 has split as it had when it was patched, got another. "
+                "Call patch_model with w_pre."
+            )
+        return self.values.to(w.dtype)
+
+
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Tell whether this is a DTensor, without importing torch.distributed."""
     return hasattr(type(tensor), "full_tensor")  # torch.compile knows a class by its methods, but not a tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a DTensor that lies on this rank; any other tensor as it is."""
+    """Return the part of a DTensor, or of what ZeRO-3 has split, on this rank; any other tensor as it is."""
+    if is_zero3_shard(tensor):
+        return share_of(tensor)
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def values_of(w: torch.Tensor) -> torch.Tensor:
+    """Return what `keep` takes of a weight itself."""
+    return share_of(w) if is_zero3_shard(w) else w.detach()
 
 
 def distributed_like(w: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
@@ -99,6 +128,10 @@ def keep(name: str, w: torch.Tensor, values: torch.Tensor, offload: Offload | No
         is_own: whether the values are nobody else's; else they are copied: a state_dict shares memory with its model.
     """
     values = values.detach()
+    if is_zero3_shard(w):
+        share = share_of(w)
+        part = values if values.shape == share.shape else split_like(w, values)
+        return SplitPretrained(name, part.to(share.device, share.dtype, copy=True), None)
     if is_distributed(w):
         split = values if is_distributed(values) else distributed_like(w, values.to(w.device))
         return Pretrained(name, split.to(w.dtype, copy=True), None)
@@ -109,6 +142,6 @@ def keep(name: str, w: torch.Tensor, values: torch.Tensor, offload: Offload | No
 
 def refuse_not_finite(what: str, values: torch.Tensor) -> None:
     """Raise if any of the values on this rank is NaN or Inf, which every later step would spread."""
-    part = local(values.detach())
+    part = local(values).detach()
     if part.numel() and not torch.isfinite(torch.stack(part.aminmax())).all():
         raise SourceError(f"{what}: expected finite values, got NaN or Inf. Repair it, or name it in exclude.")

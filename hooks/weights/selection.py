@@ -16,7 +16,6 @@ from .layers import Shape, feature_axes, find_readers, has_old_weight_norm, pack
 from .lora import LoraWeight, find_lora
 from .peft_layers import adapter_names, find_swapped, is_wrapper
 from .target import Place, Target
-from .unready import refuse_sharded
 
 Scope = Literal["layers", "parameters"]
 """The weights of layers that can be mixed, or every parameter."""
@@ -68,7 +67,6 @@ def select(
         SourceError: a weight to mix is already swapped by another tool, or is not in memory.
     """
     groups = _tied(model)
-    refuse_sharded((name, w) for name, w in model.named_parameters() if not excluded([name], include, exclude))
     _check_globs([place.name for places in groups.values() for place in places], include=include, exclude=exclude)
     swapped = find_swapped(model)
     adapters = dict.fromkeys(adapter_names(model), ADAPTER)

@@ -1,11 +1,13 @@
-"""w_pre under FSDP 2: split like the weight it belongs to, also if the model was patched before it was sharded."""
+"""w_pre under FSDP 2 and ZeRO-3: split like the weight it belongs to, also if the model was patched before that."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from .pretrained import is_distributed
+from surgery.live.foreign import is_zero3_shard
+
+from .pretrained import SplitPretrained, is_distributed
 from .tracked import Tracked
 
 
@@ -18,6 +20,11 @@ def is_sharded(root: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in root.modules())
 
 
+def is_zero3(root: nn.Module) -> bool:
+    """Tell whether DeepSpeed's ZeRO-3 has split the model's parameters."""
+    return any(map(is_zero3_shard, root.parameters()))
+
+
 def shard_pretrained(weights: Iterable[Tracked]) -> None:
     """Split every w_pre that was taken before its weight was, unless it is kept in the CPU's memory.
 
@@ -27,5 +34,6 @@ def shard_pretrained(weights: Iterable[Tracked]) -> None:
         pretrained = tracked.pretrained
         if pretrained is None or pretrained.values is None or pretrained.offload is not None:
             continue
-        if is_distributed(tracked.weight) and not is_distributed(pretrained.values):
+        is_split = is_distributed(pretrained.values) or isinstance(pretrained, SplitPretrained)
+        if (is_distributed(tracked.weight) or is_zero3_shard(tracked.weight)) and not is_split:
             tracked.take(pretrained.values)

@@ -10,8 +10,10 @@ from torch import nn
 from surgery.errors import SourceError, some
 from surgery.escapes import get_logger
 from surgery.live.parts import pretrained_parts
+from surgery.live.zero3 import shape_of
 
 from .peft_layers import find_copies
+from .pretrained import values_of
 from .target import Target
 from .tracked import Tracked
 
@@ -81,7 +83,7 @@ class _Live:
             )
 
     def read(self, targets: Sequence[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
-        return ((target, target.weight.detach()) for target in targets)
+        return ((target, values_of(target.weight)) for target in targets)
 
 
 LOADED = "_is_surgery_loaded"
@@ -161,8 +163,8 @@ class _StateDict:
 
 
 def _refuse_other_shape(name: str, w: torch.Tensor, shape: torch.Size) -> None:
-    if shape != w.shape:
+    if shape != shape_of(w):
         raise SourceError(
-            f"w_pre: {name}: expected shape {tuple(w.shape)}, got {tuple(shape)}. Give the checkpoint it was trained "
-            "from, or name it in exclude."
+            f"w_pre: {name}: expected shape {tuple(shape_of(w))}, got {tuple(shape)}. Give the checkpoint it was "
+            "trained from, or name it in exclude."
         )

@@ -5,7 +5,7 @@ import torch
 from surgery.errors import SourceError
 
 from .offload import Offload
-from .pretrained import Pretrained, keep
+from .pretrained import Pretrained, keep, values_of
 from .target import Target
 
 
@@ -57,6 +57,6 @@ class Tracked:
                     f"{self.name}: expected a weight as it was when it was frozen, got one that has been written to "
                     "since patch_model. Call patch_model(model, w_pre=...) after unfreezing it."
                 )
-            self.take(w)
+            self.take(values_of(w))
         assert self.pretrained is not None
         return self.pretrained

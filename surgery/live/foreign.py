@@ -10,6 +10,11 @@ def is_fsdp1(module: Any) -> bool:
     return type(module).__name__ == "FullyShardedDataParallel"
 
 
+def is_engine(module: Any) -> bool:
+    """Tell whether this is DeepSpeed's wrapper, DeepSpeedEngine."""
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(module).__mro__)
+
+
 def is_flat(tensor: Any) -> bool:
     """Tell whether FSDP 1 has flattened weights into this parameter, or made it a view of such a one."""
     return type(tensor).__name__ == "FlatParameter" or hasattr(tensor, "_is_flat_param")
@@ -17,7 +22,16 @@ def is_flat(tensor: Any) -> bool:
 
 def is_zero3_shard(tensor: Any) -> bool:
     """Tell whether DeepSpeed's ZeRO-3 has split this parameter."""
-    return hasattr(tensor, "ds_id")
+    return hasattr(tensor, "ds_tensor")
+
+
+def unreadable_share(tensor: Any) -> str | None:
+    """Return why the share of a parameter that ZeRO-3 has split cannot be read; None if it can, or is none."""
+    if not is_zero3_shard(tensor):
+        return None
+    if getattr(tensor.ds_tensor, "final_location", None) == "nvme":
+        return "one that ZeRO-3 has put on NVMe"
+    return "one that ZeRO-3 has quantized" if tensor.ds_tensor.dtype != tensor.dtype else None
 
 
 def packed_class(tensor: Any) -> type | None:

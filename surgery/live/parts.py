@@ -6,14 +6,16 @@ from typing import Any
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from surgery.live.foreign import is_engine
+
 NEW = "new: not in the checkpoint"
 LIVE_NAMES = "the names in the model"
 """Is in each note that tells of noise which `surgery perturb` does not repeat."""
 
 
 def unwrap(model: Any) -> Any:
-    """Take off torch.compile, DataParallel and DistributedDataParallel."""
-    while hasattr(model, "_orig_mod") or isinstance(model, DataParallel | DistributedDataParallel):
+    """Take off torch.compile, DataParallel, DistributedDataParallel and DeepSpeed's engine."""
+    while hasattr(model, "_orig_mod") or isinstance(model, DataParallel | DistributedDataParallel) or is_engine(model):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 

@@ -17,6 +17,7 @@ from surgery.live.names import find_names
 from surgery.live.parts import NEW
 from surgery.live.present_noise import measure_share
 from surgery.live.targets import LiveTensor, find_targets, tie_equal
+from surgery.live.zero3 import size_of, update_master, whole
 from surgery.noise import key
 from surgery.noisytune import (
     NO_SPREAD,
@@ -94,7 +95,8 @@ def perturb_model(
     Noise of another seed or lam comes on top, with a warning.
 
     Args:
-        model: may be wrapped by torch.compile, DDP, PEFT or a module of your own.
+        model: may be wrapped by torch.compile, DDP, DeepSpeed, PEFT or a module of your own. Of one that ZeRO-3 has
+            split, every rank has to call this.
         lam, seed, noise, scale, rounding, include, exclude: see NoisyTune. Globs match the checkpoint's names.
         source: the checkpoint whose names the noise is drawn for: folder, file or Hub id. Default: the one that the
             model was loaded from, if it is on this machine; else the model's own names are used, and `notes` says so.
@@ -104,7 +106,8 @@ def perturb_model(
         was there before.
     Raises:
         SettingError: a setting is out of range, or would do nothing.
-        SourceError: the model is quantized, sharded, on the meta device, or holds NaN or Inf; or `source` is unusable.
+        SourceError: the model is quantized, on the meta device, split by fully_shard or FSDP 1, or holds NaN or Inf; or
+            `source` is unusable.
     """
     settings = NoisyTune(lam, seed, noise, scale, rounding, as_globs("include", include), as_globs("exclude", exclude))
     _refuse_quantized(model)
@@ -176,9 +179,12 @@ def _perturb(
         todo = [target for target in targets if target.copied is None]
         for target in todo:
             if _may_overflow(target, settings, pooled):
-                _add_noise(target, target.tensor.detach().clone(), settings, pooled, workers)
+                with whole(target.tensor) as w:
+                    _add_noise(target, w.detach().clone(), settings, pooled, workers)
         for target in todo:
-            target.effect = _add_noise(target, target.tensor, settings, pooled, workers)
+            with whole(target.tensor, is_written=True) as w:
+                target.effect = _add_noise(target, w, settings, pooled, workers)
+            update_master(target.tensor)
     records = tuple(target.record for target in targets)
     recipe = Recipe(
         source=source,
@@ -196,8 +202,9 @@ def _measure(targets: list[LiveTensor], settings: NoisyTune, workers: ThreadPool
     """Take the moments of what is to be perturbed, and set the flat tensors apart; return the std of scale="global"."""
     for target in targets:
         if target.copied is None:
-            sums, shift = kernels.moments(target.tensor, target.dtype, workers)
-            target.moments = merge_blocks(sums, target.tensor.numel(), shift, what=target.name)
+            with whole(target.tensor) as w:
+                sums, shift = kernels.moments(w, target.dtype, workers)
+            target.moments = merge_blocks(sums, size_of(target.tensor), shift, what=target.name)
             target.copied = None if target.moments.std else NO_SPREAD
     spreads = [target.moments for target in targets if target.moments and target.copied is None]
     return pool(spreads).std if settings.scale == "global" and spreads else None

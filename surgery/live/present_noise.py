@@ -11,6 +11,7 @@ import torch
 
 from surgery.kernels import tensors as kernels
 from surgery.live.targets import LiveTensor
+from surgery.live.zero3 import size_of, whole
 from surgery.noise import UNIT_STD, key
 from surgery.noisytune import NoisyTune
 
@@ -38,11 +39,12 @@ def measure_share(
         return None
     wanted = min(_MOST, 2 / (_ERROR * settings.lam * UNIT_STD) ** 2)
     along = length = 0.0
-    by_size = sorted(targets, key=lambda target: target.tensor.numel())
+    by_size = sorted(targets, key=lambda target: size_of(target.tensor))
     for i, target in enumerate(by_size):
         assert target.moments is not None
         std = target.moments.std
-        w = target.tensor.detach().reshape(-1)[: math.ceil(wanted / (len(by_size) - i))].to(torch.float32)
+        with whole(target.tensor) as values:
+            w = values.detach().reshape(-1)[: math.ceil(wanted / (len(by_size) - i))].to(torch.float32)
         wanted = max(0.0, wanted - w.numel())
         noise = torch.zeros_like(w)
         kernels.add_noise(

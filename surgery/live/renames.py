@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from surgery.live.zero3 import shape_of
 from surgery.roles import Role
 
 _Rename = Callable[[str], tuple[str, list[str]]]
@@ -86,7 +87,7 @@ def _match(rename: _Rename, tensors: Mapping[str, torch.Tensor], checkpoint: Che
             found.converted |= {target: None for target in made if target in tensors}
         elif live in tensors:
             written = checkpoint.written[name]
-            if tuple(tensors[live].shape) == checkpoint.shapes[written]:
+            if tuple(shape_of(tensors[live])) == checkpoint.shapes[written]:
                 found.canonical.setdefault(live, written)
             else:
                 found.converted[live] = checkpoint.shapes[written]

@@ -11,7 +11,8 @@ from surgery.checkpoint.pickles import DTYPES, ties
 from surgery.checkpoint.tied_names import LEAST, is_embedding, order
 from surgery.checkpoint.value_rules import is_asked, judge, warn_of_suspects
 from surgery.errors import SourceError
-from surgery.live.foreign import is_zero3_shard, packed_class
+from surgery.live.foreign import packed_class, unreadable_share
+from surgery.live.zero3 import shape_of, size_of, stored_in, whole
 from surgery.noisytune import FLOATS, Effect, Moments, NoisyTune
 from surgery.recipe import TensorRecord
 from surgery.roles import VALUE, Role
@@ -36,7 +37,7 @@ class LiveTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
+        return tuple(shape_of(self.tensor))
 
     @property
     def record(self) -> TensorRecord:
@@ -67,7 +68,8 @@ def find_targets(
     dtypes = {name: _dtype(name, tensor) for name, tensor in parameters.items()}
     dtypes |= {name: DTYPES.get(found[name].dtype, str(found[name].dtype)) for name in found.keys() - parameters.keys()}
     groups: dict[str, list[str]] = {name: [name] for name in found}
-    for name, first in ties({name: t for name, t in parameters.items() if dtypes[name] in FLOATS}, "model").items():
+    stored = {name: stored_in(tensor) for name, tensor in parameters.items() if dtypes[name] in FLOATS}
+    for name, first in ties(stored, "model").items():
         groups[first] += groups.pop(name)
     targets: list[LiveTensor] = []
     tied: dict[str, str] = {}
@@ -77,7 +79,7 @@ def find_targets(
         name = min(old, key=lambda member: order(canonical[member], repeating), default=members[0])
         tensor, dtype = found[name], dtypes[name]
         role = told[canonical[name]] = _by_values(canonical[name], tensor, roles[name], settings)
-        reason = new.get(name) or settings.reason_to_copy(canonical[name], dtype, tensor.shape, role)
+        reason = new.get(name) or settings.reason_to_copy(canonical[name], dtype, shape_of(tensor), role)
         targets.append(LiveTensor(canonical[name], tensor, dtype, reason, role.known))
         tied |= {canonical[other]: canonical[name] for other in members if canonical[other] != canonical[name]}
     warn_of_suspects(told)
@@ -86,10 +88,11 @@ def find_targets(
 
 def _by_values(name: str, tensor: torch.Tensor, role: Role, settings: NoisyTune) -> Role:
     """Return the role of a tensor, which its values may tell where only its name has."""
-    if not tensor.is_floating_point() or not is_asked(name, tensor.shape, role):
+    if not tensor.is_floating_point() or not is_asked(name, shape_of(tensor), role):
         return role
-    flat = tensor.detach().reshape(-1)
-    what = judge(tensor.shape, lambda start, stop: flat[start:stop].double().cpu().numpy())
+    with whole(tensor) as w:
+        flat = w.detach().reshape(-1)
+        what = judge(w.shape, lambda start, stop: flat[start:stop].double().cpu().numpy())
     return settings.overrule(name, Role(True, VALUE, what)) if what else role
 
 
@@ -104,8 +107,8 @@ def _dtype(name: str, tensor: torch.Tensor) -> str:
             f"{(packed or type(tensor)).__name__} of {tensor.dtype}",
             "Perturb the checkpoint before quantizing or sharding.",
         )
-    elif is_zero3_shard(tensor):
-        fault, remedy = "a shard of one", "Perturb the model before DeepSpeed shards it."
+    elif share := unreadable_share(tensor):
+        fault, remedy = share, "Perturb the checkpoint."
     elif tensor.layout is not torch.strided:
         fault, remedy = f"{tensor.layout}", "Make it dense."
     elif any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
@@ -119,7 +122,7 @@ def tie_equal(targets: Iterable[LiveTensor], repeating: Collection[str]) -> dict
     """Have equal tensors draw one noise, as `surgery perturb` does; return which of them repeats which."""
     alike: dict[Any, list[LiveTensor]] = defaultdict(list)
     for target in targets:
-        is_large = target.tensor.numel() >= LEAST or is_embedding(target.name) or target.name in repeating
+        is_large = size_of(target.tensor) >= LEAST or is_embedding(target.name) or target.name in repeating
         if target.copied is None and is_large:
             alike[target.dtype, target.shape, target.moments].append(target)
     tied = {}
@@ -127,12 +130,14 @@ def tie_equal(targets: Iterable[LiveTensor], repeating: Collection[str]) -> dict
         rest.sort(key=lambda target: (*order(target.name, repeating), target.name))
         while rest:
             first, *others = rest
-            equal = [other for other in others if _are_equal(first.tensor, other.tensor)]
+            with whole(first.tensor) as w:
+                equal = [other for other in others if _are_equal(w, other.tensor)]
             for other in equal:
                 tied[other.name] = other.drawn_for = first.name
             rest = [other for other in others if not other.drawn_for]
     return tied
 
 
-def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.device == other.device and bool((one == other).all() and (one.signbit() == other.signbit()).all())
+def _are_equal(one: torch.Tensor, tensor: torch.Tensor) -> bool:
+    with whole(tensor) as other:
+        return one.device == other.device and bool((one == other).all() and (one.signbit() == other.signbit()).all())

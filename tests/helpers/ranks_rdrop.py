@@ -45,9 +45,8 @@ def build(*, has_unused: bool = False) -> Net:
     return model
 
 
-def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return this rank's."""
-    generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+def rows(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + rank)
     x = torch.randn(ROWS, SIZE, generator=generator, dtype=torch.float64)
     return x, torch.randint(CLASSES, (ROWS,), generator=generator)
 
@@ -69,7 +68,7 @@ def train(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, averages: b
     for step in range(STEPS):
         optimizer.zero_grad()
         torch.manual_seed(100 * step + dist.get_rank())
-        loss = loss_of(model, *rows(step))
+        loss = loss_of(model, *rows(step, dist.get_rank()))
         loss.backward()
         for w in model.parameters():
             if averages and w.grad is not None:

@@ -13,12 +13,14 @@ from filelock import FileLock
 
 HELPERS = Path(__file__).parent
 ROOT = HELPERS.parents[1]
+SCRIPTS = HELPERS.parent / "scripts"
 Found = dict[str, dict[str, Any]]
 
 
 def launch(folder: Path, names: list[str], *, module: str = "ranks") -> list[Found]:
     """Run cases of a module in two processes, and return what each has measured."""
-    environment = clean_env(PYTHONPATH=os.pathsep.join([str(ROOT), str(HELPERS), os.environ.get("PYTHONPATH", "")]))
+    paths = [str(ROOT), str(HELPERS), str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
+    environment = clean_env(PYTHONPATH=os.pathsep.join(paths))
     environment |= {"GLOO_SOCKET_IFNAME": "lo"}
     folder.mkdir()
     ranks = []
@@ -27,7 +29,7 @@ def launch(folder: Path, names: list[str], *, module: str = "ranks") -> list[Fou
             command = [sys.executable, "-m", module, rank, str(folder), *names]
             with (folder / f"{rank}.log").open("w") as log:
                 ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
-        codes = [process.wait(timeout=120) for process in ranks]
+        codes = [process.wait(timeout=300) for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -350,21 +350,32 @@ def test_fsdp_1_is_refused_before_noise(use_orig_params: bool) -> None:
     assert all(map(torch.equal, model.parameters(), before))
 
 
-def test_weight_split_by_zero_3_is_refused() -> None:
+def move_to_nvme(w: Any) -> None:
+    """Leave of a weight what DeepSpeed's ZeRO-3 does that keeps its shares on a disk."""
+    w.ds_shape, w.ds_numel, w.ds_tensor = w.shape, w.numel(), torch.empty(1)
+    w.ds_tensor.final_location = "nvme"
+    w.data = torch.empty(0)
+
+
+ON_NVME = (
+    "1.weight: expected a weight in memory, got one that ZeRO-3 has put on NVMe. Keep the weights in memory as they"
+)
+
+
+def test_weight_that_zero_3_has_put_on_nvme_is_refused() -> None:
     model = two()
-    # how DeepSpeed marks the parameters that ZeRO-3 has split, and what it leaves of them
-    model[1].weight.ds_id = 1  # type: ignore[attr-defined]
-    model[1].weight.data = torch.empty(0)
-    message = "1.weight: expected a weight in memory, got one split by DeepSpeed's ZeRO-3. Use ZeRO 1 or 2, or FSDP 2."
-    refuses(message, SourceError, model)
-
-
-def test_weight_split_by_zero_3_after_patching_is_refused_in_forward() -> None:
-    model = patch_model(two(), mixout=0.5)
-    model[1].weight.ds_id = 1  # type: ignore[attr-defined]
+    move_to_nvme(model[1].weight)
+    refuses(f"{ON_NVME} are, or use ZeRO 1 or 2.", SourceError, model)
     with pytest.raises(
-        SourceError, match=r"1\.weight: expected a weight in memory, got one split by DeepSpeed's ZeRO-3"
+        SourceError, match=r"^1\.weight: expected a dense tensor in memory, got one that ZeRO-3 has put"
     ):
+        perturb_model(model)
+
+
+def test_weight_that_is_put_on_nvme_after_patching_is_refused_in_forward() -> None:
+    model = patch_model(two(), mixout=0.5)
+    move_to_nvme(model[1].weight)
+    with pytest.raises(SourceError, match=f"^{ON_NVME}"):
         model(torch.ones(1, 3))
 
 

@@ -55,7 +55,7 @@ class LoadedValues:
 
 
 def _sample(parameter: nn.Parameter) -> torch.Tensor:
-    flat = local(parameter.detach()).reshape(-1)
+    flat = local(parameter).detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].to("cpu", copy=True)
 
 

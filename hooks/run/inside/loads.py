@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from surgery.live.foreign import is_zero3_shard
+
 from ...weights.sources import LOADED, is_loaded
 from .snapshots import Snapshots
 from .weakset import WeakSet
@@ -60,8 +62,14 @@ class Loads:
                 setattr(parameter, LOADED, True)
 
     def on_optimizer_state_loaded(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Note that the optimizer of these goes on: whatever they are, they had noise before."""
-        self._resumed.add(parameters)
+        """Note that the optimizer of these goes on: whatever they are, they had noise before.
+
+        That of ZeRO-3 is about to write over the shares of pretrained weights, which no load_state_dict has done yet.
+        """
+        resumed = list(parameters)
+        self._resumed.add(resumed)
+        if any(map(is_loaded, resumed)):
+            self.overwritten.keep(one for one in resumed if is_zero3_shard(one))
 
     def is_pretrained_unknown(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Tell whether a run is resumed, and what these were before it cannot be told."""

@@ -16,6 +16,7 @@ from surgery.recipe import TensorRecord
 from ...lifecycle import Patch
 from ...refusals import handled
 from ...registry import METHODS
+from ...stepped import StepCount, Stepped
 from ..options import NOISYTUNE
 from .history import History
 from .weakset import WeakSet
@@ -72,6 +73,7 @@ class Model:
             "distance": None,
         }
         self._history = History()
+        self._count = StepCount()
         self._take_noise(noise, noisy)
         # it keeps the layers, not the root, which may therefore go; a root that is a layer would stay
         owners = patch.weights.owners if patch is not None and patch.weights is not None else ()
@@ -128,14 +130,15 @@ class Model:
         """Some of its noise has an effect, as far as is known."""
         return len(self.unread) < len(self._noisy)
 
-    def on_gradients(self, changed: Sequence[nn.Parameter]) -> None:
+    def on_gradients(self, changed: Sequence[Stepped]) -> None:
         """Count an optimizer's step, if one of the parameters that it changes is the model's own."""
-        if self.holds(changed):
-            self.steps += 1
-            ids = {id(one) for one in changed}
+        if self.holds(one.w for one in changed):
+            self.steps += self._count.is_another(changed)
             waiting = self._without_gradient.items()
+            ids = {id(of()) for _, of in waiting}
+            reached = {id(one.w) for one in changed if id(one.w) in ids and one.is_reached}
             self._without_gradient = {
-                name: of for name, of in waiting if id(of()) not in ids and not _is_read_or_frozen(of())
+                name: of for name, of in waiting if id(of()) not in reached and not _is_read_or_frozen(of())
             }
 
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
@@ -215,7 +218,7 @@ class Models:
         roots = [root for model in self._models if (root := model.root) is not None]
         return [one for root in roots for one in root.parameters() if one.grad is not None]
 
-    def count_step(self, changed: Sequence[nn.Parameter]) -> None:
+    def count_step(self, changed: Sequence[Stepped]) -> None:
         """Count an optimizer's step for the models of these parameters."""
         for model in self._models:
             model.on_gradients(changed)

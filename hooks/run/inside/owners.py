@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from surgery.live.parts import unwrap
+from surgery.live.zero3 import size_of
 
 
 def find_tops(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Module, list[nn.Parameter]]]:
@@ -38,7 +39,7 @@ _HEAD = 0.1
 
 def is_small_beside(new: Iterable[nn.Parameter], body: Iterable[nn.Parameter]) -> bool:
     """Tell whether new parameters are few enough to be a head on pretrained ones."""
-    return sum(one.numel() for one in new) < _HEAD * sum(one.numel() for one in body)
+    return sum(map(size_of, new)) < _HEAD * sum(map(size_of, body))
 
 
 def _size(module: nn.Module) -> int:

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .weakset import WeakSet
@@ -48,7 +49,7 @@ class Pending:
                 return top
         return module
 
-    def models_of(self, held: Sequence[nn.Parameter]) -> Iterator[nn.Module]:
+    def models_of(self, held: Sequence[torch.Tensor]) -> Iterator[nn.Module]:
         """Yield the models that have not been patched, of these parameters."""
         for group in list(self._groups):
             top = group.top()

@@ -11,6 +11,7 @@ from surgery.errors import SurgeryError, some
 from surgery.recipe import TensorRecord
 
 from ...refusals import handled
+from ...stepped import parameters_of
 from ..messages import LOADED_OVER, NOISE_OFF, RESUMED_WITHOUT
 from ..options import NOISYTUNE, Options
 from .adapters import LoadedValues, advise, has_adapter, refuse_unrepeatable
@@ -44,7 +45,7 @@ class Perturber:
         self._reporter = reporter
         self._resumed_without = WeakSet()  # what goes on from a run that had no noise
         self._deferred = WeakSet()
-        self._marked: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # how many groups of each
+        self._marked: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # the ids of groups
         self._loaded = LoadedValues()
         self._noise: Noise | None = None
         if options.noisytune is not None:
@@ -128,26 +129,29 @@ class Perturber:
 
         Not before its first step: accelerate loads an optimizer's own state_dict into it, which resumes nothing.
         """
-        if self._noise is None or self._marked.get(optimizer) == len(optimizer.param_groups):
+        marked = self._marked.setdefault(optimizer, set())
+        if self._noise is None or marked.issuperset(map(id, optimizer.param_groups)):
             return
-        self._marked[optimizer] = len(optimizer.param_groups)
-        for group in optimizer.param_groups:
-            if LAM not in group and self._noise.has_any(group["params"]):
+        for group, parameters in parameters_of(optimizer):
+            if parameters:  # else it is a group that ZeRO steps later
+                marked.add(id(group))
+            if LAM not in group and self._noise.has_any(parameters):
                 group.update(self._marks)
 
     def on_optimizer_state_loaded(self, optimizer: Optimizer, groups: Iterable[Mapping[str, Any]]) -> None:
         """Take in which noise the run had that an optimizer goes on with."""
         if self._noise is None:
             return
-        late = [one for group in optimizer.param_groups for one in group["params"] if one in self._deferred]
+        held = list(parameters_of(optimizer))
+        late = [one for _, parameters in held for one in parameters if one in self._deferred]
         for top, parameters in find_tops(one for one in late if one not in self._loads.without_noise):
             self.perturb(top, parameters)  # to be taken off again, as from all that had it when it was saved
-        for group, saved in zip(optimizer.param_groups, groups, strict=False):
+        for (_, parameters), saved in zip(held, groups, strict=False):
             marks = {name: saved.get(name) for name in self._marks}
             if marks[LAM] is None:
-                self._resumed_without.add(group["params"])
-            elif marks != self._marks and self._noise.has_any(group["params"]):
-                self._noise.note_other(group["params"], saved[LAM], saved[SEED])
+                self._resumed_without.add(parameters)
+            elif marks != self._marks and self._noise.has_any(parameters):
+                self._noise.note_other(parameters, saved[LAM], saved[SEED])
                 self._reporter.add_note(
                     f"noisytune: resumed with lam {self._marks[LAM]:g} and seed {self._marks[SEED]}, but the run began "
                     f"with lam {marks[LAM]:g} and seed {marks[SEED]}: its noise is what the weights have."

@@ -16,8 +16,13 @@ _SAMPLED, _KEPT = 4096, 16  # elements of a weight: noise may vanish in the roun
 
 @dataclass
 class _Probe:
-    """Elements of one weight that the noise has changed: their places in it, and what they were before and after."""
+    """Elements of one weight that the noise has changed: their places in it, and what they were before and after.
 
+    Args:
+        size: of the weight, or of its part on this rank.
+    """
+
+    size: int
     places: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
@@ -25,8 +30,6 @@ class _Probe:
     def has(self, expected: torch.Tensor, parameter: nn.Parameter) -> bool:
         """Tell whether the elements are these now, in the weight's dtype, whatever that has become."""
         now = _flat(parameter)
-        if now.numel() <= int(self.places[-1]):  # split, or another weight
-            return False
         return torch.equal(now[self.places.to(now.device)].cpu(), expected.to(now.dtype))
 
 
@@ -46,20 +49,26 @@ class Probes:
             changed = (now != was).nonzero().flatten()
             kept = changed[:: max(1, len(changed) // _KEPT)][:_KEPT]
             if len(kept):
-                self._probes[one] = _Probe(places[kept], was[kept], now[kept])
+                self._probes[one] = _Probe(local(one).numel(), places[kept], was[kept], now[kept])
 
     def has(self, parameter: nn.Parameter) -> bool:
         """Tell whether the noise has changed this one."""
-        return parameter in self._probes
+        return self._find(parameter) is not None
+
+    def _find(self, parameter: nn.Parameter) -> _Probe | None:
+        """Return the probe of a parameter; ZeRO-3 may have split it since, which leaves none."""
+        probe: _Probe | None = self._probes.get(parameter)
+        return probe if probe is not None and probe.size == local(parameter).numel() else None
 
     def lost(self, parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
         """Count which of these have other elements than the noise made of them, and all that have a probe."""
-        probed = [one for one in parameters if one in self._probes]
-        return sum(not self._probes[one].has(self._probes[one].after, one) for one in probed), len(probed)
+        probed = [(one, probe) for one in parameters if (probe := self._find(one)) is not None]
+        return sum(not probe.has(probe.after, one) for one, probe in probed), len(probed)
 
     def is_any_as_before(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Tell whether some of these are again what they were before the noise."""
-        return any(self._probes[one].has(self._probes[one].before, one) for one in parameters if one in self._probes)
+        found = ((one, self._find(one)) for one in parameters)
+        return any(probe is not None and probe.has(probe.before, one) for one, probe in found)
 
     def drop(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
@@ -74,7 +83,7 @@ class Probes:
 
 
 def _flat(parameter: nn.Parameter) -> torch.Tensor:
-    return local(parameter.detach()).reshape(-1)
+    return local(parameter).detach().reshape(-1)
 
 
 def _places(parameter: nn.Parameter) -> torch.Tensor:

@@ -13,6 +13,7 @@ from surgery.live.parts import unwrap
 
 from ...lifecycle import Patch
 from ...patch import find_patch
+from ...stepped import Stepped, find_stepped, parameters_of
 from ...steps import watch
 from ...weights.sources import move_marks
 from ..messages import BY_HAND, FROM_SCRATCH, NO_OPTIMIZER_YET, UNSEEN, WAITING
@@ -117,7 +118,8 @@ class Session:
             groups: the param_groups that were loaded.
         """
         self._perturber.on_optimizer_state_loaded(optimizer, groups)
-        self._loads.on_optimizer_state_loaded(one for one in _parameters(optimizer) if one in self._pending.parameters)
+        held = (one for _, parameters in parameters_of(optimizer) for one in parameters)
+        self._loads.on_optimizer_state_loaded(one for one in held if one in self._pending.parameters)
 
     def before_step(self, optimizer: Optimizer, *, is_closure: bool) -> None:
         """Look at a step, once it has its gradients."""
@@ -142,8 +144,9 @@ class Session:
         Args:
             has_stepped: the optimizer has changed the weights already.
         """
-        held = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
-        self._models.count_step(held)
+        changed = list(find_stepped(optimizer))
+        self._models.count_step(changed)
+        held = [one.w for one in changed]
         if self._pending.parameters.has_any(held):
             self._patch_unseen(held, has_stepped=has_stepped)
         self._exit_if_in_vain()
@@ -252,7 +255,7 @@ class Session:
         trained = self._models.trained() if inputs is None else inputs
         self._train_late(trained)
         self._models.act_on_gradients()
-        self._models.count_step(trained)
+        self._models.count_step([Stepped(one, {}, one, one.grad) for one in trained])
         self._reporter.write_again(self._models)
         self._exit_if_in_vain()
         return True
@@ -296,7 +299,7 @@ class Session:
         if names:
             self._reporter.add_note(f"{model.name}: {WAITING.format(' and '.join(names))}")
 
-    def _patch_unseen(self, held: Sequence[nn.Parameter], *, has_stepped: bool) -> None:
+    def _patch_unseen(self, held: Sequence[torch.Tensor], *, has_stepped: bool) -> None:
         """Patch the models of these parameters, which are trained without a call that on_forward was told of."""
         for top in self._pending.models_of(held):
             if self._patcher.is_asked:

@@ -8,11 +8,16 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...weights.pretrained import distributed_like, is_distributed, local
+from surgery.live.zero3 import write
+
+from ...weights.pretrained import distributed_like, is_distributed, local, values_of
 
 
 class Snapshots:
-    """Values of parameters, in the CPU's memory; whole DTensors where they are. They go with the parameters."""
+    """Values of parameters, in the CPU's memory, but for DTensors; of what ZeRO-3 has split, the shares.
+
+    They go with the parameters.
+    """
 
     def __init__(self) -> None:
         self._values: Any = WeakIdKeyDictionary()
@@ -21,7 +26,7 @@ class Snapshots:
         """Keep what they are now, unless something older is kept already."""
         for parameter in parameters:
             if parameter not in self._values and not parameter.is_meta:
-                self._values[parameter] = _copy(parameter.detach())
+                self._values[parameter] = _copy(parameter)
 
     def move(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Follow parameters that were replaced by others of their names."""
@@ -46,15 +51,14 @@ class Snapshots:
     def drop_equal(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep nothing of these if all of them are what they were."""
         kept = {parameter: self._values[parameter] for parameter in parameters if parameter in self._values}
-        if all(torch.equal(local(past).cpu(), local(now.detach()).cpu()) for now, past in kept.items()):
+        if all(torch.equal(local(past).cpu(), local(now).detach().cpu()) for now, past in kept.items()):
             self.drop(kept)
 
-    @torch.no_grad()
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
         """Write back what was kept of these."""
         for parameter in parameters:
             if parameter in self._values:
-                parameter.copy_(self._values[parameter])
+                write(parameter, self._values[parameter])
 
     @contextmanager
     def restored(self, parameters: Iterable[nn.Parameter], *, is_updating: bool = False) -> Iterator[None]:
@@ -64,16 +68,15 @@ class Snapshots:
             is_updating: what the body makes of them is what is kept from then on.
         """
         kept = [parameter for parameter in parameters if parameter in self._values]
-        present = [_copy(parameter.detach()) for parameter in kept]
+        present = [_copy(parameter) for parameter in kept]
         self.restore(kept)
         try:
             yield
         finally:
             for parameter, values in zip(kept, present, strict=True):
                 if is_updating:
-                    self._values[parameter] = _copy(parameter.detach())
-                with torch.no_grad():
-                    parameter.copy_(values)
+                    self._values[parameter] = _copy(parameter)
+                write(parameter, values)
 
 
 def _split(values: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
@@ -83,5 +86,6 @@ def _split(values: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     return values
 
 
-def _copy(values: torch.Tensor) -> torch.Tensor:
+def _copy(parameter: nn.Parameter) -> torch.Tensor:
+    values = values_of(parameter)
     return values.clone() if is_distributed(values) else values.to("cpu", copy=True)

@@ -268,6 +268,22 @@ def test_p_0_and_eval_are_the_identity(case: Case, granularity: str, dtype: torc
         assert torch.equal(y, plain(x))
 
 
+def test_linear_of_zero_3_is_not_given_w_mix_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def keeping(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        given.append(weight)
+        return torch._C._nn.linear(input, weight, bias)
+
+    keeping.__module__ = "deepspeed.runtime.zero.linear"
+    monkeypatch.setattr(F, "linear", keeping)
+    model = patch_model(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), mixout=0.5, exclude="1")
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+    assert [weight is model[1].weight for weight in given] == [True, True]
+    assert all(w.grad is not None for w in model.parameters())
+
+
 def test_frozen_weight_is_not_mixed_and_draws_nothing() -> None:
     layer, _ = make(CASES["Linear"], torch.float32, 0.7)
     layer.requires_grad_(False)

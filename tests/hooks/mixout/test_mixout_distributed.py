@@ -63,7 +63,7 @@ def test_w_pre_of_a_sharded_model_comes_from_a_folder(found: list[Found]) -> Non
 def test_w_pre_on_the_cpu_stays_whole(found: list[Found]) -> None:
     for rank in measured(found, "fsdp cpu"):
         assert rank["refusal"] == (
-            "w_pre_device: expected same for weights that fully_shard has split, got cpu (blocks.0.inner.weight, "
+            "w_pre_device: expected same for weights that are split over the ranks, got cpu (blocks.0.inner.weight, "
             "blocks.0.outer.weight, ...). Leave it out: w_pre is split as they are."
         )
         assert max(rank["losses"], rank["parameters"], rank["distance"]) <= TOLERANCE

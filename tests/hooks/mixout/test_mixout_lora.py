@@ -13,6 +13,7 @@ import pytest
 import seeded
 import torch
 from adapted import CASES, LINEAR, Case, Spy, inputs, layer_of, trainable
+from flat_zero import split
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -553,3 +554,15 @@ def test_peft_is_not_imported_for_models_without_it() -> None:
         "str(describe(patch_model(model, mixout=0.5, anchor=0.1))); print('peft' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["patched-first", "split-first"])
+def test_factors_that_zero_3_has_split_are_refused(is_first: bool) -> None:
+    model: Any = adapted.make()
+    if is_first:
+        patch_model(model, mixout=P)
+    for w in trainable(model):
+        split(w, 0)
+    message = r"^base_model\.model\.0: expected LoRA's factors whole, got some that ZeRO-3 has split\."
+    with pytest.raises(SourceError, match=message):
+        model.train()(inputs()) if is_first else patch_model(model, mixout=P)
