@@ -12,6 +12,7 @@ from surgery.live.zero3 import shape_of
 Shape = tuple[int, ...]
 Axes = tuple[int, ...]
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 _GATED = "gate_up_proj", "down_proj"
 _OUT_IN, _IN_OUT = (0, 2), (0, 1)
 """Axes of the features that each expert reads, in weights of shape (experts, out, in) and (experts, in, out)."""
@@ -35,14 +36,15 @@ def feature_axes(module: nn.Module) -> Mapping[str, Axes]:
 
     Args:
         module: nn.Linear (out, in), transformers' Conv1D (in, out), nn.Conv1d to nn.Conv3d (out, in / groups, ...),
-            nn.Embedding (in, out), nn.MultiheadAttention's projections (out, in), nn.RNN, nn.LSTM, nn.GRU and their
-            cells (gates, in), XLNet's projections (in, heads, size) and (out, heads, size), and experts in one tensor.
+            nn.ConvTranspose1d to 3d (in, out / groups, ...), nn.Embedding (in, out), nn.MultiheadAttention's
+            projections (out, in), nn.RNN, nn.LSTM, nn.GRU and their cells (gates, in), XLNet's projections
+            (in, heads, size) and (out, heads, size), and experts in one tensor.
     """
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return {}
     if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
         return {"weight": (1,)}
-    if isinstance(module, nn.Embedding) or is_conv1d(module):
+    if isinstance(module, (nn.Embedding, *TRANSPOSED)) or is_conv1d(module):
         return {"weight": (0,)}
     if isinstance(module, nn.MultiheadAttention):
         separate = "q_proj_weight", "k_proj_weight", "v_proj_weight"

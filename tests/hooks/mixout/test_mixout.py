@@ -40,6 +40,8 @@ CASES = {
     "conv1d": Case(lambda: nn.Conv1d(4, 6, 3), (2, 4, 7), lambda _o, i, _k: i),
     "conv1d-groups": Case(lambda: nn.Conv1d(6, 8, 3, groups=2), (2, 6, 7), lambda o, i, _k: o // 4 * 3 + i),
     "conv2d": Case(lambda: nn.Conv2d(4, 6, 3), (2, 4, 5, 5), lambda _o, i, _k, _l: i),
+    "conv1d-transposed": Case(lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 5), lambda i, *_: i),
+    "conv2d-transposed-groups": Case(lambda: nn.ConvTranspose2d(6, 4, 2, groups=2), (2, 6, 3, 3), lambda i, *_: i),
     "conv3d": Case(lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 3, 3), lambda _o, i, *_: i),
     "conv3d-groups": Case(lambda: nn.Conv3d(6, 4, 2, groups=2), (2, 6, 3, 3, 3), lambda o, i, *_: o // 2 * 3 + i),
     "conv2d-groups": Case(lambda: nn.Conv2d(6, 4, 3, groups=2), (2, 6, 5, 5), lambda o, i, _k, _l: o // 2 * 3 + i),
