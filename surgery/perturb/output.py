@@ -99,7 +99,7 @@ class OutputFolder:
 
     def peek(self) -> dict[str, Any]:
         """Return the notes of this very run that is under way or unfinished, without the lock; else none."""
-        former = read_json(self.path / JOURNAL) or {}
+        former = self._read_journal()
         return dict(former["notes"]) if former.get("job") == self._job else {}
 
     def join(self, *, overwrite: bool) -> None:
@@ -108,7 +108,7 @@ class OutputFolder:
         Raises:
             OutputError: as `claim`.
         """
-        former = read_json(self.path / JOURNAL) or {}
+        former = self._read_journal()
         if former.get("job") == self._job:
             self._owned, self.finished, self.notes = set(former["owned"]), former["finished"], former["notes"]
         else:
@@ -117,7 +117,7 @@ class OutputFolder:
 
     def prepare(self, *, overwrite: bool) -> None:
         """Make the folder ready. Under `lock`; raises as `claim`."""
-        former = read_json(self.path / JOURNAL) or {}
+        former = self._read_journal()
         present = {name for name in self._present() if not (former and name.startswith(f"{PARTS}/"))}
         recipe = read_json(self.path / RECIPE)
         present.difference_update(
@@ -158,13 +158,17 @@ class OutputFolder:
             with suppress(OSError):  # not empty
                 (self.path / folder).rmdir()
 
+    def _read_journal(self) -> dict[str, Any]:
+        """Return the journal that is there, or an empty one."""
+        with suppress(FileNotFoundError):
+            _refuse_special(self.path / JOURNAL, (self.path / JOURNAL).lstat().st_mode)
+        return read_json(self.path / JOURNAL) or {}
+
     def _present(self) -> set[str]:
         """Name the files that are there, without the lock; refuse what would be waited for as it is opened."""
         present = set()
         for entry in list_files(self.path):
-            kind = kind_of_mode(entry.stat(follow_symlinks=False).st_mode)
-            if kind and not entry.is_symlink():
-                raise OutputError(f"{entry.path}: expected a file, got {kind}. Remove it, or choose another `out`.")
+            _refuse_special(entry.path, entry.stat(follow_symlinks=False).st_mode)
             present.add(Path(entry.path).relative_to(self.path).as_posix())
         return {name for name in present if not name.startswith(LOCK)}
 
@@ -283,6 +287,12 @@ def is_finished(path: Path | Url) -> bool:
 
         return find_finished(path) is not None
     return (path / RECIPE).is_file() and not (path / JOURNAL).exists()
+
+
+def _refuse_special(path: str | Path, mode: int) -> None:
+    """Refuse what would be waited for as it is opened: a FIFO, a socket, a device."""
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+        raise OutputError(f"{path}: expected a file, got {kind_of_mode(mode)}. Remove it, or choose another `out`.")
 
 
 def _part_names(name: str) -> tuple[str, str]:
