@@ -309,6 +309,7 @@ def test_every_folder_with_a_method_has_its_card() -> None:
         "surgery/cli",
         "surgery/perturb",
         "surgery/push",
+        "surgery/storage",
         "surgery/study",
         "hooks/run",
         *methods,

@@ -20,7 +20,7 @@ from surgery.errors import OutputError, SettingError, SourceError  # noqa: E402
 from surgery.inspect.comparison import EQUAL  # noqa: E402
 from surgery.inspect.diff import diff_checkpoints  # noqa: E402
 from surgery.inspect.inspection import inspect_checkpoint  # noqa: E402
-from surgery.perturb import execute  # noqa: E402
+from surgery.perturb import complete  # noqa: E402
 from surgery.perturb.execute import perturb_checkpoint  # noqa: E402
 from surgery.recipe import Recipe  # noqa: E402
 
@@ -272,7 +272,7 @@ def test_run_of_another_key_is_not_resumed(several: Path, tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(execute, "_write_companions", stop)
+        patched.setattr(complete, "_write_companions", stop)
         with pytest.raises(KeyboardInterrupt):
             perturb_checkpoint(several, tmp_path / "out", key="params")
     with pytest.raises(OutputError, match=r"Finish it with `surgery perturb \S+ --lam 0.15 --seed 0 --key params -o "):
