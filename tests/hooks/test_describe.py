@@ -97,14 +97,14 @@ def test_describe_accounts_for_every_parameter(tmp_path: Path) -> None:
 
 def test_describe_names_layers_of_other_kinds() -> None:
     model = nn.ModuleDict({
-        "transposed": nn.ConvTranspose2d(2, 2, 2),
+        "bilinear": nn.Bilinear(2, 2, 2),
         "attn": nn.MultiheadAttention(8, 2, add_bias_kv=True),
         "xlnet": XLNetRelativeAttention(XLNetConfig(d_model=4, n_head=2, d_inner=8)),
         "out": nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4),
     })  # fmt: skip
     left = describe(patch_model(model, include="**")).left
     assert left
-    assert left["transposed.weight"] == "of ConvTranspose2d, a kind of layer that is not mixed"
+    assert left["bilinear.weight"] == "of Bilinear, a kind of layer that is not mixed"
     reason = "read by nn.MultiheadAttention without a call of the layer, so that no hook fires"
     assert left["out.weight"] == reason
     assert left["attn.bias_k"] == left["xlnet.r_w_bias"] == "bias, norm or another vector"
