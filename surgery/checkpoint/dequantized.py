@@ -12,7 +12,7 @@ import torch
 from surgery.checkpoint.block_scaled import FLOAT8, Float8Blocks, Mxfp4Blocks, ReadBytes, block_of
 from surgery.checkpoint.descriptors import Descriptor
 from surgery.checkpoint.digests import algorithm_of, digest_of
-from surgery.checkpoint.packed_names import BLOCKS, SCALE, SCALES, is_scale
+from surgery.checkpoint.packed_names import BLOCKS, SCALE, SCALES, is_scale, weight_of
 from surgery.checkpoint.tensorfile import Header, Tensor, TensorFile, build_header
 from surgery.dtypes import is_measurable, storage, to_numbers
 from surgery.errors import SourceError
@@ -40,8 +40,10 @@ class DequantizedFile:
         with ExitStack() as opened:
             self._files = [opened.enter_context(closing(TensorFile(path, label=str(path))))]
             self._stored = {tensor.name: (self._files[0], tensor) for tensor in self._files[0].header.tensors}
-            weights = list(self._stored)
-            decoders = {name: self._decoder(name, opened) for name in weights if not is_scale(self._stored[name][1])}
+            self._elsewhere: dict[str, tuple[TensorFile, Tensor]] = {}
+            weights = [name for name, (_, tensor) in self._stored.items() if not is_scale(tensor)]
+            decoders = {name: self._decoder(name, opened) for name in weights}
+            self._refuse_left_scales(opened)
             self._opened = opened.pop_all()
         self._decoders = {_plain_name(decoder): decoder for decoder in decoders.values() if decoder}
         entries = [(name, "BF16", decoder.shape) for name, decoder in self._decoders.items()]
@@ -58,7 +60,7 @@ class DequantizedFile:
             block = block_of(tensor, scale.shape, self._block, f"{self._path}: {name!r}")
             grid = scale.shape if len(scale.shape) > 1 else (1, 1)
             return Float8Blocks(tensor, partial(_read, file, tensor), numbers.reshape(1, *grid), block)
-        if tensor.dtype == "U8" and name.endswith(BLOCKS):
+        if _is_decoded(tensor):
             scale_file, scale = self._find(name.removesuffix(BLOCKS) + SCALES, name, opened)
             if scale.shape != tensor.shape[:-1] or tensor.shape[-1] != 16 or len(tensor.shape) < 3:
                 raise SourceError(
@@ -72,16 +74,32 @@ class DequantizedFile:
 
     def _find(self, name: str, weight: str, opened: ExitStack) -> tuple[TensorFile, Tensor]:
         """Return a scale and its file, which may be another one of the model."""
+        if found := self._locate(name, opened):
+            return found
+        raise SourceError(
+            f"{self._path}: {weight!r}: expected its scales, {name!r}, in the checkpoint, got none. Fetch it again."
+        )
+
+    def _locate(self, name: str, opened: ExitStack) -> tuple[TensorFile, Tensor] | None:
         if name not in self._stored and len(self._files) == 1:
             for path in self._others:
                 file = opened.enter_context(closing(TensorFile(path, label=str(path))))
                 self._files.append(file)
-                self._stored |= {t.name: (file, t) for t in file.header.tensors if is_scale(t)}
-        if name not in self._stored:
-            raise SourceError(
-                f"{self._path}: {weight!r}: expected its scales, {name!r}, in the checkpoint, got none. Fetch it again."
-            )
-        return self._stored[name]
+                self._elsewhere |= {tensor.name: (file, tensor) for tensor in file.header.tensors}
+        return self._stored.get(name) or self._elsewhere.get(name)
+
+    def _refuse_left_scales(self, opened: ExitStack) -> None:
+        """Refuse scales that nothing is multiplied by: they are not written, and what they are for would be wrong."""
+        for _, scale in self._stored.values():
+            if not is_scale(scale):
+                continue
+            weight = weight_of(scale)
+            found = self._locate(weight, opened)
+            if found is None or not _is_decoded(found[1]):
+                raise SourceError(
+                    f"{self._path}: {scale.name!r}: expected {weight!r} in float8 or mxfp4 with it, got "
+                    f"{found[1].dtype if found else 'none'}. Perturb the original checkpoint instead."
+                )
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on.
@@ -125,6 +143,10 @@ class DequantizedFile:
 
     def close(self) -> None:
         self._opened.close()
+
+
+def _is_decoded(tensor: Tensor) -> bool:
+    return tensor.dtype in FLOAT8 or (tensor.dtype == "U8" and tensor.name.endswith(BLOCKS))
 
 
 def _plain_name(decoder: _Decoder) -> str:

@@ -15,6 +15,7 @@ BLOCKS, SCALES = "_blocks", "_scales"
 """What mxfp4 adds to the name of a weight, in bytes."""
 SCALE = "_scale_inv"
 """What float8 in blocks adds to it."""
+_OF_ACTIVATIONS = ".activation_scale"
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 
@@ -34,6 +35,15 @@ def is_scale(tensor: Tensor) -> bool:
     return _is_scale_of_float8(tensor.name) or (tensor.dtype == "U8" and tensor.name.endswith(SCALES))
 
 
+def weight_of(scale: Tensor) -> str:
+    """Return the name of the stored weight that a scale belongs to."""
+    if scale.name.endswith(SCALE):
+        return scale.name.removesuffix(SCALE)
+    if scale.name.endswith(_OF_ACTIVATIONS):
+        return scale.name.removesuffix(_OF_ACTIVATIONS) + ".weight"
+    return scale.name.removesuffix(SCALES) + BLOCKS
+
+
 def plain_names(names: Collection[str]) -> dict[str, str]:
     """Return the names that the weights of a float8 or mxfp4 checkpoint have without scales, by their own names."""
     plain = {name: name for name in names if not _is_scale_of_float8(name)}
@@ -46,4 +56,4 @@ def plain_names(names: Collection[str]) -> dict[str, str]:
 
 
 def _is_scale_of_float8(name: str) -> bool:
-    return name.endswith((SCALE, ".activation_scale"))
+    return name.endswith((SCALE, _OF_ACTIVATIONS))

@@ -203,3 +203,32 @@ def test_scales_that_do_not_fit_are_one_line(scale: torch.Tensor | None, message
     with pytest.raises(SourceError, match=message):
         perturb_checkpoint(source, tmp_path / "out", dequantize="bf16")
     assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({Q: torch.ones(256, 256)}, rf"'{Q}_scale_inv': expected '{Q}' in float8 or mxfp4 with it, got F32"),
+        ({Q: None}, rf"'{Q}_scale_inv': expected '{Q}' in float8 or mxfp4 with it, got none"),
+        (
+            {"experts.up_proj": torch.ones(2, 4, dtype=torch.int8), "experts.up_proj_scale_inv": torch.ones(2, 1)},
+            r"'experts.up_proj_scale_inv': expected 'experts.up_proj' in float8 or mxfp4 with it, got I8",
+        ),
+        ({"table_scales": torch.ones(4, dtype=torch.uint8)}, r"'table_scales': expected 'table_blocks' in float8"),
+        ({"x.activation_scale": torch.ones(1)}, r"'x.activation_scale': expected 'x.weight' in float8 or mxfp4"),
+    ],
+    ids=["unquantized", "gone", "packed in bytes", "without blocks", "of activations"],
+)
+def test_scales_that_nothing_is_multiplied_by_do_not_vanish(
+    changed: dict[str, torch.Tensor | None], message: str, tmp_path: Path
+) -> None:
+    source = block_scales.qwen(tmp_path / "source")
+    (file,) = source.glob("*.safetensors")
+    weights = load_file(file)
+    for name, w in changed.items():
+        weights = other(weights, name, w)
+    save_file(weights, file, metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, file.name)}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SourceError, match=message):
+        perturb_checkpoint(source, tmp_path / "out", dequantize="bf16")
